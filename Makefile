@@ -1,0 +1,60 @@
+# `make` lists the targets. The first use of each installs what it needs into .venv.
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq install --progress-bar off
+WORKERS ?= 2
+ARGS ?=
+
+# ruff and pyright say nothing of newer versions: constraints.txt decides.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.PHONY: help train test test-all lint format bench docs compilers clean
+.NOTPARALLEL: # two pips at once would spoil .venv
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+train: .venv/.train ## train a small hybrid model on real text; ARGS="--data my/dir --steps 2000"
+	@$(PY) train.py $(ARGS)
+
+test: .venv/.test ## the test suite; ARGS="-k patterns"
+	@$(PY) -m pytest -n $(WORKERS) $(ARGS)
+
+test-all: .venv/.test ## the same with the slow tests
+	@$(PY) -m pytest -n $(WORKERS) -m "" $(ARGS)
+
+lint: .venv/.dev ## ruff and pyright
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m pyright
+
+format: .venv/.dev ## let ruff rewrite what it can
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+compilers: .venv/.compilers ## the compilers for TPU and NVIDIA, to compile kernels with no device (1.5 GB)
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The interpreter is a link: where it dangles, make takes it for missing and makes .venv anew, and
+# where the system's Python was upgraded the stamps below are older than it and installing repeats.
+$(PY):
+	@PYTHON='$(PYTHON)' GOALS='$(MAKECMDGOALS)' sh .ci/make_venv.sh
+
+# One stamp for each extra of pyproject.toml.
+.venv/.%: $(PY) pyproject.toml constraints.txt
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 12) and ".venv holds Python %d.%d, too old. This mends it:  make clean" % sys.version_info[:2])'
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
+	@echo "Installing what '$*' needs into .venv (once; about 2 minutes, 350 MB) ..."
+	@start=$$(date +%s); $(PIP) -c constraints.txt -e '.[$*]' && echo "... done in $$(($$(date +%s) - start)) s"
+	@touch $@
+
+# The CUDA plugin without its dependencies holds the compiler and not the 3 GB around it.
+.venv/.compilers: .venv/.train
+	@echo "Installing the TPU and CUDA compilers into .venv (once; about 5 minutes, 1.5 GB) ..."
+	@start=$$(date +%s); $(PIP) -c constraints.txt -e '.[compilers]' && \
+	jax=$$($(PY) -c 'import importlib.metadata as m; print(m.version("jax"))') && \
+	$(PIP) --no-deps "jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax" && echo "... done in $$(($$(date +%s) - start)) s"
+	@touch $@
