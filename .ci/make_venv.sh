@@ -25,7 +25,8 @@ for python in ${PYTHON:-python3.12 python3.13 python3.14 python3 python}; do
         exit 0
     else
         rm -rf .venv
-        tried="$tried, the venv module of $python fails" no_venv=$version
+        tried="$tried, the venv module of $python fails"
+        case $(command -v "$python") in /usr/bin/*) no_venv=$version ;; esac # the distribution's own
     fi
     [ -z "${PYTHON:-}" ] || break
 done
