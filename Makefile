@@ -7,6 +7,16 @@ ARGS ?=
 # ruff and pyright say nothing of newer versions: constraints.txt decides.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
+# With the compilers and no device, jax must not look for one (it would tell at length that there is
+# none), and two processes may compile at once.
+ifneq ($(wildcard .venv/.compilers),)
+ifeq ($(wildcard /dev/nvidia0 /dev/dxg /dev/accel0 /dev/vfio/0),)
+JAX_PLATFORMS ?= cpu
+ALLOW_MULTIPLE_LIBTPU_LOAD ?= 1
+export JAX_PLATFORMS ALLOW_MULTIPLE_LIBTPU_LOAD
+endif
+endif
+
 .PHONY: help train test test-all lint format bench docs compilers clean
 .NOTPARALLEL: # two pips at once would spoil .venv
 .DEFAULT_GOAL := help
@@ -32,7 +42,7 @@ format: .venv/.dev ## let ruff rewrite what it can
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-compilers: .venv/.compilers ## the compilers for TPU and NVIDIA, to compile kernels with no device (1.5 GB)
+compilers: .venv/.compilers ## the compilers for TPU and NVIDIA, to compile kernels with no device (1.2 GB)
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
@@ -47,13 +57,13 @@ $(PY):
 .venv/.%: $(PY) pyproject.toml constraints.txt
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 12) and ".venv holds Python %d.%d, too old. This mends it:  make clean" % sys.version_info[:2])'
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
-	@echo "Installing what '$*' needs into .venv (once; about 2 minutes, 350 MB) ..."
+	@echo "Installing what '$*' needs into .venv (once: 1 to 2 minutes, 1 GB of disk) ..."
 	@start=$$(date +%s); $(PIP) -c constraints.txt -e '.[$*]' && echo "... done in $$(($$(date +%s) - start)) s"
 	@touch $@
 
 # The CUDA plugin without its dependencies holds the compiler and not the 3 GB around it.
 .venv/.compilers: .venv/.train
-	@echo "Installing the TPU and CUDA compilers into .venv (once; about 5 minutes, 1.5 GB) ..."
+	@echo "Installing the TPU and CUDA compilers into .venv (once: a few minutes, 1.2 GB of disk) ..."
 	@start=$$(date +%s); $(PIP) -c constraints.txt -e '.[compilers]' && \
 	jax=$$($(PY) -c 'import importlib.metadata as m; print(m.version("jax"))') && \
 	$(PIP) --no-deps "jax-cuda13-plugin==$$jax" "jax-cuda13-pjrt==$$jax" && echo "... done in $$(($$(date +%s) - start)) s"
