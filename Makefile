@@ -42,6 +42,16 @@ format: .venv/.dev ## let ruff rewrite what it can
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
+bench: .venv/.train ## the benchmarks into benchmarks/results/, and the tables from them into the README
+	@for script in $(filter-out benchmarks/report.py,$(wildcard benchmarks/[a-z]*.py)); do \
+		echo "$$script"; $(PY) $$script $(ARGS) || exit; done
+	@$(PY) benchmarks/report.py
+
+docs: .venv/.train ## what is generated: pictures, the README's tables, docs/train-help.txt
+	@$(PY) -m s2jax.picture
+	@$(PY) benchmarks/report.py
+	@COLUMNS=100 NO_COLOR=1 $(PY) train.py --help >docs/.help && mv docs/.help docs/train-help.txt
+
 compilers: .venv/.compilers ## the compilers for TPU and NVIDIA, to compile kernels with no device (1.2 GB)
 
 clean: ## remove .venv and caches; runs/ stays
