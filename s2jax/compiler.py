@@ -1,0 +1,228 @@
+"""From a pattern and shapes to what the kernels walk."""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule, ListTable
+from s2jax.bands import Band, with_period
+
+PAIRS_AT_ONCE = 1 << 22
+"""Pairs of blocks, or of tokens, looked at together where a pattern has no closed form."""
+
+Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Query blocks (ascending), key blocks and token mask ids, each int [entries]."""
+
+
+@functools.lru_cache(maxsize=256)
+def compile_schedule(
+    pattern, *, num_heads: int, num_kv_heads: int, query_length: int, kv_length: int, query_offset: int = 0
+) -> BlockSchedule:
+    """Compiles a pattern for given heads and lengths. Cached, so that all layers of a model share one schedule.
+
+    Args:
+      pattern: an `s2jax.patterns.Pattern`.
+      query_length, kv_length: tokens.
+      query_offset: absolute position of the first query among the keys.
+
+    Returns:
+      A `BlockSchedule`; for patterns with a closed form (`Pattern.bands`) of O(length) memory per distinct head.
+
+    Raises:
+      ValueError: the pattern does not fit these heads or lengths.
+    """
+    from s2jax.patterns import Heads  # patterns compile themselves for their statistics
+
+    heads = Heads(num_heads, num_kv_heads)
+    for name, value, least in (("query_length", query_length, 1), ("kv_length", kv_length, 1), ("query_offset", query_offset, 0)):
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    pattern.check(heads, query_length, kv_length, query_offset)
+    pattern.warn_if_incomplete(num_heads, num_kv_heads, kv_length)
+
+    size = pattern.schedule_block_size()
+    compiler = _Compiler(
+        size,
+        rows=np.arange(query_offset // size, -(-(query_offset + query_length) // size)),
+        num_columns=-(-kv_length // size),
+    )
+    walkers: dict[tuple, int] = {}
+    head_index, parts = [], []
+    for head in range(num_heads):
+        bands = pattern.bands(heads, head, size, int(compiler.rows[-1]) + 1, compiler.num_columns)
+        if bands is None:
+            entries = compiler.entries(pattern, heads, head)
+            key = tuple(array.tobytes() for kind in entries for array in kind)
+        else:
+            key = tuple(_band_key(band) for band in bands)
+        if key not in walkers:
+            walkers[key] = len(parts)
+            parts.append(compiler.list_per_row(entries) if bands is None else compiler.closed_form(bands))
+        head_index.append(walkers[key])
+    return BlockSchedule(
+        size, num_heads, num_kv_heads, query_length, kv_length, query_offset,
+        compiler.lists(parts), np.asarray(head_index, np.int32), compiler.token_masks(),
+    )  # fmt: skip
+
+
+def _band_key(band: Band) -> tuple:
+    values = [getattr(band, field.name) for field in dataclasses.fields(band) if field.name != "columns"]
+    return (band.columns.shape, band.columns.tobytes(), *values)
+
+
+class _Compiler:
+    """The lists, token masks and slices of one schedule while it grows."""
+
+    def __init__(self, block_size: int, rows: np.ndarray, num_columns: int):
+        self.block_size, self.rows, self.num_columns = block_size, rows, num_columns
+        self._table = ListTable()
+        self._masks: dict[bytes, int] = {}
+        self.mask_id(np.ones((block_size, block_size), bool))
+        self.mask_id(np.zeros((block_size, block_size), bool))
+
+    def mask_id(self, mask: np.ndarray) -> int:
+        return self._masks.setdefault(np.packbits(mask).tobytes(), len(self._masks))
+
+    def token_masks(self) -> np.ndarray:
+        size = self.block_size
+        packed = np.stack([np.frombuffer(key, np.uint8) for key in self._masks])
+        return np.unpackbits(packed, axis=1, count=size * size).reshape(-1, size, size).astype(bool)
+
+    def lists(self, parts: list[tuple[list, list]]) -> BlockLists:
+        """The slices of all walkers side by side; a walker with fewer parts gets empty ones."""
+        widths = [max(1, *(len(each[kind]) for each in parts)) for kind in (0, 1)]
+        slices = np.zeros((len(parts), len(self.rows), sum(widths), 2), np.int32)
+        for walker, (full, partial) in enumerate(parts):
+            for index, part in enumerate(full):
+                slices[walker, :, index] = part
+            for index, part in enumerate(partial):
+                slices[walker, :, widths[0] + index] = part
+        return self._table.lists(slices, widths[0])
+
+    # The closed form: cut the distances where any band begins or ends; in between, what is read is a set of columns.
+
+    def closed_form(self, bands: tuple[Band, ...]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Full and partial parts, each int32 [rows, 2], of a head that reads the union of the bands."""
+        full: list[tuple[int, int, np.ndarray]] = []  # distances from, to; columns
+        partial = []
+        for low, high in self._distances(bands):
+            active = [band for band in bands if _meets(self._some(band), low, high)]
+            if not active:
+                continue
+            columns, rest = self._columns(active, low, high)
+            if full and full[-1][1] == low and np.array_equal(full[-1][2], columns):
+                full[-1] = (full[-1][0], high, columns)
+            elif columns.any():
+                full.append((low, high, columns))
+            if rest.any():
+                partial.append(self._slices(low, high, rest > 0, rest))
+        return [self._slices(*each) for each in full], partial
+
+    def _some(self, band: Band) -> tuple[int, int]:
+        """Distances at which some pair of tokens satisfies the band's token interval."""
+        size = self.block_size
+        return (
+            max(band.block_low, -(-(band.token_low - size + 1) // size)),
+            min(band.block_high, -(-(band.token_high + size - 1) // size)),
+        )
+
+    def _whole(self, band: Band) -> tuple[int, int]:
+        """Distances at which every pair of tokens does."""
+        size = self.block_size
+        return max(band.block_low, -(-(band.token_low + size - 1) // size)), min(band.block_high, band.token_high // size)
+
+    def _distances(self, bands: tuple[Band, ...]) -> list[tuple[int, int]]:
+        """Intervals of distance in which no band changes; single distances where a token interval cuts blocks."""
+        least, most = int(self.rows[0]) - self.num_columns + 1, int(self.rows[-1]) + 1
+        cuts = {least, most}
+        for band in bands:
+            some, whole = self._some(band), self._whole(band)
+            cuts.update(some, whole, range(some[0], min(whole[0], some[1])), range(max(whole[1], some[0]), some[1]))
+        ends = sorted(cut for cut in cuts if least <= cut <= most)
+        return list(zip(ends[:-1], ends[1:], strict=True))
+
+    def _columns(self, active: list[Band], low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+        """Columns that are read whole: bool [period, blocks]; and a mask id for those read in part, else 0."""
+        period = math.lcm(*(band.period for band in active))
+        limits = np.stack([with_period(band.columns, period) for band in active], -1)
+        whole = np.array([_inside(self._whole(band), low, high) for band in active])
+        full = ((limits >= self.block_size) & whole).any(-1)
+        rest = (limits > 0).any(-1) & ~full
+        ids = np.zeros(full.shape, np.int32)
+        if rest.any():
+            kinds, which = np.unique(limits[rest], axis=0, return_inverse=True)
+            distance = None if whole.all() else low
+            named = np.array([self.mask_id(self._token_mask(active, kind, distance)) for kind in kinds], np.int32)
+            ids[rest] = named[which.reshape(-1)]
+            full |= rest & (ids == WHOLE)  # bands that are whole only together
+            ids[ids == NOTHING] = WHOLE
+        return full, ids
+
+    def _token_mask(self, active: list[Band], limits: np.ndarray, distance: int | None) -> np.ndarray:
+        token = np.arange(self.block_size)
+        mask = np.zeros((self.block_size, self.block_size), bool)
+        for band, limit in zip(active, limits, strict=True):
+            allowed = np.broadcast_to(token[None, :] < limit, mask.shape)
+            if distance is not None:
+                apart = distance * self.block_size + token[:, None] - token[None, :]
+                allowed = allowed & (apart >= band.token_low) & (apart < band.token_high)
+            mask |= allowed
+        return mask
+
+    def _slices(self, low: int, high: int, columns: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
+        """Every row's slice of the list of its columns, at distances from low to high: int32 [rows, 2]."""
+        slices = np.zeros((len(self.rows), 2), np.int32)
+        for phase in range(len(columns)):
+            blocks = np.flatnonzero(columns[phase])
+            mine = self.rows % len(columns) == phase
+            offset = self._table.add(blocks, None if ids is None else ids[phase, blocks])
+            row = self.rows[mine]
+            slices[mine, 0] = offset + np.searchsorted(blocks, row - high + 1)
+            slices[mine, 1] = offset + np.searchsorted(blocks, row - low + 1)
+        return slices
+
+    # Everything else: one list per row.
+
+    def entries(self, pattern, heads, head: int) -> tuple[Entries, Entries]:
+        """What a head reads whole and in part, known only by its block states and its rule."""
+        groups = max(1, len(self.rows) * self.num_columns // PAIRS_AT_ONCE)
+        found = [self._entries_of(pattern, heads, head, rows) for rows in np.array_split(self.rows, groups)]
+        full, partial = (
+            tuple(np.concatenate(arrays) for arrays in zip(*kind, strict=True)) for kind in zip(*found, strict=True)
+        )
+        return full, partial
+
+    def _entries_of(self, pattern, heads, head: int, rows: np.ndarray) -> list[Entries]:
+        states = pattern.block_states(heads, head, self.block_size, rows, self.num_columns)
+        row, column = np.nonzero(states)
+        partly = np.flatnonzero(states[row, column] != 2)
+        row, ids = rows[row], np.zeros(len(row), np.int32)
+        for some in np.array_split(partly, max(1, len(partly) * self.block_size**2 // PAIRS_AT_ONCE)):
+            ids[some] = self._mask_ids(pattern, heads, head, row[some], column[some])
+        return [(row[each], column[each], ids[each]) for each in (ids == WHOLE, ids > NOTHING)]
+
+    def _mask_ids(self, pattern, heads, head: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        token = np.arange(self.block_size)
+        query = rows[:, None, None] * self.block_size + token[:, None]
+        key = columns[:, None, None] * self.block_size + token
+        masks = np.broadcast_to(pattern.reads(heads, head, query, key), (len(rows), len(token), len(token)))
+        return np.array([self.mask_id(mask) for mask in masks], np.int32)
+
+    def list_per_row(self, entries: tuple[Entries, Entries]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Full and partial parts, each int32 [rows, 2]."""
+        parts = []
+        for rows, columns, ids in entries:
+            ends = np.searchsorted(rows, np.append(self.rows, self.rows[-1] + 1))
+            offset = self._table.add_many(columns, ids, np.diff(ends))
+            parts.append([offset + np.stack([ends[:-1], ends[1:]], -1)])
+        return parts[0], parts[1]
+
+
+def _meets(interval: tuple[int, int], low: int, high: int) -> bool:
+    return interval[0] < high and low < interval[1]
+
+
+def _inside(interval: tuple[int, int], low: int, high: int) -> bool:
+    return interval[0] <= low and high <= interval[1]
