@@ -1,0 +1,112 @@
+"""What a decoder is made of: `TransformerConfig`, and which layers of a hybrid stay dense."""
+
+import dataclasses
+
+from jax.sharding import PartitionSpec
+
+from s2jax.patterns import Dense, Pattern
+
+REMAT_POLICIES = ("none", "attention", "full")
+COMPUTE_DTYPES = ("bfloat16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape and numerics of a Llama-style decoder with sparsely-sharded attention.
+
+    Attributes:
+        vocab_size: token ids are 0 to `vocab_size - 1`.
+        num_layers: decoder layers.
+        d_model: width of the residual stream.
+        num_heads: query heads per layer.
+        num_kv_heads: KV heads per layer, a divisor of `num_heads`.
+        head_dim: width of a head, even.
+        d_ff: inner width of the SwiGLU feed-forward.
+        pattern: who reads whom in the sparse layers; causal.
+        dense_layers: indices of the layers whose attention is dense instead, see `hybrid_dense_layers`.
+        rope_theta: base of the rotary positions.
+        norm_eps: added to the mean square in every RMS norm.
+        tie_embeddings: the output projection is the transposed embedding.
+        qk_norm: RMS-normalised queries and keys with a learned gain.
+        dtype: of activations, "bfloat16" or "float32". Parameters, norms, softmax and logits are float32 always.
+        remat: what the backward pass recomputes: "none"; "attention", the norm, projections and rotation around
+            each attention; "full", whole layers. The attention itself is never run again: its output and
+            log-sum-exp are kept.
+        query_spec: `PartitionSpec` of the queries [b, t, h, d] on a mesh with Auto axes.
+        implementation: backend or backends of the attention, see `s2jax.attention`; None picks by platform.
+
+    Raises:
+        ValueError: if a value is out of range or two do not fit together.
+    """
+
+    vocab_size: int
+    num_layers: int
+    d_model: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_ff: int
+    pattern: Pattern
+    dense_layers: tuple[int, ...] = ()
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    query_spec: PartitionSpec | None = None
+    implementation: str | tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} must be a positive integer, got {count!r}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads, so that the KV heads serve groups of equal size; "
+                f"got num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+        if not isinstance(self.pattern, Pattern):
+            raise ValueError(
+                f"pattern must be one of s2jax.patterns, such as s2jax.LocalStride(...), got {self.pattern!r}"
+            )
+        if not self.pattern.causal:
+            raise ValueError(f"a decoder needs a causal pattern, got the bidirectional {self.pattern!r}")
+        self._check_dense_layers()
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        for name, choices in (("dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+
+    def _check_dense_layers(self):
+        layers = tuple(self.dense_layers)
+        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < self.num_layers for i in layers):
+            raise ValueError(f"dense_layers must be layer indices from 0 to {self.num_layers - 1}, got {layers}")
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"dense_layers must name each layer once, got {layers}")
+        object.__setattr__(self, "dense_layers", tuple(sorted(layers)))  # so that equal models have equal configs
+
+    def layer_pattern(self, layer: int) -> Pattern:
+        """The pattern that layer `layer` attends by."""
+        return Dense() if layer in self.dense_layers else self.pattern
+
+
+def hybrid_dense_layers(num_layers: int, *, first: int = 1, every: int | None = None) -> tuple[int, ...]:
+    """The dense layers of a hybrid: the first `first`, and of those after them the last of each `every`.
+
+    `hybrid_dense_layers(12, first=2, every=4)` is `(0, 1, 5, 9)`. Source: S2-Attention, arXiv 2407.17678, which
+    keeps the first layers dense because attention spreads most widely there.
+
+    Raises:
+        ValueError: if `first` is negative or exceeds `num_layers`, or `every` is below 1.
+    """
+    if not 0 <= first <= num_layers:
+        raise ValueError(f"first must be from 0 to num_layers={num_layers}, got {first}")
+    if every is not None and every < 1:
+        raise ValueError(f"every must be at least 1 (each layer dense) or None (no more dense layers), got {every}")
+    return tuple(i for i in range(num_layers) if i < first or (every is not None and (i - first + 1) % every == 0))

@@ -1,0 +1,166 @@
+"""The decoder: embedding, layers of attention and SwiGLU with RMS norms before them, output projection."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.config import TransformerConfig
+from s2jax.heads import rms_norm
+from s2jax.nnx import S2Attention
+
+EMBEDDING_INIT = nnx.initializers.normal(0.02)
+
+
+class RMSNorm(nnx.Module):
+    """RMS norm over the last axis with a learned gain `scale` [f], computed in float32."""
+
+    def __init__(self, features: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "... f"]) -> Float[Array, "... f"]:
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+
+class Embedding(nnx.Module):
+    """A float32 table `embedding` [v, f], to look tokens up and, if tied, to score them."""
+
+    def __init__(self, vocab_size: int, features: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(EMBEDDING_INIT(rngs.params(), (vocab_size, features), jnp.float32))
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t f"]:
+        # By default JAX wraps a negative id around and clamps one that is too large: both would go unseen.
+        rows = jnp.asarray(self.embedding[...]).at[tokens]
+        return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+    def logits(self, x: Float[Array, "b t f"]) -> Float[Array, "b t v"]:
+        """Scores each token of the vocabulary, accumulated in float32."""
+        return jnp.einsum("btf,vf->btv", x, self.embedding[...].astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+class SwiGLU(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`. Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        linear = {"use_bias": False, "dtype": jnp.dtype(config.dtype), "rngs": rngs}
+        self.gate = nnx.Linear(config.d_model, config.d_ff, kernel_init=fan_in(), **linear)
+        self.up = nnx.Linear(config.d_model, config.d_ff, kernel_init=fan_in(), **linear)
+        self.down = nnx.Linear(config.d_ff, config.d_model, kernel_init=fan_in(config.num_layers), **linear)
+
+    def __call__(self, x: Float[Array, "b t f"]) -> Float[Array, "b t f"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, config: TransformerConfig, layer: int, *, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = S2Attention(
+            config.d_model,
+            config.num_heads,
+            config.layer_pattern(layer),
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=jnp.dtype(config.dtype),
+            kernel_init=fan_in(),
+            out_kernel_init=fan_in(config.num_layers),
+            rope_theta=config.rope_theta,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+            query_spec=config.query_spec,
+            implementation=config.implementation,
+            rngs=rngs,
+        )
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config, rngs=rngs)
+        self.remat = config.remat
+
+    def __call__(self, x: Float[Array, "b t f"], positions=None, segment_ids=None) -> Float[Array, "b t f"]:
+        def attend(x):
+            x = self.attention_norm(x)
+            return self.attention(x, positions=positions, segment_ids=segment_ids)
+
+        def layer(x):
+            x = x + (keep_attention(attend)(x) if self.remat == "attention" else attend(x))
+            return x + self.mlp(self.mlp_norm(x))
+
+        return (keep_attention(layer) if self.remat == "full" else layer)(x)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model after Llama, some or all of whose layers attend sparsely.
+
+    Parameters are float32 and live under `embed.embedding` [v, f], `layers.<i>.{attention, attention_norm, mlp,
+    mlp_norm}`, `final_norm.scale` [f] and, unless the embeddings are tied, `lm_head.kernel` [f, v].
+
+    Keys are rotated before the attention, so that a cache can hold them rotated.
+
+    Args:
+        config: shape and numerics.
+        rngs: source of the initial parameters: truncated normal with the variance of the fan-in; projections into
+            the residual stream are smaller by `(2 * num_layers) ** 0.5`, so that it keeps its size through the
+            layers (GPT-2, section 2.3); embeddings and output projection with standard deviation 0.02.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.d_model, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(config, layer, rngs=rngs) for layer in range(config.num_layers)])
+        self.final_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else _output_projection(config, rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        *,
+        positions: Int[Array, "b t"] | Int[Array, "t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t v"]:
+        """Logits of each next token.
+
+        Args:
+            tokens: int32 ids. An id outside the vocabulary gives NaN logits rather than those of another token.
+            positions: rotary positions, by default 0, 1, ...; in packed sequences they start anew in each document.
+            segment_ids: int32 document of each token; tokens attend within their own document.
+
+        Returns:
+            float32 logits.
+
+        Raises:
+            ValueError: if `tokens` are no integers of shape [b, t], or the other arrays do not fit them.
+        """
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens must be integer ids of shape [batch, length], got {tokens.dtype} {list(tokens.shape)}"
+            )
+        x = self.embed(tokens).astype(self.config.dtype)
+        for layer in self.layers:
+            x = layer(x, positions, segment_ids)
+        x = self.final_norm(x)
+        return self.embed.logits(x) if self.lm_head is None else self.lm_head(x)
+
+
+def _output_projection(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        config.d_model,
+        config.vocab_size,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        kernel_init=EMBEDDING_INIT,
+        preferred_element_type=jnp.float32,
+        rngs=rngs,
+    )
+
+
+def fan_in(residual_layers: int | None = None) -> nnx.Initializer:
+    """Truncated normal with variance 1 / fan_in, over 2 * residual_layers for projections into the residual stream."""
+    return nnx.initializers.variance_scaling(
+        1 / (2 * residual_layers if residual_layers else 1), "fan_in", "truncated_normal"
+    )
+
+
+def keep_attention(function):
+    """`function`, of whose intermediates the backward pass keeps the attention's `out` and `lse`, and no others."""
+    return jax.checkpoint(function, policy=jax.checkpoint_policies.save_only_these_names("s2jax_out", "s2jax_lse"))

@@ -1,0 +1,136 @@
+"""What the NNX and the Linen layer share: head counts, and what befalls q and k between projection and attention."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def head_counts(
+    num_heads: int, num_kv_heads: int | None, head_dim: int | None, in_features: int, rope_theta: float | None = None
+) -> tuple[int, int]:
+    """Fills in the defaults of a layer's heads and checks them.
+
+    Returns:
+        `(num_kv_heads, head_dim)`: by default one KV head per query head, and `in_features / num_heads`.
+
+    Raises:
+        ValueError: on a count that is no positive integer, on `num_heads` that `num_kv_heads` does not divide, on
+            `in_features` that `num_heads` does not divide while `head_dim` is not given, and on rotary positions
+            for an odd head_dim.
+    """
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("in_features", in_features)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be a positive integer, got {count!r}")
+    if num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads, so that the KV heads serve groups of equal size; "
+            f"got num_heads={num_heads}, num_kv_heads={num_kv_heads}"
+        )
+    if head_dim is None:
+        if in_features % num_heads:
+            raise ValueError(
+                f"in_features must be a multiple of num_heads when head_dim is not given; "
+                f"got in_features={in_features}, num_heads={num_heads}"
+            )
+        head_dim = in_features // num_heads
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
+        raise ValueError(f"head_dim must be a positive integer, got {head_dim!r}")
+    if rope_theta is not None and head_dim % 2:
+        raise ValueError(f"rotary positions pair the features of a head: head_dim must be even, got {head_dim}")
+    return num_kv_heads, head_dim
+
+
+def rms_norm(x: Float[Array, "... d"], gain: Float[Array, "d"], epsilon: float = 1e-6) -> Float[Array, "... d"]:
+    """Divides the last axis by its root mean square and multiplies it by `gain`.
+
+    Computed in float32 (float64 for float64 input); the result has the dtype of `x`.
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normalized = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    gain = gain.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + gain.shape)
+    return (normalized * gain).astype(x.dtype)
+
+
+def rotary(
+    x: Float[Array, "b t h d"], positions: Int[Array, "b t"] | Int[Array, "t"], theta: float
+) -> Float[Array, "b t h d"]:
+    """Rotates each head by its token's position, so that a query-key product depends on their distance only.
+
+    Convention ("rotate half", that of Llama weights in the Hugging Face format): feature `i` of the first half
+    and feature `i` of the second half form a pair, turned by `position * theta ** (-2 * i / d)` radians.
+    Meta's original Llama files pair neighbouring features instead and need their rows permuted.
+
+    Args:
+        x: queries or keys, `d` even.
+        positions: integer positions, one row per batch entry or one row shared by all.
+        theta: base of the wavelengths, commonly 1e4 to 1e6.
+
+    Returns:
+        The rotated heads in the dtype of `x`; angles are computed in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: if `d` is odd, or if `positions` are no integers or do not fit `x`.
+
+    Source: Su et al., RoFormer, arXiv 2104.09864, section 3.4.2.
+    """
+    batch, length, _, head_dim = x.shape
+    if head_dim % 2:
+        raise ValueError(f"rotary positions pair the features of a head: head_dim must be even, got {head_dim}")
+    if positions.shape not in ((length,), (batch, length)):
+        raise ValueError(
+            f"positions must have shape [{length}] or [{batch}, {length}], like the tokens that they number; "
+            f"got {list(positions.shape)}"
+        )
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise ValueError(f"positions must be integers, got {positions.dtype}; cast them to int32")
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
+    angles = positions.reshape((-1, length, 1, 1)).astype(wide) * frequencies.reshape((1, 1, 1, -1))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(wide), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def place(
+    heads: Float[Array, "b t h d"],
+    gain: Float[Array, "d"] | None,
+    positions: Int[Array, "b t"] | Int[Array, "t"] | None,
+    offset: int | Int[Array, ""] | Int[Array, "b"],
+    rope_theta: float | None,
+    norm_eps: float,
+) -> Float[Array, "b t h d"]:
+    """Queries or keys as the attention takes them: normalised if there is a gain, rotated if there is a theta.
+
+    Positions default to `offset, offset + 1, ...`.
+
+    Raises:
+        ValueError: if positions are given that nothing would use, or that do not fit.
+    """
+    if gain is not None:
+        heads = rms_norm(heads, gain, norm_eps)
+    if rope_theta is None:
+        if positions is not None:
+            raise ValueError("positions serve the rotary embedding, but the layer has rope_theta=None; give it one")
+        return heads
+    if positions is None:
+        steps = jnp.arange(heads.shape[1], dtype=jnp.int32)
+        offset = jnp.asarray(offset, jnp.int32)
+        positions = offset.reshape(-1, 1) + steps.reshape(1, -1) if offset.ndim else offset + steps
+    return rotary(heads, positions, rope_theta)
+
+
+def refuse_key_arguments(kv_positions, kv_segment_ids, query_offset) -> None:
+    """Raises ValueError if an argument that means something only beside `kv` comes in self attention."""
+    for name, given, own in (
+        ("kv_positions", kv_positions, "positions"),
+        ("kv_segment_ids", kv_segment_ids, "segment_ids"),
+    ):
+        if given is not None:
+            raise ValueError(f"{name} belong to kv, which is None: in self attention {own} serve the keys too")
+    if not (isinstance(query_offset, int) and query_offset == 0):
+        raise ValueError(
+            f"query_offset places x among the tokens of kv, which is None, and is 0 in self attention; got "
+            f"{query_offset!r}. Pass kv (the whole context); if only rotary positions start later, pass positions"
+        )

@@ -1,0 +1,113 @@
+"""Sparsely-sharded attention as a Flax Linen layer, and as `attention_fn` of `nn.MultiHeadDotProductAttention`."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.linear import default_kernel_init
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from s2jax.flax_adapter import attention_fn
+from s2jax.functional import attention
+from s2jax.heads import head_counts, place, refuse_key_arguments
+
+__all__ = ["S2Attention", "attention_fn"]
+
+
+class S2Attention(nn.Module):
+    """Multi-head attention whose heads read what `pattern` lets them read.
+
+    The Linen twin of `s2jax.nnx.S2Attention`, which explains the attributes: the same parameters with the same names
+    and shapes, so that the weights of either serve the other,
+
+        params = nnx.to_pure_dict(nnx.state(nnx_layer, nnx.Param))   # linen_layer.apply({"params": params}, x)
+        nnx.update(nnx_layer, params)                                # and back
+
+    The width of the input is that of the first input seen, which `out_features` follows.
+
+    Raises:
+        ValueError: when called, on head counts, shapes or arguments that do not fit together.
+    """
+
+    num_heads: int
+    pattern: Any
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    out_features: int | None = None
+    use_bias: bool = False
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = default_kernel_init
+    out_kernel_init: Initializer | None = None
+    rope_theta: float | None = None
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    use_sinks: bool = False
+    scale: float | None = None
+    logits_soft_cap: float | None = None
+    query_spec: PartitionSpec | None = None
+    implementation: str | tuple[str, ...] | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t f"],
+        kv: Float[Array, "b s f"] | None = None,
+        *,
+        positions: Int[Array, "b t"] | Int[Array, "t"] | None = None,
+        kv_positions: Int[Array, "b s"] | Int[Array, "s"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        kv_segment_ids: Int[Array, "b s"] | None = None,
+        query_offset: int | Int[Array, ""] | Int[Array, "b"] = 0,
+        pattern: Any = None,
+    ) -> Float[Array, "b t out_features"]:
+        """Attends from `x` to itself, or to `kv` if that is given; the arguments are those of the NNX layer."""
+        if kv is None:
+            refuse_key_arguments(kv_positions, kv_segment_ids, query_offset)
+            kv, kv_positions, kv_segment_ids = x, positions, segment_ids
+        in_features = x.shape[-1]
+        num_kv_heads, head_dim = head_counts(
+            self.num_heads, self.num_kv_heads, self.head_dim, in_features, self.rope_theta
+        )
+        query = self._project("query", (self.num_heads, head_dim))(x)
+        key = self._project("key", (num_kv_heads, head_dim))(kv)
+        value = self._project("value", (num_kv_heads, head_dim))(kv)
+
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        query_gain = self.param("query_gain", ones, (head_dim,), self.param_dtype) if self.qk_norm else None
+        key_gain = self.param("key_gain", ones, (head_dim,), self.param_dtype) if self.qk_norm else None
+        sinks = self.param("sinks", zeros, (self.num_heads,), self.param_dtype) if self.use_sinks else None
+
+        heads = attention(
+            place(query, query_gain, positions, query_offset, self.rope_theta, self.norm_eps),
+            place(key, key_gain, kv_positions, 0, self.rope_theta, self.norm_eps),
+            value,
+            self.pattern if pattern is None else pattern,
+            scale=self.scale,
+            query_offset=query_offset,
+            query_segment_ids=segment_ids,
+            kv_segment_ids=kv_segment_ids,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=sinks,
+            query_spec=self.query_spec,
+            implementation=self.implementation,
+        )
+        out_features = in_features if self.out_features is None else self.out_features
+        return self._project("out", out_features, axis=(-2, -1), kernel_init=self.out_kernel_init)(heads)
+
+    def _project(
+        self, name: str, features: int | tuple[int, ...], axis: int | tuple[int, ...] = -1, kernel_init=None
+    ) -> nn.DenseGeneral:
+        return nn.DenseGeneral(
+            features,
+            axis=axis,
+            use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            kernel_init=kernel_init or self.kernel_init,
+            name=name,
+        )

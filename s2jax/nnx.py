@@ -1,0 +1,185 @@
+"""Sparsely-sharded attention as a Flax NNX layer, and as `attention_fn` of `nnx.MultiHeadAttention`."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.linear import default_kernel_init
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from s2jax.flax_adapter import attention_fn
+from s2jax.functional import attention
+from s2jax.heads import head_counts, place, refuse_key_arguments
+
+__all__ = ["S2Attention", "attention_fn"]
+
+
+class S2Attention(nnx.Module):
+    """Multi-head attention whose heads read what `pattern` lets them read.
+
+    Projects to queries, keys and values, normalises and rotates queries and keys if asked to, attends, and projects
+    back. Parameters, named and shaped as in `nnx.MultiHeadAttention` and in `s2jax.linen.S2Attention`:
+
+        query.kernel [f, h, d]   key.kernel [f, k, d]   value.kernel [f, k, d]   out.kernel [h, d, out_features]
+        query.bias [h, d]        key.bias [k, d]        value.bias [k, d]        out.bias [out_features]   (use_bias)
+        query_gain [d], key_gain [d] (qk_norm)          sinks [h] (use_sinks)
+
+    The layer keeps no state besides them. Under `jax.jit` over a mesh with Auto axes give `query_spec`.
+
+    Args:
+        in_features: width `f` of the input.
+        num_heads: query heads `h`.
+        pattern: which head reads which block: `s2jax.LocalStride(...)` or another of `s2jax.patterns`.
+        num_kv_heads: KV heads `k`, a divisor of `h`; by default `h`.
+        head_dim: `d`, by default `in_features / num_heads`.
+        out_features: width of the output, by default `in_features`.
+        use_bias: adds a bias to each of the four projections.
+        dtype: dtype of the computation, by default that which input and parameters promote to.
+        param_dtype: dtype of the parameters.
+        precision: of the four projections, see `jax.lax.Precision`.
+        kernel_init: initialises the four kernels.
+        out_kernel_init: initialises the output kernel instead, if given.
+        rope_theta: base of the rotary positions; None leaves queries and keys unrotated.
+        qk_norm: RMS-normalises each head of q and k, with a learned gain (without one, the logits could not exceed
+            `d ** 0.5`, which costs quality).
+        norm_eps: added to the mean square under `qk_norm`.
+        use_sinks: one learned logit per query head joins each softmax and takes weight from no key in particular.
+        scale: multiplies the logits, by default `head_dim ** -0.5`.
+        logits_soft_cap: logits become `cap * tanh(logits / cap)`.
+        query_spec: `PartitionSpec` of the queries [b, t, h, d] on a mesh with Auto axes.
+        implementation: backend or backends to use, see `s2jax.attention`.
+        rngs: source of the initial parameters.
+
+    Raises:
+        ValueError: on head counts that do not fit together.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        pattern: Any,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        out_features: int | None = None,
+        use_bias: bool = False,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: PrecisionLike = None,
+        kernel_init: Initializer = default_kernel_init,
+        out_kernel_init: Initializer | None = None,
+        rope_theta: float | None = None,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+        use_sinks: bool = False,
+        scale: float | None = None,
+        logits_soft_cap: float | None = None,
+        query_spec: PartitionSpec | None = None,
+        implementation: str | tuple[str, ...] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        num_kv_heads, head_dim = head_counts(num_heads, num_kv_heads, head_dim, in_features, rope_theta)
+        self.pattern = pattern
+        self.rope_theta = rope_theta
+        self.norm_eps = norm_eps
+        self.scale = scale
+        self.logits_soft_cap = logits_soft_cap
+        self.query_spec = query_spec
+        self.implementation = implementation
+
+        linear = {
+            "use_bias": use_bias,
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "precision": precision,
+            "rngs": rngs,
+        }
+        self.query = nnx.LinearGeneral(in_features, (num_heads, head_dim), kernel_init=kernel_init, **linear)
+        self.key = nnx.LinearGeneral(in_features, (num_kv_heads, head_dim), kernel_init=kernel_init, **linear)
+        self.value = nnx.LinearGeneral(in_features, (num_kv_heads, head_dim), kernel_init=kernel_init, **linear)
+        self.out = nnx.LinearGeneral(
+            (num_heads, head_dim),
+            in_features if out_features is None else out_features,
+            axis=(-2, -1),
+            kernel_init=out_kernel_init or kernel_init,
+            **linear,
+        )
+        self.query_gain = nnx.Param(jnp.ones(head_dim, param_dtype)) if qk_norm else None
+        self.key_gain = nnx.Param(jnp.ones(head_dim, param_dtype)) if qk_norm else None
+        self.sinks = nnx.Param(jnp.zeros(num_heads, param_dtype)) if use_sinks else None
+
+    def __call__(
+        self,
+        x: Float[Array, "b t f"],
+        kv: Float[Array, "b s f"] | None = None,
+        *,
+        positions: Int[Array, "b t"] | Int[Array, "t"] | None = None,
+        kv_positions: Int[Array, "b s"] | Int[Array, "s"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        kv_segment_ids: Int[Array, "b s"] | None = None,
+        query_offset: int | Int[Array, ""] | Int[Array, "b"] = 0,
+        pattern: Any = None,
+    ) -> Float[Array, "b t out_features"]:
+        """Attends from `x` to itself, or to `kv` if that is given.
+
+        Args:
+            x: input of the queries, and of keys and values too in self attention.
+            kv: input of keys and values in cross attention, or the whole context of which `x` is a part.
+            positions: rotary positions of `x`, by default 0, 1, ... (from `query_offset` on). They do not move what
+                the pattern reads, which goes by place in the array.
+            kv_positions: rotary positions of `kv`, by default 0, 1, ...
+            segment_ids: a token attends to tokens of its own segment only.
+            kv_segment_ids: segments of `kv`.
+            query_offset: place of `x[:, 0]` among the tokens of `kv`.
+            pattern: read instead of the layer's own, for instance a traced `s2jax.BlockSelection`.
+
+        Returns:
+            The output, in the layer's dtype.
+
+        Raises:
+            ValueError: on shapes or dtypes that do not fit, on positions without `rope_theta`, and on arguments
+                that mean nothing without `kv`.
+        """
+        if kv is None:
+            refuse_key_arguments(kv_positions, kv_segment_ids, query_offset)
+            kv, kv_positions, kv_segment_ids = x, positions, segment_ids
+        query = self.queries(x, positions, query_offset=query_offset)
+        key, value = self.keys_values(kv, kv_positions)
+        heads = attention(
+            query,
+            key,
+            value,
+            self.pattern if pattern is None else pattern,
+            scale=self.scale,
+            query_offset=query_offset,
+            query_segment_ids=segment_ids,
+            kv_segment_ids=kv_segment_ids,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=_array(self.sinks),
+            query_spec=self.query_spec,
+            implementation=self.implementation,
+        )
+        return self.out(heads)
+
+    def queries(
+        self,
+        x: Float[Array, "b t f"],
+        positions: Int[Array, "b t"] | Int[Array, "t"] | None = None,
+        *,
+        query_offset: int | Int[Array, ""] | Int[Array, "b"] = 0,
+    ) -> Float[Array, "b t h d"]:
+        """The queries of `x`, normalised and rotated as the layer is set up."""
+        return place(self.query(x), _array(self.query_gain), positions, query_offset, self.rope_theta, self.norm_eps)
+
+    def keys_values(
+        self, x: Float[Array, "b s f"], positions: Int[Array, "b s"] | Int[Array, "s"] | None = None
+    ) -> tuple[Float[Array, "b s k d"], Float[Array, "b s k d"]]:
+        """The keys of `x`, normalised and rotated (as a cache holds them), and its values."""
+        return place(self.key(x), _array(self.key_gain), positions, 0, self.rope_theta, self.norm_eps), self.value(x)
+
+
+def _array(parameter: nnx.Param | None) -> Array | None:
+    return None if parameter is None else parameter[...]

@@ -1,0 +1,87 @@
+"""Rotary positions and RMS norm, and the counts that layers check."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s2jax.heads import head_counts, rms_norm, rotary
+
+
+def heads(seed=0, batch=2, length=7, num_heads=3, head_dim=8, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), (batch, length, num_heads, head_dim), dtype)
+
+
+def test_rotary_is_a_rotation_by_position_times_frequency():
+    x = np.asarray(heads(), np.float64)
+    positions = np.array([0, 1, 2, 5, 100, 1000, 4000])
+    pairs = x[..., :4] + 1j * x[..., 4:]
+    frequencies = 10_000.0 ** (-2 * np.arange(4) / 8)
+    turned = pairs * np.exp(1j * positions[:, None, None] * frequencies)
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    result = rotary(jnp.asarray(x, jnp.float32), jnp.asarray(positions), 10_000.0)
+    np.testing.assert_allclose(result, expected, atol=2e-3)  # float32 angles: 4000 * 2**-24
+    np.testing.assert_allclose(result[:, :4], expected[:, :4], atol=1e-5)
+
+
+def test_rotary_products_depend_on_distance_only():
+    query, key = heads(1), heads(2)
+    positions = jnp.arange(7)
+
+    def products(shift):
+        return jnp.einsum("bthd,bshd->bhts", *(rotary(x, positions + shift, 100.0) for x in (query, key)))
+
+    np.testing.assert_allclose(products(0), products(37), atol=1e-4)
+
+
+def test_rotary_positions_per_batch_entry():
+    x = heads()
+    shifted = jnp.stack([jnp.arange(7), jnp.arange(7) + 3])
+    result = rotary(x, shifted, 100.0)
+    np.testing.assert_array_equal(result[0], rotary(x, jnp.arange(7), 100.0)[0])
+    np.testing.assert_array_equal(result[1], rotary(x, jnp.arange(7) + 3, 100.0)[1])
+
+
+def test_rms_norm_is_computed_in_float32():
+    x = heads(dtype=jnp.bfloat16)
+    gain = jnp.linspace(0.5, 2.0, 8)
+    wide = np.asarray(x, np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * np.asarray(gain)
+    result = rms_norm(x, gain)
+    assert result.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=2**-8)
+
+
+@pytest.mark.parametrize(
+    ("positions", "message"),
+    [
+        (jnp.arange(6), r"\[7\] or \[2, 7\].*\[6\]"),
+        (jnp.zeros((3, 7), jnp.int32), r"\[7\] or \[2, 7\].*\[3, 7\]"),
+        (jnp.arange(7.0), "integers, got float32"),
+    ],
+)
+def test_positions_that_do_not_fit(positions, message):
+    with pytest.raises(ValueError, match=message):
+        rotary(heads(), positions, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, 3, 8, 32), "num_heads=4, num_kv_heads=3"),
+        ((0, None, 8, 32), "num_heads must be a positive integer, got 0"),
+        ((4, -2, 8, 32), "num_kv_heads must be a positive integer, got -2"),
+        ((4, 2.0, 8, 32), "num_kv_heads must be a positive integer, got 2.0"),
+        ((4, None, 0, 32), "head_dim must be a positive integer, got 0"),
+        ((4, None, None, 30), "in_features=30, num_heads=4"),
+        ((4, None, 7, 32, 1e4), "even, got 7"),
+    ],
+)
+def test_head_counts_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        head_counts(*arguments)
+
+
+def test_head_count_defaults():
+    assert head_counts(4, None, None, 32) == (4, 8)
+    assert head_counts(4, 2, 16, 30) == (2, 16)

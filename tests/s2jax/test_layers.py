@@ -1,0 +1,187 @@
+"""`S2Attention` of NNX and of Linen: one layer in two libraries."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import s2jax.linen
+import s2jax.nnx
+from s2jax.patterns import Dense, LocalStride
+
+SPARSE = LocalStride(block_size=16, local_blocks=1, vert_stride=2)
+VARIANTS = {
+    "plain": {},
+    "grouped": {"num_kv_heads": 2, "head_dim": 16, "out_features": 24},
+    "everything": {
+        "num_kv_heads": 2,
+        "use_bias": True,
+        "rope_theta": 1e4,
+        "qk_norm": True,
+        "use_sinks": True,
+        "logits_soft_cap": 20.0,
+        "scale": 0.3,
+    },
+}
+
+
+def inputs(seed=0, batch=2, length=70, features=32, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), (batch, length, features), dtype)
+
+
+def nnx_layer(pattern=SPARSE, **settings):
+    layer = s2jax.nnx.S2Attention(32, 4, pattern, rngs=nnx.Rngs(0), **settings)
+    leaves, tree = jax.tree.flatten(nnx.state(layer, nnx.Param))
+    keys = jax.random.split(jax.random.key(9), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys, strict=True)]
+    nnx.update(layer, jax.tree.unflatten(tree, leaves))  # so that gains, biases and sinks matter
+    return layer
+
+
+def dense_reference(layer, x, *, soft_cap=None, scale=None, theta=None, norm=False):
+    """The layer spelled out in float64 NumPy, for one pattern given as a token mask."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
+    x = np.asarray(x, np.float64)
+
+    def project(name):
+        return np.einsum("btf,fhd->bthd", x, p[name]["kernel"]) + p[name].get("bias", 0.0)
+
+    def placed(heads, gain):
+        if norm:
+            heads = heads / np.sqrt((heads**2).mean(-1, keepdims=True) + 1e-6) * p[gain]
+        if theta is not None:
+            half = heads.shape[-1] // 2
+            angles = np.arange(x.shape[1])[:, None, None] * theta ** (-np.arange(half) / half)
+            turned = (heads[..., :half] + 1j * heads[..., half:]) * np.exp(1j * angles)
+            heads = np.concatenate([turned.real, turned.imag], axis=-1)
+        return heads
+
+    q, k, v = placed(project("query"), "query_gain"), placed(project("key"), "key_gain"), project("value")
+    group = q.shape[2] // k.shape[2]
+    logits = np.einsum("bthd,bshd->bhts", q, k.repeat(group, 2)) * (scale or q.shape[-1] ** -0.5)
+    logits = logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
+    mask = layer.pattern.token_mask(q.shape[2], k.shape[2], x.shape[1], x.shape[1])
+    weights = np.exp(logits) * mask
+    total = weights.sum(-1, keepdims=True) + (np.exp(p["sinks"])[:, None, None] if "sinks" in p else 0.0)
+    heads = np.einsum("bhts,bshd->bthd", weights / total, v.repeat(group, 2))
+    return np.einsum("bthd,hdf->btf", heads, p["out"]["kernel"]) + p["out"].get("bias", 0.0)
+
+
+@pytest.mark.parametrize("pattern", [SPARSE, Dense()], ids=["sparse", "dense"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_layer_computes_what_its_docstring_says(variant, pattern):
+    layer, x = nnx_layer(pattern, **VARIANTS[variant]), inputs()
+    own = {"soft_cap": 20.0, "scale": 0.3, "theta": 1e4, "norm": True} if variant == "everything" else {}
+    np.testing.assert_allclose(layer(x), dense_reference(layer, x, **own), atol=2e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_nnx_weights_serve_linen_and_back(variant):
+    layer, x = nnx_layer(**VARIANTS[variant]), inputs()
+    twin = s2jax.linen.S2Attention(4, SPARSE, **VARIANTS[variant])
+    params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    of_linen = twin.init(jax.random.key(1), x)["params"]
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(lambda a: (a.shape, a.dtype), of_linen)
+    np.testing.assert_array_equal(layer(x), twin.apply({"params": params}, x))
+
+    nnx.update(layer, of_linen)
+    np.testing.assert_array_equal(layer(x), twin.apply({"params": of_linen}, x))
+
+
+def test_cross_attention_positions_and_segments_agree_in_both():
+    layer, x, context = nnx_layer(Dense(), **VARIANTS["everything"]), inputs(length=20), inputs(1, length=70)
+    twin = s2jax.linen.S2Attention(4, Dense(), **VARIANTS["everything"])
+    arguments = {
+        "positions": jnp.arange(50, 70),
+        "kv_positions": jnp.stack([jnp.arange(70), jnp.arange(70)]),
+        "segment_ids": jnp.ones((2, 20), jnp.int32),
+        "kv_segment_ids": jnp.where(jnp.arange(70) < 30, 0, 1) * jnp.ones((2, 1), jnp.int32),
+        "query_offset": 50,
+    }
+    params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    out = layer(x, context, **arguments)
+    np.testing.assert_array_equal(out, twin.apply({"params": params}, x, context, **arguments))
+    changed = layer(x, context.at[:, :30].set(7.0), **arguments)  # of another segment
+    np.testing.assert_array_equal(out, changed)
+
+
+def test_a_chunk_of_queries_beside_its_whole_context_is_that_chunk_of_self_attention():
+    layer, x = nnx_layer(**VARIANTS["everything"]), inputs()
+    np.testing.assert_allclose(layer(x[:, 40:], x, query_offset=40), layer(x)[:, 40:], atol=1e-5)
+    traced = jax.jit(lambda x, offset: layer(x[:, 40:], x, query_offset=offset))
+    np.testing.assert_allclose(traced(x, 40), layer(x)[:, 40:], atol=1e-5)
+    per_entry = layer(x[:, 40:], x, query_offset=jnp.array([40, 40]))
+    np.testing.assert_allclose(per_entry, layer(x)[:, 40:], atol=1e-5)
+
+
+def test_queries_and_keys_are_what_a_cache_would_hold():
+    layer, x = nnx_layer(rope_theta=1e4), inputs()
+    key, value = layer.keys_values(x[:, 40:], jnp.arange(40, 70))
+    whole_key, whole_value = layer.keys_values(x)
+    np.testing.assert_allclose(key, whole_key[:, 40:], atol=1e-5)
+    np.testing.assert_allclose(value, whole_value[:, 40:], atol=1e-6)
+    np.testing.assert_allclose(layer.queries(x[:, 40:], query_offset=40), layer.queries(x)[:, 40:], atol=1e-5)
+
+
+def test_pattern_given_in_the_call_takes_the_place_of_the_layers():
+    sparse, dense, x = nnx_layer(SPARSE), nnx_layer(Dense()), inputs()
+    np.testing.assert_array_equal(sparse(x, pattern=Dense()), dense(x))
+    assert np.abs(sparse(x) - dense(x)).max() > 1e-3
+
+
+def test_jit_grad_vmap():
+    layer, x = nnx_layer(**VARIANTS["everything"]), inputs()
+    graph, state = nnx.split(layer)
+
+    def loss(state, x):
+        return jnp.mean(nnx.merge(graph, state)(x) ** 2)
+
+    grads = jax.jit(jax.grad(loss))(state, x)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+    stacked = jnp.stack([x, 2 * x])
+    np.testing.assert_allclose(jax.vmap(layer)(stacked)[1], layer(2 * x), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, None])
+def test_dtypes(dtype):
+    layer = nnx_layer(dtype=dtype, qk_norm=True, rope_theta=1e4)
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(layer, nnx.Param))} == {jnp.dtype("float32")}
+    out = layer(inputs(dtype=jnp.bfloat16))
+    assert out.dtype == (jnp.float32 if dtype is None else dtype)
+    wide = nnx_layer(qk_norm=True, rope_theta=1e4)(inputs(dtype=jnp.bfloat16).astype(jnp.float32))
+    assert np.abs(out.astype(jnp.float32) - wide).max() < 0.05
+
+
+def test_layer_has_parameters_only_and_no_sharding_metadata():
+    state = nnx.state(nnx_layer(**VARIANTS["everything"]))
+    variables = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    bare = nnx.Param(jnp.zeros(1)).get_metadata()
+    assert all(type(v) is nnx.Param and v.get_metadata() == bare for v in variables)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"positions": jnp.arange(70)}, "rope_theta=None"),
+        ({"kv_positions": jnp.arange(70)}, "kv_positions belong to kv, which is None"),
+        ({"kv_segment_ids": jnp.zeros((2, 70), jnp.int32)}, "kv_segment_ids belong to kv, which is None"),
+        ({"query_offset": 3}, "query_offset places x among the tokens of kv.*got 3"),
+        ({"kv": inputs(), "segment_ids": jnp.zeros((2, 70), jnp.int32)}, "segment_ids"),
+        ({"segment_ids": jnp.zeros((2, 69), jnp.int32)}, "69"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(call, message):
+    layer, x = nnx_layer(), inputs()
+    twin = s2jax.linen.S2Attention(4, SPARSE)
+    with pytest.raises(ValueError, match=message):
+        layer(x, **call)
+    with pytest.raises(ValueError, match=message):
+        twin.apply({"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}, x, **call)
+
+
+def test_head_counts_are_checked_in_both():
+    with pytest.raises(ValueError, match="num_heads=4, num_kv_heads=3"):
+        nnx_layer(num_kv_heads=3)
+    with pytest.raises(ValueError, match="num_heads=4, num_kv_heads=3"):
+        s2jax.linen.S2Attention(4, SPARSE, num_kv_heads=3).init(jax.random.key(0), inputs())
