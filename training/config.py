@@ -1,0 +1,308 @@
+"""What a run is: frozen dataclasses whose fields are the flags of train.py, and a recipe for each model preset.
+
+Every flag is checked where the values meet (`__post_init__`), so a config that exists is a config that makes sense;
+what depends on the devices is checked in `training.mesh`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import models
+import s2jax
+
+
+def require(condition: bool, flag: str, expected: str, got: object) -> None:
+    """Raises the one-line ValueError that bad values on the command line end in."""
+    if not condition:
+        raise ValueError(f"{flag}: expected {expected}, got {got}")
+
+
+def _require_counts(options: object, *names: str, least: int = 1) -> None:
+    for name in names:
+        value = getattr(options, name)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        require(whole, f"--{name.replace('_', '-')}", f"a whole number of at least {least}", repr(value))
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How --data is read and cut into rows."""
+
+    seq_len: int = 1024
+    """Tokens in a row: documents are packed into rows of this length, and attention sees no further."""
+    batch_size: int = 4
+    """Rows in a step, over all devices."""
+    heldout: float = 0.02
+    """Share of the text that is held out of training, by document, for the report at the end."""
+    heldout_tokens: int = 250_000
+    """Most tokens of it that the report scores."""
+    text_field: str = "text"
+    """Field of a .jsonl line that holds its text."""
+    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    """Type of the tokens in a .bin file."""
+    end_token: int | None = None
+    """Token id that closes a document in a token file; None takes each file as one document."""
+
+    def __post_init__(self):
+        _require_counts(self, "batch_size", "heldout_tokens")
+        _require_counts(self, "seq_len", least=2)
+        require(0 < self.heldout < 1, "--heldout", "a share between 0 and 1", self.heldout)
+        if self.end_token is not None:
+            _require_counts(self, "end_token", least=0)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Size and numerics of the model; the defaults are the preset's."""
+
+    vocab_size: int
+    """Token ids are 0 to this less 1; byte-level text needs 257."""
+    num_layers: int
+    """Decoder layers."""
+    d_model: int
+    """Width of the residual stream."""
+    num_heads: int
+    """Query heads of a layer."""
+    num_kv_heads: int
+    """KV heads of a layer, a divisor of the query heads."""
+    head_dim: int
+    """Width of a head."""
+    d_ff: int
+    """Inner width of the feed-forward."""
+    block_size: int
+    """Tokens in a block of the sparse layers' pattern: a power of two from 16."""
+    local_blocks: int
+    """Blocks behind it (its own included) that a query reads whole."""
+    vert_stride: int
+    """Beyond them it reads one block in so many, each KV head others."""
+    num_dense_heads: int
+    """KV heads of a sparse layer that read everything."""
+    dense_layers: tuple[int, ...]
+    """Layers whose attention is dense: their indices, the first layer being 0."""
+    tie_embeddings: bool
+    """Whether the output projection is the transposed embedding."""
+    qk_norm: bool
+    """Whether queries and keys are RMS-normalised, with a learned gain."""
+    rope_theta: float
+    """Base of the rotary positions."""
+    dtype: Literal["bfloat16", "float32"]
+    """Type that activations are computed in; the parameters are float32 always."""
+    remat: Literal["none", "attention", "full"]
+    """What the backward pass computes anew to save memory; attention's own output is always kept."""
+    implementation: str = "auto"
+    """Attention backend: auto picks by platform; xla, mosaic_gpu, … ask for just that one."""
+
+    def __post_init__(self):
+        for flag, value in (("--block-size", self.block_size), ("--local-blocks", self.local_blocks)):
+            require(value >= 1, flag, "a whole number of at least 1", value)
+        self.transformer()  # raises where the values do not fit together
+
+    @classmethod
+    def of(cls, config: models.TransformerConfig) -> ModelOptions:
+        """The options that `transformer()` turns back into `config`."""
+        pattern = config.pattern
+        if not isinstance(pattern, s2jax.LocalStride):
+            raise ValueError(f"expected a preset with a LocalStride pattern, got {pattern!r}")
+        shared = {f.name for f in dataclasses.fields(cls)} - {"implementation"}
+        sources = {**dataclasses.asdict(config), **{n: getattr(pattern, n) for n in _PATTERN_FIELDS}}
+        return cls(**{name: sources[name] for name in shared})
+
+    def transformer(self, query_spec=None) -> models.TransformerConfig:
+        """The model's config.
+
+        Args:
+            query_spec: PartitionSpec of the queries `[b, t, h, d]` on a mesh of several devices.
+
+        Raises:
+            ValueError: a value is out of range, or two do not fit together.
+        """
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _PATTERN_FIELDS}
+        values["implementation"] = None if self.implementation == "auto" else self.implementation
+        pattern = s2jax.LocalStride(**{name: getattr(self, name) for name in _PATTERN_FIELDS})
+        return models.TransformerConfig(**values, pattern=pattern, query_spec=query_spec)
+
+
+_PATTERN_FIELDS = ("block_size", "local_blocks", "vert_stride", "num_dense_heads")
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Optimizer and schedule: linear warmup, then a cosine."""
+
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """What steps the weight matrices; embeddings, output projection and gains are Adam's under either."""
+    learning_rate: float | None = None
+    """Peak rate of the weight matrices; None is 0.02 for muon and 0.003 for adamw."""
+    rest_learning_rate: float = 3e-3
+    """Peak rate of embeddings, output projection and gains."""
+    warmup_steps: int = 20
+    """Steps over which the rates rise to their peaks; at most half of all steps."""
+    final_fraction: float = 0.05
+    """Share of the peak rates that the cosine ends at."""
+    weight_decay: float = 0.01
+    """Decay of the weight matrices per step, times the rate; nothing else decays."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    accumulate: int = 1
+    """Parts that a batch is cut into, one after another: less memory, the same gradient."""
+
+    def __post_init__(self):
+        _require_counts(self, "accumulate")
+        _require_counts(self, "warmup_steps", least=0)
+        require(self.optimizer in ("muon", "adamw"), "--optimizer", "muon or adamw", self.optimizer)
+        for name in ("learning_rate", "rest_learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            fits = value is None if name == "learning_rate" else False
+            require(fits or 0 < value < math.inf, f"--{name.replace('_', '-')}", "a positive number", value)
+        require(0 <= self.weight_decay < math.inf, "--weight-decay", "a number from 0 up", self.weight_decay)
+        require(0 <= self.final_fraction <= 1, "--final-fraction", "a share from 0 to 1", self.final_fraction)
+
+    @property
+    def matrix_rate(self) -> float:
+        """Peak rate of the weight matrices."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return {"muon": 0.02, "adamw": 3e-3}[self.optimizer]
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Devices and processes."""
+
+    mesh: tuple[int, int, int] = (1, -1, 1)
+    """Devices along the axes data, fsdp and tensor; -1 (once) takes all that are left."""
+    distributed: bool = False
+    """Join a cluster of processes; TPU pods and SLURM are recognised, elsewhere give the three flags below."""
+    coordinator: str | None = None
+    """host:port of process 0."""
+    num_processes: int | None = None
+    """Processes in the cluster."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+
+    def __post_init__(self):
+        fits = len(self.mesh) == 3 and all(n >= 1 or n == -1 for n in self.mesh) and self.mesh.count(-1) <= 1
+        require(fits, "--mesh", "three device counts, one of which may be -1", " ".join(map(str, self.mesh)))
+        named = {"--coordinator": self.coordinator, "--num-processes": self.num_processes}
+        named["--process-id"] = self.process_id
+        given = [flag for flag, value in named.items() if value is not None]
+        require(not given or self.distributed, given[0] if given else "", "--distributed beside it", "it alone")
+        require(len(given) in (0, 3), "--distributed", f"all or none of {', '.join(named)}", " ".join(given))
+        if given:
+            _require_counts(self, "num_processes")
+            _require_counts(self, "process_id", least=0)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Checkpoints, progress and the report."""
+
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is also written at the end and on SIGTERM or Ctrl-C."""
+    keep: int = 3
+    """Checkpoints kept, the newest ones."""
+    log_every: int = 10
+    """Steps between lines of progress, and between looks for a loss that is no number."""
+    prompt: str = "def "
+    """What the text sample at the end begins with (byte-level text only)."""
+    sample_bytes: int = 300
+    """Length of that sample; 0 leaves it out."""
+    temperature: float = 0.7
+    """Temperature of that sample; 0 takes the likeliest byte each time."""
+
+    def __post_init__(self):
+        _require_counts(self, "checkpoint_every", "keep", "log_every")
+        _require_counts(self, "sample_bytes", least=0)
+        require(0 <= self.temperature < math.inf, "--temperature", "a number from 0 up", self.temperature)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains a hybrid of dense and sparsely-sharded attention. Ctrl-C saves; the same --run-dir goes on from there.
+
+    With no --data it trains on the Python standard library's own sources, byte by byte.
+    """
+
+    model: ModelOptions
+    preset: str = "tiny"
+    """Model and recipe that the defaults of all flags come from."""
+    data: str | None = None
+    """Text file, .jsonl, token file (.npy, .bin) or a directory of these; None is Python's own standard library."""
+    steps: int = 600
+    """Optimizer steps, of the whole run."""
+    run_dir: str | None = None
+    """Where results and checkpoints go; a run found there goes on. None makes a new one under runs/."""
+    seed: int = 0
+    """Of the initial weights, the order of the rows and the sample."""
+    input: DataOptions = field(default_factory=DataOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    devices: DeviceOptions = field(default_factory=DeviceOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    def __post_init__(self):
+        _require_counts(self, "steps")
+        _require_counts(self, "seed", least=0)
+        rows, parts = self.input.batch_size, self.optimizer.accumulate
+        require(rows % parts == 0, "--accumulate", f"a divisor of the {rows} rows of a batch", parts)
+
+    def to_json(self) -> str:
+        """What `from_json` reads: all but this process's place in a cluster, which the next run may not share."""
+        single = DeviceOptions(mesh=self.devices.mesh)
+        self = dataclasses.replace(self, devices=single)
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> Config:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: the file is no such config, or one of another version of this program.
+        """
+        try:
+            values: dict[str, Any] = json.loads(path.read_text())
+            parts = {name: kind(**_tupled(values.pop(name))) for name, kind in _PARTS.items()}
+            return cls(**values, **parts)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"expected the config of a run in {path}, got {type(error).__name__}: {error}") from error
+
+
+_PARTS = {
+    "model": ModelOptions,
+    "input": DataOptions,
+    "optimizer": OptimizerOptions,
+    "devices": DeviceOptions,
+    "output": OutputOptions,
+}
+
+
+def _tupled(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def recipe(preset: str) -> Config:
+    """The defaults of a run with the model `models.presets[preset]`.
+
+    `tiny` takes about five minutes on two CPU cores. The others are the paper's shapes (S2-Attention, arXiv 2407.17678)
+    at four million tokens a step, with rates usual at these sizes; they want a cluster and --data.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    require(preset in models.presets, "--preset", f"one of {', '.join(models.presets)}", preset)
+    model = ModelOptions.of(models.presets[preset])
+    if preset == "tiny":
+        return Config(model)
+    return Config(
+        model,
+        preset=preset,
+        steps=75_000,
+        input=DataOptions(seq_len=8192, batch_size=512, heldout=0.0005),
+        optimizer=OptimizerOptions(optimizer="adamw", learning_rate=3e-4, rest_learning_rate=3e-4, warmup_steps=2000),
+        output=OutputOptions(checkpoint_every=1000),
+    )

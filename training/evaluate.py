@@ -1,0 +1,182 @@
+"""What a trained model is worth: held-out bits, beside what needs no model; what far context brings; a sample."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from training.corpus import BOUNDARY, Corpus, Document, content_bytes
+from training.data import Share, evaluation_batches, process_share, to_devices
+from training.mesh import batch_sharding
+from training.packing import PackedRows, Row, empty_row
+from training.step import Trainer
+
+MAX_WINDOWS = 32  # of far context, each scored once per context length
+
+
+def heldout_bits(trainer: Trainer, params: Any, corpus: Corpus, *, overlap: int) -> float:
+    """Bits per byte of the held-out text (per token, for token files): every target once, boundaries included.
+
+    Args:
+        trainer: holds the compiled functions.
+        params: of the model.
+        corpus: held-out documents.
+        overlap: tokens of the row before that each row sees again, as context only.
+    """
+    rows = PackedRows(corpus, trainer.config.input.seq_len, overlap=overlap)
+    batch_size = evaluation_batch_size(trainer)
+    share = process_share(batch_sharding(trainer.mesh), batch_size)
+    batches = evaluation_batches(rows, batch_size=batch_size, share=share)
+    nats = sum(float(nll.sum(dtype=np.float64)) for nll in _scores(trainer, params, batches))
+    # A document's first token is no target; its closing boundary is one, and costs bits, but is no byte.
+    units = sum(int((document.read(1, document.length) != BOUNDARY).sum()) for document in corpus.documents)
+    return nats / math.log(2) / (units if corpus.byte_level else rows.num_pairs)
+
+
+def evaluation_batch_size(trainer: Trainer) -> int:
+    """Rows scored together: as many as one part of an accumulated batch has, which fit into memory."""
+    return trainer.config.input.batch_size // trainer.config.optimizer.accumulate
+
+
+def _scores(trainer: Trainer, params: Any, batches: Iterator[Row]) -> Iterator[Float[np.ndarray, "b t"]]:
+    sharding = batch_sharding(trainer.mesh)
+    for batch in batches:
+        yield np.asarray(trainer.token_nll(params, to_devices(batch, sharding, evaluation_batch_size(trainer))))
+
+
+def unigram_bits(corpus: Corpus) -> float:
+    """Entropy of the bytes' own frequencies, in bits per byte: what a model without context could reach."""
+    counts = np.zeros(256)
+    for document in corpus.documents:
+        counts += np.bincount(np.frombuffer(content_bytes(document), np.uint8), minlength=256)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def gzip_bits(corpus: Corpus) -> float:
+    """Bits per byte of `gzip -9`, each document compressed alone."""
+    contents = [content_bytes(document) for document in corpus.documents]
+    return 8 * sum(len(gzip.compress(content, 9, mtime=0)) for content in contents) / sum(map(len, contents))
+
+
+@dataclass(frozen=True)
+class ContextScore:
+    """The same targets, each seeing at least `context` tokens before itself and fewer than `context + targets`."""
+
+    context: int
+    targets: int  # in a window
+    windows: int
+    bits: float  # per target
+    excess: float  # bits over those with the context whole
+    standard_error: float | None  # of the excess, over windows; None of a single one
+
+
+def far_context(trainer: Trainer, params: Any, corpus: Corpus) -> list[ContextScore]:
+    """Scores the same target tokens with their context cut short and whole, whole last; empty if no text is that long.
+
+    The targets are the last eighth of windows of `seq_len` tokens in long held-out documents. The rows are the same for
+    every length, positions too: what lies further back is cut off by its segment id alone.
+    """
+    length = trainer.config.input.seq_len
+    targets = max(length // 8, 1)
+    windows = _windows(corpus, length)
+    if not windows:
+        return []
+    whole = length - targets
+    contexts = [c for c in (2**i for i in range(4, 32)) if c < whole]
+    contexts = [*contexts[-4:], whole]
+    nats = np.stack([_score_windows(trainer, params, windows, context, targets) for context in contexts])
+    bits = nats / math.log(2) / targets
+    excess = bits - bits[-1]
+    return [
+        ContextScore(
+            context,
+            targets,
+            len(windows),
+            float(bits[i].mean()),
+            float(excess[i].mean()),
+            float(excess[i].std(ddof=1) / len(windows) ** 0.5) if len(windows) > 1 else None,
+        )
+        for i, context in enumerate(contexts)
+    ]
+
+
+def _windows(corpus: Corpus, length: int) -> list[tuple[Document, int]]:
+    """Up to MAX_WINDOWS starts of windows that do not overlap, spread evenly over the long documents."""
+    starts = [(d, s) for d in corpus.documents for s in range(0, d.length - length, length)]
+    chosen = np.linspace(0, len(starts) - 1, min(MAX_WINDOWS, len(starts))).round().astype(int)
+    return [starts[i] for i in chosen]
+
+
+def _score_windows(
+    trainer: Trainer, params: Any, windows: list[tuple[Document, int]], context: int, targets: int
+) -> Float[np.ndarray, " w"]:
+    """Nats of each window's targets with `context` tokens before the first of them."""
+    length, batch_size = trainer.config.input.seq_len, evaluation_batch_size(trainer)
+    visible = np.arange(length) >= length - targets - context
+    share = process_share(batch_sharding(trainer.mesh), batch_size)
+
+    def row(index: int) -> Row:
+        if index >= len(windows):
+            return empty_row(length)
+        document, start = windows[index]
+        stream = document.read(start, start + length + 1)
+        return Row(
+            tokens=stream[:-1],
+            targets=stream[1:],
+            segment_ids=visible.astype(np.int32),
+            positions=np.arange(length, dtype=np.int32),
+            loss_mask=(np.arange(length) >= length - targets).astype(np.float32),
+        )
+
+    def batches(share: Share) -> Iterator[Row]:
+        per_process = batch_size // share.count
+        for start in range(share.index * per_process, _round_up(len(windows), batch_size), batch_size):
+            rows = [row(index) for index in range(start, start + per_process)]
+            yield Row(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
+
+    return np.concatenate([nll.sum(axis=1) for nll in _scores(trainer, params, batches(share))])[: len(windows)]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def sample_text(trainer: Trainer, params: Any, *, prompt: str, length: int, temperature: float, seed: int) -> str:
+    """Goes on from `prompt` for up to `length` bytes, by a whole forward pass for each; stops where a document ends.
+
+    Args:
+        trainer: of a byte-level model.
+        params: of the model.
+        prompt: what the sample begins with; the end of it, if it fills the context.
+        length: bytes to add; the context bounds prompt and sample together.
+        temperature: 0 takes the likeliest byte each time.
+        seed: of the draws.
+    """
+    context = trainer.config.input.seq_len
+    opening = [BOUNDARY, *prompt.encode()[-(context // 2) :]]
+    total = min(context, len(opening) + length)
+    rows = trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"]  # one row for each group of devices, all alike
+    blank = jnp.zeros((rows, total), jnp.int32)
+
+    def add_one(i, tokens):
+        batch = {"tokens": tokens, "positions": jnp.broadcast_to(jnp.arange(total), tokens.shape), "segment_ids": blank}
+        logits = trainer.logits(params, batch)[0, i - 1, : BOUNDARY + 1]
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        likeliest = jnp.argmax(logits)
+        token = jax.random.categorical(key, logits / temperature) if temperature else likeliest
+        return tokens.at[:, i].set(token.astype(jnp.int32))
+
+    start = blank.at[:, : len(opening)].set(jnp.array(opening))
+    tokens = jax.jit(lambda tokens: jax.lax.fori_loop(len(opening), total, add_one, tokens))(start)
+    stream = np.asarray(tokens)[0, 1:].tolist()
+    end = stream.index(BOUNDARY, len(opening) - 1) if BOUNDARY in stream[len(opening) - 1 :] else len(stream)
+    return bytes(stream[:end]).decode(errors="replace")

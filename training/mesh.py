@@ -1,0 +1,82 @@
+"""Devices: joining a cluster, the mesh (data, fsdp, tensor), and where the batch lies on it."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from training.config import Config, DeviceOptions, require
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))  # rows over both; each row whole
+QUERY_SPEC = PartitionSpec(("data", "fsdp"), None, "tensor", None)  # queries [b, t, h, d]
+
+# A process that is gone is noticed after the first, in seconds; one that ends in an error takes the others with it
+# after the second. Shorter ones mistake a slow file system for a death.
+_HEARTBEAT_TIMEOUT, _SHUTDOWN_TIMEOUT = 30, 30
+
+
+def join_cluster(options: DeviceOptions) -> None:
+    """Makes this process one of a cluster, before anything touches a device.
+
+    Raises:
+        ValueError: the flags make no cluster, or none was recognised.
+    """
+    if not options.distributed:
+        return
+    if options.num_processes is not None and options.process_id is not None:
+        fits = options.process_id < options.num_processes
+        require(fits, "--process-id", f"one below --num-processes {options.num_processes}", options.process_id)
+    try:
+        jax.distributed.initialize(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--distributed: expected a cluster that JAX recognises, or --coordinator, --num-processes and "
+            f"--process-id; got: {error}"
+        ) from error
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The mesh that --mesh describes, over all devices of all processes.
+
+    Raises:
+        ValueError: it does not match the devices, or the batch or the heads do not divide over it.
+    """
+    sizes, devices = list(config.devices.mesh), jax.device_count()
+    named = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        fits = devices % named == 0
+        require(fits, "--mesh", f"counts whose product divides the {devices} devices", f"{named} beside the -1")
+        sizes[sizes.index(-1)] = devices // named
+    shown = " × ".join(map(str, sizes))
+    asked = math.prod(sizes)
+    require(asked == devices, "--mesh", f"counts for the {devices} devices there are", f"{shown} = {asked}")
+    data, fsdp, tensor = sizes
+    rows = config.input.batch_size // config.optimizer.accumulate
+    require(
+        rows % (data * fsdp) == 0,
+        "--batch-size",
+        f"a multiple of data × fsdp × --accumulate = {data} × {fsdp} × {config.optimizer.accumulate}",
+        config.input.batch_size,
+    )
+    heads = config.model.num_kv_heads
+    require(heads % tensor == 0, "--mesh", f"a tensor axis that divides the {heads} KV heads", tensor)
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch `[b, t]`."""
+    return NamedSharding(mesh, BATCH_SPEC)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Of a scalar."""
+    return NamedSharding(mesh, PartitionSpec())

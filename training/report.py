@@ -1,0 +1,128 @@
+"""The end of a run: results.json, loss.png and a page of text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import models
+from training.config import Config
+from training.corpus import Corpus
+from training.evaluate import ContextScore, far_context, gzip_bits, heldout_bits, sample_text, unigram_bits
+from training.metrics import describe_speed, mfu, plot_loss
+from training.step import Trainer
+
+
+def resume_command(config: Config) -> str:
+    """The command that goes on with a run, from the directory that this one was given in."""
+    python = sys.executable
+    inside = os.path.relpath(python)
+    flags = ["train.py", "--run-dir", str(config.run_dir)]
+    cluster = config.devices
+    if cluster.distributed:
+        flags.append("--distributed")
+    if cluster.coordinator is not None:
+        flags += ["--coordinator", cluster.coordinator, "--num-processes", str(cluster.num_processes)]
+        flags += ["--process-id", str(cluster.process_id)]
+    return shlex.join([python if inside.startswith("..") else inside, *flags])
+
+
+def final_report(trainer: Trainer, params: Any, heldout: Corpus, *, step: int, tokens_per_second: float | None) -> str:
+    """Evaluates, writes `results.json` and `loss.png` into the run's directory, and returns the page to print.
+
+    Every process takes part in the evaluation; the files are written by the first.
+
+    Args:
+        trainer: holds the compiled functions.
+        params: of the model at `step`.
+        heldout: documents kept out of training.
+        step: optimizer steps done.
+        tokens_per_second: mean over this process's training; None if it did no step.
+    """
+    config = trainer.config
+    assert config.run_dir is not None
+    run_dir = Path(config.run_dir)
+    unit = "byte" if heldout.byte_level else "token"
+    overlap = config.input.seq_len // 2
+    bits = heldout_bits(trainer, params, heldout, overlap=overlap)
+    baselines = {}
+    if heldout.byte_level:
+        baselines = {"byte_unigram": unigram_bits(heldout), "gzip_9_per_file": gzip_bits(heldout)}
+    contexts = far_context(trainer, params, heldout)
+    sample = None
+    if heldout.byte_level and config.output.sample_bytes:
+        sample = sample_text(
+            trainer,
+            params,
+            prompt=config.output.prompt,
+            length=config.output.sample_bytes,
+            temperature=config.output.temperature,
+            seed=config.seed,
+        )
+    flops = models.flops_per_token(trainer.model_config, config.input.seq_len)
+    results = {
+        "step": step,
+        "tokens_trained": step * config.input.batch_size * config.input.seq_len,
+        "parameters": models.param_count(trainer.model_config),
+        f"heldout_bits_per_{unit}": bits,
+        "heldout_documents": len(heldout.documents),
+        "heldout_tokens": heldout.num_tokens,
+        "baselines_bits_per_byte": baselines,
+        "far_context": [dataclasses.asdict(score) for score in contexts],
+        "tokens_per_second": tokens_per_second,
+        "model_flops_per_token": flops,
+        "mfu": None if tokens_per_second is None else mfu(tokens_per_second, flops),
+        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "sample": sample,
+    }
+    if jax.process_index() == 0:
+        (run_dir / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False, default=str) + "\n")
+        plot_loss(run_dir / "metrics.jsonl", run_dir / "loss.png", unit=f"bits per {unit}", scale=1 / math.log(2))
+    lines = [
+        f"Held out: {len(heldout.documents)} documents, {heldout.num_tokens:,} tokens, never trained on",
+        *_table([("this model", bits), *_baseline_rows(baselines)], f"bits per {unit}"),
+        "",
+        *_context_lines(contexts, unit),
+        *([] if sample is None else ["", f"Sample at temperature {config.output.temperature:g}:", *_indented(sample)]),
+        "",
+        f"Speed        {describe_speed(tokens_per_second, flops) if tokens_per_second else 'no step was done'}",
+        f"Results      {run_dir / 'results.json'}",
+        f"Loss plot    {run_dir / 'loss.png'}",
+        f"Checkpoint   {run_dir / 'checkpoints' / str(step)}",
+        f"Go on with   {resume_command(config)} --steps {2 * config.steps}",
+    ]
+    return "\n".join(lines)
+
+
+def _baseline_rows(baselines: dict[str, float]) -> list[tuple[str, float]]:
+    titles = {"gzip_9_per_file": "gzip -9, per file", "byte_unigram": "byte frequencies alone"}
+    return sorted(((titles[name], bits) for name, bits in baselines.items()), key=lambda row: row[1])
+
+
+def _table(rows: list[tuple[str, float]], unit: str) -> list[str]:
+    return [f"  {title:<24}{value:7.3f} {unit}" for title, value in rows]
+
+
+def _context_lines(scores: list[ContextScore], unit: str) -> list[str]:
+    if not scores:
+        return ["Far context: no held-out document is longer than a row, so there is nothing to compare"]
+    first = scores[0]
+    lines = [f"Far context: the same {first.windows * first.targets:,} {unit}s, their context cut short and whole"]
+    for score in scores[:-1]:
+        error = "" if score.standard_error is None else f" ± {score.standard_error:.3f}"
+        bits = f"{score.bits:7.3f} bits per {unit}, {score.excess:+.3f}{error} against the whole"
+        lines.append(f"  {score.context:>7,} {unit}s or more {bits}")
+    return [*lines, f"  {scores[-1].context:>7,} {unit}s or more {scores[-1].bits:7.3f} bits per {unit}: the whole"]
+
+
+def _indented(text: str) -> list[str]:
+    return ["  │ " + "".join(c if c.isprintable() else "·" for c in line) for line in text.splitlines()]
