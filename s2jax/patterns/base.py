@@ -1,0 +1,285 @@
+"""What a pattern is: a rule who reads whom, its algebra, and what follows from it."""
+
+import abc
+import dataclasses
+import functools
+import typing
+from collections.abc import Hashable
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from s2jax.bands import Band, block_states, intersect_all, refine
+from s2jax.patterns import statistics
+from s2jax.patterns.heads import Heads
+
+DEFAULT_BLOCK_SIZE = 64
+"""Tokens in a block for patterns that have no blocks of their own, such as `Dense`."""
+
+OPTIONS = {"head_step", "head_offset", "homo_head", "num_dense_heads", "residues", "causal"}
+"""Parameters that `repr` shows only where they differ from their defaults."""
+
+
+class Pattern(abc.ABC):
+    """Who reads whom. A small frozen, hashable value.
+
+    Two things define a family: `reads`, the rule itself, token by token; and `bands`, the same in closed form, from
+    which everything fast is compiled. Where there is no closed form, `bands` gives None and `block_states` serves.
+
+    A family of your own is a frozen dataclass with these methods; `BlockPattern` is the easier base where the rule is
+    one over blocks.
+    """
+
+    causal: bool
+
+    @abc.abstractmethod
+    def reads(self, heads: Heads, head: int, query_position: np.ndarray, key_position: np.ndarray) -> np.ndarray:
+        """The definition: does query head `head` at `query_position` read `key_position`? Broadcasts; bool."""
+
+    @abc.abstractmethod
+    def bands(
+        self, heads: Heads, head: int, block_size: int, num_rows: int, num_columns: int
+    ) -> tuple[Band, ...] | None:
+        """The rule in closed form over blocks of `block_size` tokens, or None where it has none."""
+
+    def own_block_size(self) -> int | None:
+        """The block size that the rule is made of, or None if it fits any."""
+        return None
+
+    def schedule_block_size(self) -> int:
+        """The block size in which the pattern is compiled, and in which its blocks are counted."""
+        return self.own_block_size() or DEFAULT_BLOCK_SIZE
+
+    def head_key(self, heads: Heads, head: int) -> Hashable:
+        """Heads with equal keys read the same, so that what follows need be computed for one of them only."""
+        return head
+
+    def is_strided(self) -> bool:
+        """Whether heads share out the context by stripes, and so may together miss some of it."""
+        return False
+
+    def check(self, heads: Heads, query_length: int, kv_length: int, query_offset: int) -> None:  # noqa: B027 (most fit all)
+        """Raises ValueError where the pattern does not fit these heads or lengths."""
+
+    def block_states(self, heads: Heads, head: int, block_size: int, rows: np.ndarray, num_columns: int) -> np.ndarray:
+        """The rule over pairs of blocks, for any pattern at any block size that divides its own.
+
+        Args:
+          rows: int [rows], absolute query blocks of `block_size` tokens.
+
+        Returns:
+          uint8 [rows, num_columns]: 0 = surely unread, 1 = perhaps partly read, 2 = wholly read.
+        """
+        found = self.bands(heads, head, block_size, int(rows.max(initial=0)) + 1, num_columns)
+        if found is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither bands nor block states")
+        return block_states(found, block_size, rows, num_columns)
+
+    def token_mask(
+        self, num_heads: int, num_kv_heads: int, query_length: int, kv_length: int, query_offset: int = 0
+    ) -> Bool[np.ndarray, "h t s"]:
+        """The definition as a mask: bool [h, t, s], True where the query head reads. For tests and small pictures.
+
+        Raises:
+          ValueError: the pattern does not fit these heads or lengths.
+        """
+        heads = Heads(num_heads, num_kv_heads)
+        self.check(heads, query_length, kv_length, query_offset)
+        query_position = query_offset + np.arange(query_length)[:, None]
+        key_position = np.arange(kv_length)[None, :]
+        shape = (query_length, kv_length)
+        masks = [
+            np.broadcast_to(self.reads(heads, head, query_position, key_position), shape) for head in range(num_heads)
+        ]
+        return np.stack(masks)
+
+    # What follows from the rule, at one length; in closed form wherever there is one.
+
+    def block_mask(self, num_heads: int, num_kv_heads: int, length: int) -> Bool[np.ndarray, "h n n"]:
+        """Which blocks are read: bool [h, n, n], n = ⌈length / block size⌉; a block is read if any token of it is."""
+        return statistics.block_mask(self, self._heads(num_heads, num_kv_heads, length), length)
+
+    def density(self, num_heads: int, num_kv_heads: int, length: int) -> float:
+        """Blocks read, over the blocks h·n·(n+1)/2 that a causal dense pattern reads (all h·n², if bidirectional)."""
+        return statistics.density(self, self._heads(num_heads, num_kv_heads, length), length)
+
+    def coverage(self, num_heads: int, num_kv_heads: int, length: int) -> float:
+        """The share of the far context that the heads together read.
+
+        Of the key blocks that lie beyond the window, the share that the last query block reads through at least one
+        head. The window is what all heads have in common: the blocks at distances 0, 1, … up to the first distance at
+        which some head leaves out some block. 1.0 where the window is everything.
+        """
+        return statistics.coverage(self, self._heads(num_heads, num_kv_heads, length), length)
+
+    def is_kv_efficient(self, num_heads: int, num_kv_heads: int, length: int) -> bool:
+        """Whether a block once dropped is never read again: no KV head need keep a block that its heads do not read.
+
+        True if for every KV head and key block, the query blocks that read it through any head of the group are
+        without a gap and, if causal, begin with the block's own.
+        """
+        return statistics.is_kv_efficient(self, self._heads(num_heads, num_kv_heads, length), length)
+
+    def kv_blocks_kept(self, num_heads: int, num_kv_heads: int, length: int) -> Int[np.ndarray, "k"]:
+        """The most blocks that each KV head must hold at any one time while `length` tokens are decoded: int [k].
+
+        A block is held from its own query block (in a bidirectional pattern: from the first) to the last query block
+        that reads it through any head of the group.
+        """
+        return statistics.kv_blocks_kept(self, self._heads(num_heads, num_kv_heads, length), length)
+
+    def warn_if_incomplete(self, num_heads: int, num_kv_heads: int, length: int) -> None:
+        """Warns where heads share out the context but miss some of it, or where queries miss their own block."""
+        statistics.warn_if_incomplete(self, self._heads(num_heads, num_kv_heads, length), length)
+
+    def _heads(self, num_heads: int, num_kv_heads: int, length: int) -> Heads:
+        heads = Heads(num_heads, num_kv_heads)
+        self.check(heads, length, length, 0)
+        return heads
+
+    def __or__(self, other: "Pattern") -> "Pattern":
+        return _compose(Union, self, other, "|")
+
+    def __and__(self, other: "Pattern") -> "Pattern":
+        return _compose(Intersection, self, other, "&")
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(typing.cast(typing.Any, self))
+        values = ((field, getattr(self, field.name)) for field in fields)
+        shown = [
+            f"{field.name}={value!r}"
+            for field, value in values
+            if value is not None and not (field.name in OPTIONS and value == field.default)
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class BlockPattern(Pattern):
+    """A pattern whose rule is one over blocks: which key blocks a query block reads, then token-causal or not."""
+
+    block_size: int
+
+    @abc.abstractmethod
+    def block_bands(self, heads: Heads, head: int, num_rows: int, num_columns: int) -> tuple[Band, ...] | None:
+        """The rule in closed form over blocks of the pattern's own size, or None where it has none."""
+
+    def own_block_size(self) -> int | None:
+        return self.block_size
+
+    def bands(self, heads, head, block_size, num_rows, num_columns):
+        ratio = self._ratio(block_size)
+        coarse = self.block_bands(heads, head, -(-num_rows // ratio), -(-num_columns // ratio))
+        if coarse is None or ratio == 1:
+            return coarse
+        return tuple(fine for band in coarse for fine in refine(band, ratio, block_size, num_columns))
+
+    def block_states(self, heads, head, block_size, rows, num_columns):
+        if self.bands(heads, head, block_size, 1, 1) is not None:
+            return super().block_states(heads, head, block_size, rows, num_columns)
+        first_query, first_key = rows[:, None] * block_size, np.arange(num_columns)[None, :] * block_size
+        last_query, last_key = first_query + block_size - 1, first_key + block_size - 1
+        # Causality is all that can tell apart the pairs of tokens within a pair of blocks.
+        some = self.reads(heads, head, last_query, first_key)
+        whole = self.reads(heads, head, first_query, last_key)
+        return some.astype(np.uint8) + whole
+
+    def _ratio(self, block_size: int) -> int:
+        if self.block_size % block_size:
+            raise ValueError(f"{self!r} does not split into blocks of {block_size} tokens")
+        return self.block_size // block_size
+
+
+def _compose(kind: type["_Composition"], first: Pattern, second: Pattern, symbol: str) -> Pattern:
+    for operand in (first, second):
+        if not isinstance(operand, Pattern):
+            raise TypeError(f"`{symbol}` joins two patterns, got {type(operand).__name__}")
+    # Flat operands, each once, make equal compositions compare and hash equal, however they were bracketed.
+    parts = dict.fromkeys(
+        part for each in (first, second) for part in (each.parts if isinstance(each, kind) else (each,))
+    )
+    return kind(tuple(parts)) if len(parts) > 1 else first
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _Composition(Pattern):
+    parts: tuple[Pattern, ...]
+    symbol: typing.ClassVar[str]
+
+    def own_block_size(self) -> int | None:
+        sizes = [size for part in self.parts if (size := part.own_block_size()) is not None]
+        return min(sizes, default=None)
+
+    def head_key(self, heads, head):
+        return tuple(part.head_key(heads, head) for part in self.parts)
+
+    def is_strided(self) -> bool:
+        return any(part.is_strided() for part in self.parts)
+
+    def check(self, heads, query_length, kv_length, query_offset):
+        for part in self.parts:
+            part.check(heads, query_length, kv_length, query_offset)
+
+    def _part_states(self, *arguments) -> list[np.ndarray]:
+        return [part.block_states(*arguments) for part in self.parts]
+
+    def _part_bands(self, *arguments) -> list[tuple[Band, ...]] | None:
+        found = []
+        for part in self.parts:
+            bands = part.bands(*arguments)
+            if bands is None:
+                return None
+            found.append(bands)
+        return found
+
+    def __repr__(self) -> str:
+        parts = (f"({part!r})" if isinstance(part, _Composition) else repr(part) for part in self.parts)
+        return f" {self.symbol} ".join(parts)
+
+
+class Union(_Composition):
+    """What any of the parts reads; written `a | b`."""
+
+    symbol = "|"
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return all(part.causal for part in self.parts)
+
+    def reads(self, heads, head, query_position, key_position):
+        return functools.reduce(
+            np.logical_or, (part.reads(heads, head, query_position, key_position) for part in self.parts)
+        )
+
+    def bands(self, heads, head, block_size, num_rows, num_columns):
+        found = self._part_bands(heads, head, block_size, num_rows, num_columns)
+        return None if found is None else tuple(band for bands in found for band in bands)
+
+    def block_states(self, heads, head, block_size, rows, num_columns):
+        return functools.reduce(np.maximum, self._part_states(heads, head, block_size, rows, num_columns))
+
+
+class Intersection(_Composition):
+    """What all of the parts read; written `a & b`."""
+
+    symbol = "&"
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return any(part.causal for part in self.parts)
+
+    def reads(self, heads, head, query_position, key_position):
+        return functools.reduce(
+            np.logical_and, (part.reads(heads, head, query_position, key_position) for part in self.parts)
+        )
+
+    def bands(self, heads, head, block_size, num_rows, num_columns):
+        found = self._part_bands(heads, head, block_size, num_rows, num_columns)
+        if found is None:
+            return None
+        met: tuple[Band, ...] | None = found[0]
+        for bands in found[1:]:
+            met = None if met is None else intersect_all(met, bands)
+        return met
+
+    def block_states(self, heads, head, block_size, rows, num_columns):
+        return functools.reduce(np.minimum, self._part_states(heads, head, block_size, rows, num_columns))

@@ -1,0 +1,81 @@
+"""Any mask at all, block by block."""
+
+import dataclasses
+import functools
+import hashlib
+
+import numpy as np
+from jaxtyping import Bool
+
+from s2jax.patterns.base import DEFAULT_BLOCK_SIZE, BlockPattern
+from s2jax.patterns.checks import check_block_size, check_flag
+from s2jax.patterns.simple import lowest_distance
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BlockMask(BlockPattern):
+    """Reads the blocks that a mask names.
+
+    The mask is copied; two of equal content are equal and hash equal.
+
+    Attributes:
+      mask: bool [h or 1, n, n], query blocks by key blocks at absolute positions; 1: the same for every head. It must
+        reach as far as the input, n · block_size >= query_offset + t and >= s. May be longer.
+      block_size: tokens in a block, a power of two from 16.
+      causal: whether, besides, no query reads a token after its own.
+    """
+
+    mask: Bool[np.ndarray, "h n n"]
+    block_size: int = DEFAULT_BLOCK_SIZE
+    causal: bool = True
+
+    def __post_init__(self):
+        check_block_size(self.block_size)
+        check_flag("causal", self.causal)
+        mask = np.asarray(self.mask)
+        if mask.dtype != bool or mask.ndim != 3 or mask.shape[1] != mask.shape[2] or not mask.size:
+            raise ValueError(f"a BlockMask takes bool [heads or 1, n, n], got {mask.dtype} {list(mask.shape)}")
+        # Over immutable bytes an array cannot be made writeable again.
+        object.__setattr__(self, "mask", np.frombuffer(mask.tobytes(), bool).reshape(mask.shape))
+
+    @functools.cached_property
+    def _digest(self) -> bytes:
+        return hashlib.blake2b(self.mask.tobytes(), digest_size=16).digest()
+
+    def _identity(self) -> tuple:
+        return self.mask.shape, self._digest, self.block_size, self.causal
+
+    def __eq__(self, other):
+        return self._identity() == other._identity() if isinstance(other, BlockMask) else NotImplemented
+
+    def __hash__(self):
+        return hash(self._identity())
+
+    def __repr__(self):
+        causal = "" if self.causal else ", causal=False"
+        shape, content = list(self.mask.shape), self._digest.hex()[:8]
+        return f"BlockMask(<bool {shape} {content}>, block_size={self.block_size}{causal})"
+
+    def check(self, heads, query_length, kv_length, query_offset):
+        if len(self.mask) not in (1, heads.num_heads):
+            raise ValueError(f"this BlockMask is for {len(self.mask)} heads, got {heads.num_heads} query heads")
+        needed, reach = max(query_offset + query_length, kv_length), self.mask.shape[1] * self.block_size
+        if reach < needed:
+            raise ValueError(
+                f"this BlockMask reaches {reach} tokens ({self.mask.shape[1]} blocks of {self.block_size}), shorter "
+                f"than the input: expected at least {needed}"
+            )
+
+    def head_key(self, heads, head):
+        return head if len(self.mask) > 1 else 0
+
+    def reads(self, heads, head, query_position, key_position):
+        i, j = query_position // self.block_size, key_position // self.block_size
+        # Positions beyond the mask occur in padding only.
+        last = self.mask.shape[1] - 1
+        found = self.mask[self.head_key(heads, head), np.minimum(i, last), np.minimum(j, last)]
+        inside = (i <= last) & (j <= last)
+        return found & inside & (query_position - key_position >= lowest_distance(self.causal))
+
+    def block_bands(self, heads, head, num_rows, num_columns):
+        return None

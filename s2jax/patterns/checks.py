@@ -1,0 +1,48 @@
+"""Checks of a pattern's parameters: one clear error each."""
+
+import numpy as np
+
+from s2jax.bands import UNBOUNDED
+
+Window = int | tuple[int, int]
+"""The extent of a window: one number, or (left, right)."""
+
+
+def is_integer(value) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_count(name: str, value, *, at_least: int) -> None:
+    """Raises ValueError unless `value` is an integer of at least `at_least`."""
+    if not is_integer(value) or value < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+
+
+def check_flag(name: str, value) -> None:
+    """Raises ValueError unless `value` is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
+def check_block_size(value) -> None:
+    """Raises ValueError unless `value` is a power of two from 16."""
+    if not is_integer(value) or value < 16 or value & (value - 1):
+        raise ValueError(f"block_size must be a power of two from 16 (16, 32, 64, 128, …), got {value!r}")
+
+
+def check_window(name: str, value, causal: bool) -> None:
+    """Raises ValueError unless `value` is a count or, in a bidirectional pattern, a pair of counts (left, right)."""
+    if isinstance(value, tuple):
+        if causal:
+            raise ValueError(f"{name} of a causal pattern has a left side only: give one integer, got {value!r}")
+        if len(value) != 2:
+            raise ValueError(f"{name} must be one integer or a pair (left, right), got {value!r}")
+    for side in value if isinstance(value, tuple) else (value,):
+        check_count(name, side, at_least=0)
+
+
+def window_sides(value: Window, causal: bool) -> tuple[int, int]:
+    """How far a window reaches to the left and to the right; the right of a causal one is cut by causality instead."""
+    if isinstance(value, tuple):
+        return value
+    return value, UNBOUNDED if causal else value

@@ -1,0 +1,70 @@
+"""S2-Attention's own family: a local window, and beyond it one block in `vert_stride`, another one for every head."""
+
+import dataclasses
+
+from s2jax.patterns.checks import Window, check_count, check_window, window_sides
+from s2jax.patterns.simple import lowest_distance
+from s2jax.patterns.striped import Residues, Striped
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class LocalStride(Striped):
+    """The sparsely-sharded pattern of S2-Attention (arXiv 2407.17678) and its DKernel library.
+
+    With query block i, key block j, V = `vert_stride` and κ the query head's KV head, a head reads
+
+        i - j < local_blocks   or   (j + r(κ)) mod V = 0   or   everything, if it is a dense head
+
+    and, if `causal`, no token after its own; if not, the window reaches as far ahead as behind.
+
+    Attributes:
+      block_size: tokens in a block, a power of two from 16.
+      local_blocks: blocks in the window, the query's own included; if not causal, also a pair (left, right), with the
+        own block on both sides.
+      vert_stride: one block in so many is read beyond the window; 1 reads all.
+      head_step: r(κ) = κ · head_step + head_offset. None spreads the KV heads evenly over the stride:
+        r(κ) = ⌊κ · V / num_kv_heads⌋ + head_offset.
+      homo_head: every head reads the same stripes, those of κ = 0.
+      num_dense_heads: so many KV heads, the last ones, read everything.
+      residues: "kv_head": the heads of one group share their stripes, so that a KV head keeps only these.
+        "query_head": every query head has stripes of its own (Phi-3-small), and κ above is the query head.
+    """
+
+    block_size: int = 64
+    local_blocks: Window = 16
+    vert_stride: int = 8
+    head_step: int | None = None
+    head_offset: int = 0
+    homo_head: bool = False
+    num_dense_heads: int = 0
+    residues: Residues = "kv_head"
+    causal: bool = True
+
+    def __post_init__(self):
+        check_window("local_blocks", self.local_blocks, self.causal)
+        check_count("vert_stride", self.vert_stride, at_least=1)
+        self.check_head_parameters()
+
+    @property
+    def strides(self):
+        return (self.vert_stride,)
+
+    def reads(self, heads, head, query_position, key_position):
+        i, j = query_position // self.block_size, key_position // self.block_size
+        left, right = window_sides(self.local_blocks, self.causal)
+        (residue,) = self.residues_of(heads, head)
+        near = (i - j < left) & (j - i < right)
+        stripe = (j + residue) % self.vert_stride == 0
+        allowed = query_position - key_position >= lowest_distance(self.causal)
+        return (near | stripe | self.is_dense(heads, head)) & allowed
+
+    def block_bands(self, heads, head, num_rows, num_columns):
+        everything = self.everything(num_columns)
+        if self.is_dense(heads, head):
+            return (everything,)
+        left, right = window_sides(self.local_blocks, self.causal)
+        (residue,) = self.residues_of(heads, head)
+        return (
+            dataclasses.replace(everything, block_low=1 - right, block_high=left),
+            dataclasses.replace(everything, columns=self.stripes(self.vert_stride, residue, num_columns)),
+        )

@@ -1,0 +1,60 @@
+"""Another pattern for every head."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from s2jax.patterns.base import Pattern
+from s2jax.patterns.heads import Heads
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class PerHead(Pattern):
+    """One pattern for each query head, or one for each KV head and its group.
+
+    Attributes:
+      patterns: as many as there are query heads, or KV heads. A strided one among them still goes by the place of its
+        head among all heads.
+    """
+
+    patterns: Sequence[Pattern]
+
+    def __post_init__(self):
+        patterns = tuple(self.patterns) if isinstance(self.patterns, Sequence) else ()
+        if not patterns or not all(isinstance(each, Pattern) for each in patterns):
+            raise ValueError(f"PerHead takes a list of patterns, one for each head; got {self.patterns!r}")
+        object.__setattr__(self, "patterns", patterns)
+
+    @property
+    def causal(self) -> bool:  # type: ignore[override]
+        return all(each.causal for each in self.patterns)
+
+    def own_block_size(self):
+        return min((size for each in self.patterns if (size := each.own_block_size()) is not None), default=None)
+
+    def check(self, heads, query_length, kv_length, query_offset):
+        if len(self.patterns) not in (heads.num_heads, heads.num_kv_heads):
+            raise ValueError(
+                f"PerHead has {len(self.patterns)} patterns: expected one for each of {heads.num_heads} query heads "
+                f"or {heads.num_kv_heads} KV heads"
+            )
+        for each in self.patterns:
+            each.check(heads, query_length, kv_length, query_offset)
+
+    def is_strided(self):
+        return any(each.is_strided() for each in self.patterns)
+
+    def _of(self, heads: Heads, head: int) -> Pattern:
+        return self.patterns[head if len(self.patterns) == heads.num_heads else heads.kv_head(head)]
+
+    def head_key(self, heads, head):
+        pattern = self._of(heads, head)
+        return pattern, pattern.head_key(heads, head)
+
+    def reads(self, heads, head, query_position, key_position):
+        return self._of(heads, head).reads(heads, head, query_position, key_position)
+
+    def bands(self, heads, head, block_size, num_rows, num_columns):
+        return self._of(heads, head).bands(heads, head, block_size, num_rows, num_columns)
+
+    def block_states(self, heads, head, block_size, rows, num_columns):
+        return self._of(heads, head).block_states(heads, head, block_size, rows, num_columns)

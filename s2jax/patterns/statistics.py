@@ -1,0 +1,277 @@
+"""What follows from a pattern at one length: density, coverage, what a KV cache must keep.
+
+All of it is read off the *profile* of a head: intervals of the distance i - j, and for each the key blocks that are
+read there. With bands this takes O(n) time and memory per distinct head, so that a million tokens are no trouble.
+"""
+
+import itertools
+import math
+import typing
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+
+import numpy as np
+
+from s2jax.bands import Band, with_period
+from s2jax.patterns.heads import Heads
+
+if typing.TYPE_CHECKING:
+    from s2jax.patterns.base import Pattern
+
+PAIRS_AT_ONCE = 1 << 21
+"""Pairs of blocks, or of tokens, looked at together."""
+
+
+class PatternWarning(UserWarning):
+    """A pattern that runs, but hardly as it was meant."""
+
+
+class Slice(typing.NamedTuple):
+    """Key block j is read by query block j + d at the distances low[m] <= d < high[m] if read[m, j]."""
+
+    low: np.ndarray  # int [m], ascending; the intervals of all slices together are disjoint and without gaps
+    high: np.ndarray  # int [m]
+    read: np.ndarray  # bool [m, n]
+
+    def pairs(self) -> np.ndarray:
+        """How many query blocks below n each interval has for each key block: int [m, n]."""
+        j = np.arange(self.read.shape[1])
+        first, stop = np.maximum(self.low[:, None], -j), np.minimum(self.high[:, None], len(j) - j)
+        return np.maximum(stop - first, 0) * self.read
+
+
+def num_blocks(pattern: "Pattern", length: int) -> int:
+    return -(-length // pattern.schedule_block_size())
+
+
+def profile(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int, start: int | None = None):
+    """What the heads of a group read together, from the distance `start` (by default, all of them): yields `Slice`s."""
+    size, n = pattern.schedule_block_size(), num_blocks(pattern, length)
+    start = 1 - n if start is None else start
+    found: list[Band] = []
+    for head in distinct(pattern, heads, group).values():
+        bands = pattern.bands(heads, head, size, n, n)
+        if bands is None:
+            return _profile_of_mask(_group_mask(pattern, heads, group, length), start)
+        found += bands
+    return _profile_of_bands([cut for band in found for cut in _cuts(band, size, length)], start, n)
+
+
+def distinct(pattern: "Pattern", heads: Heads, group: Sequence[int]) -> dict[Hashable, int]:
+    """The first head of each kind."""
+    found: dict[Hashable, int] = {}
+    for head in group:
+        found.setdefault(pattern.head_key(heads, head), head)
+    return found
+
+
+Cut = tuple[int, int, np.ndarray]
+"""Distances from low to below high, and bool [period, n]: the key blocks that some token reads some token of there."""
+
+
+def _cuts(band: Band, size: int, length: int) -> list[Cut]:
+    """A band with its token interval turned into whole blocks; it depends on how many tokens of the block are read."""
+    remaining = length - np.arange(band.columns.shape[1]) * size
+    limits = np.minimum(band.columns, remaining)
+    found = []
+    for limit in np.unique(limits[limits > 0]).tolist():
+        # Of q - k, the pair of blocks has all of d·size - (limit - 1) … d·size + size - 1.
+        low = max(band.block_low, band.token_low // size)
+        high = min(band.block_high, -(-(band.token_high + limit - 1) // size))
+        if low < high:
+            found.append((low, high, _shortest_period(limits == limit)))
+    return found
+
+
+def _shortest_period(table: np.ndarray) -> np.ndarray:
+    return table[:1] if (table == table[:1]).all() else table
+
+
+def _profile_of_bands(cuts: list[Cut], start: int, n: int) -> Iterator[Slice]:
+    ends = {start, n} | {end for low, high, _ in cuts for end in (low, high) if start < end < n}
+    for low, high in itertools.pairwise(sorted(ends)):
+        active = [table for a, b, table in cuts if a <= low and high <= b]
+        period = math.lcm(*(len(table) for table in active))
+        if period == 1:
+            read = np.any([table[0] for table in active], axis=0) if active else np.zeros(n, bool)
+            yield Slice(np.array([low]), np.array([high]), read[None])
+            continue
+        table = np.any([with_period(table, period) for table in active], axis=0)
+        for distance in _chunks(low, high, max(1, PAIRS_AT_ONCE // n)):
+            column = np.arange(n)
+            read = table[(distance[:, None] + column) % period, column]
+            yield Slice(distance, distance + 1, read)
+
+
+def _profile_of_mask(mask: np.ndarray, start: int) -> Iterator[Slice]:
+    """The diagonals of bool [n, n]."""
+    n = len(mask)
+    padded = np.zeros((3 * n, n), bool)
+    padded[n : 2 * n] = mask
+    down, right = padded.strides
+    for distance in _chunks(start, n, max(1, PAIRS_AT_ONCE // n)):
+        origin = padded[n + distance[0] :]
+        read = np.lib.stride_tricks.as_strided(origin, (len(distance), n), (down, down + right), writeable=False)
+        yield Slice(distance, distance + 1, read)
+
+
+def _chunks(start: int, stop: int, step: int) -> Iterator[np.ndarray]:
+    return (np.arange(low, min(low + step, stop)) for low in range(start, stop, step))
+
+
+def rows_read(pattern: "Pattern", heads: Heads, head: int, rows: np.ndarray, length: int) -> np.ndarray:
+    """Which blocks some query blocks read, found token by token where need be: bool [rows, n]."""
+    size, n = pattern.schedule_block_size(), num_blocks(pattern, length)
+    states = pattern.block_states(heads, head, size, rows, n)
+    read = states == 2
+    row, column = np.nonzero(states == 1)
+    token = np.arange(size)
+    for part in np.array_split(np.arange(len(row)), max(1, len(row) * size * size // PAIRS_AT_ONCE)):
+        query = rows[row[part], None, None] * size + token[:, None]
+        key = column[part, None, None] * size + token
+        some = pattern.reads(heads, head, query, key) & (query < length) & (key < length)
+        read[row[part], column[part]] = some.any((1, 2))
+    return read
+
+
+def _group_mask(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) -> np.ndarray:
+    n = num_blocks(pattern, length)
+    mask = np.zeros((n, n), bool)
+    for head in distinct(pattern, heads, group).values():
+        for rows in _chunks(0, n, max(1, PAIRS_AT_ONCE // n)):
+            mask[rows] |= rows_read(pattern, heads, head, rows, length)
+    return mask
+
+
+def block_mask(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
+    n = num_blocks(pattern, length)
+    found = np.zeros((heads.num_heads, n, n), bool)
+    first = distinct(pattern, heads, range(heads.num_heads))
+    for head in range(heads.num_heads):
+        same = first[pattern.head_key(heads, head)]
+        if same < head:
+            found[head] = found[same]
+        else:
+            _draw(profile(pattern, heads, [head], length), found[head])
+    return found
+
+
+def _draw(slices: Iterator[Slice], mask: np.ndarray) -> None:
+    """Writes a profile into bool [n, n]."""
+    n = len(mask)
+    for low, high, read in slices:
+        for a, b, columns in zip(low.tolist(), high.tolist(), read, strict=True):
+            if b - a == 1:
+                rows = np.arange(max(0, a), min(n, n + a))
+                mask[rows, rows - a] = columns[rows - a]
+            elif columns.any():
+                for row in range(max(0, a), n):
+                    here = slice(max(0, row - b + 1), max(0, row - a + 1))
+                    mask[row, here] = columns[here]
+
+
+def density(pattern: "Pattern", heads: Heads, length: int) -> float:
+    n = num_blocks(pattern, length)
+    keys = [pattern.head_key(heads, head) for head in range(heads.num_heads)]
+    read = {
+        key: sum(int(each.pairs().sum()) for each in profile(pattern, heads, [head], length))
+        for key, head in distinct(pattern, heads, range(heads.num_heads)).items()
+    }
+    everything = n * (n + 1) // 2 if pattern.causal else n * n
+    return sum(read[key] for key in keys) / (heads.num_heads * everything)
+
+
+def _of_groups(pattern: "Pattern", heads: Heads, statistic: typing.Callable[[Sequence[int]], typing.Any]) -> list:
+    """A statistic of every KV head's group, computed once for equal groups."""
+    known: dict[frozenset, typing.Any] = {}
+    found = []
+    for kv_head in range(heads.num_kv_heads):
+        group = heads.group_of(kv_head)
+        key = frozenset(pattern.head_key(heads, head) for head in group)
+        if key not in known:
+            known[key] = statistic(group)
+        found.append(known[key])
+    return found
+
+
+def is_kv_efficient(pattern: "Pattern", heads: Heads, length: int) -> bool:
+    return all(_of_groups(pattern, heads, lambda group: _never_read_again(pattern, heads, group, length)))
+
+
+def _never_read_again(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) -> bool:
+    n = num_blocks(pattern, length)
+    begun, dropped = np.full(n, pattern.causal), np.zeros(n, bool)
+    for each in profile(pattern, heads, group, length, 0 if pattern.causal else None):
+        read = each.pairs() > 0
+        begun_by = np.logical_or.accumulate(np.vstack([begun, read]), axis=0)
+        dropped_by = np.logical_or.accumulate(np.vstack([dropped, begun_by[1:] & ~read]), axis=0)
+        if (read & dropped_by[:-1]).any():
+            return False
+        begun, dropped = begun_by[-1], dropped_by[-1]
+    return True
+
+
+def kv_blocks_kept(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
+    return np.array(_of_groups(pattern, heads, lambda group: _most_kept(pattern, heads, group, length)), np.int64)
+
+
+def _most_kept(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) -> int:
+    n = num_blocks(pattern, length)
+    block, last = np.arange(n), np.full(n, -1)
+    for each in profile(pattern, heads, group, length):
+        reader = np.minimum(block + each.high[:, None], n) - 1
+        last = np.maximum(last, np.where(each.pairs() > 0, reader, -1).max(0))
+    kept = last >= 0
+    begins = block[kept] if pattern.causal else np.zeros(kept.sum(), int)
+    change = np.bincount(begins, minlength=n + 1) - np.bincount(last[kept] + 1, minlength=n + 1)
+    return int(np.cumsum(change).max())
+
+
+def _window(pattern: "Pattern", heads: Heads, head: int, length: int) -> int:
+    """How many distances from 0 on the head reads in full."""
+    n = num_blocks(pattern, length)
+    for each in profile(pattern, heads, [head], length, start=0):
+        for low, columns in zip(each.low.tolist(), each.read, strict=True):
+            if not columns[: n - low].all():
+                return low
+    return n
+
+
+def _far_context(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
+    """Which blocks beyond the window the last query block reads through some head: bool [blocks beyond]."""
+    n = num_blocks(pattern, length)
+    representatives = list(distinct(pattern, heads, range(heads.num_heads)).values())
+    window = min(_window(pattern, heads, head, length) for head in representatives)
+    last = np.array([n - 1])
+    read = np.any([rows_read(pattern, heads, head, last, length)[0] for head in representatives], axis=0)
+    return read[: n - window]
+
+
+def coverage(pattern: "Pattern", heads: Heads, length: int) -> float:
+    far = _far_context(pattern, heads, length)
+    return float(far.mean()) if far.size else 1.0
+
+
+def warn_if_incomplete(pattern: "Pattern", heads: Heads, length: int) -> None:
+    representatives = distinct(pattern, heads, range(heads.num_heads)).values()
+    blind = [head for head in representatives if not _window(pattern, heads, head, length)]
+    if blind:
+        warnings.warn(
+            f"{pattern!r}: through head {blind[0]}, some queries do not read their own block. "
+            "Add a window to it: `pattern | Local(1)`.",
+            PatternWarning,
+            stacklevel=3,
+        )
+    if not pattern.is_strided():
+        return
+    far = _far_context(pattern, heads, length)
+    # A pattern of bounded reach means to leave out what lies beyond.
+    reached = far[int(np.argmax(far)) :]
+    if far.any() and not reached.all():
+        warnings.warn(
+            f"{pattern!r}: the {heads.num_heads} heads ({heads.num_kv_heads} KV heads) together read "
+            f"{reached.mean():.0%} of the context beyond the window, and miss the rest. Take a stride of at most the "
+            'number of KV heads with head_step=None, residues="query_head", or a dense head (num_dense_heads=1).',
+            PatternWarning,
+            stacklevel=3,
+        )
