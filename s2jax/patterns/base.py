@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 
 from s2jax.bands import Band, block_states, intersect_all, refine
 from s2jax.patterns import statistics
+from s2jax.patterns.checks import check_count
 from s2jax.patterns.heads import Heads
 
 DEFAULT_BLOCK_SIZE = 64
@@ -134,6 +135,7 @@ class Pattern(abc.ABC):
 
     def _heads(self, num_heads: int, num_kv_heads: int, length: int) -> Heads:
         heads = Heads(num_heads, num_kv_heads)
+        check_count("length", length, at_least=1)
         self.check(heads, length, length, 0)
         return heads
 
@@ -242,7 +244,7 @@ class Union(_Composition):
     symbol = "|"
 
     @property
-    def causal(self) -> bool:  # type: ignore[override]
+    def causal(self) -> bool:
         return all(part.causal for part in self.parts)
 
     def reads(self, heads, head, query_position, key_position):
@@ -264,7 +266,7 @@ class Intersection(_Composition):
     symbol = "&"
 
     @property
-    def causal(self) -> bool:  # type: ignore[override]
+    def causal(self) -> bool:
         return any(part.causal for part in self.parts)
 
     def reads(self, heads, head, query_position, key_position):

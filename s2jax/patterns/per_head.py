@@ -25,7 +25,7 @@ class PerHead(Pattern):
         object.__setattr__(self, "patterns", patterns)
 
     @property
-    def causal(self) -> bool:  # type: ignore[override]
+    def causal(self) -> bool:
         return all(each.causal for each in self.patterns)
 
     def own_block_size(self):

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 
+import numpy as np
+
 from s2jax.bands import UNBOUNDED
 from s2jax.patterns.base import DEFAULT_BLOCK_SIZE
 from s2jax.patterns.checks import check_count
@@ -40,17 +42,16 @@ class Ranges(Striped):
     causal: bool = True
 
     def __post_init__(self):
-        pairs = tuple(tuple(pair) if isinstance(pair, (list, tuple)) else (pair,) for pair in self.ranges)
-        object.__setattr__(self, "ranges", pairs)
+        listed = self.ranges if isinstance(self.ranges, (list, tuple)) else ()
+        pairs = tuple(tuple(pair) if isinstance(pair, (list, tuple)) else (pair,) for pair in listed)
         expected = "ranges must be pairs of (bound, stride), the bounds ascending, None only as the last bound"
-        if not pairs or any(len(pair) != 2 for pair in pairs):
+        if not pairs or any(len(pair) != 2 for pair in pairs) or any(bound is None for bound, *_ in pairs[:-1]):
             raise ValueError(f"{expected}; got {self.ranges!r}")
-        for place, (bound, stride) in enumerate(pairs):
+        object.__setattr__(self, "ranges", pairs)
+        for bound, stride in self.ranges:
             check_count("the stride of a range", stride, at_least=1)
             if bound is not None:
                 check_count("the bound of a range", bound, at_least=1)
-            elif place < len(pairs) - 1:
-                raise ValueError(f"{expected}; got {self.ranges!r}")
         if any(low >= high for low, high in itertools.pairwise(self._bounds())):
             raise ValueError(f"{expected}; got {self.ranges!r}")
         self.check_head_parameters()
@@ -75,7 +76,7 @@ class Ranges(Striped):
         i, j = query_position // self.block_size, key_position // self.block_size
         distance = i - j if self.causal else abs(i - j)
         allowed = query_position - key_position >= lowest_distance(self.causal)
-        found = (distance < 0) | self.is_dense(heads, head)
+        found = np.asarray(self.is_dense(heads, head))
         for low, high, stride, residue in self._parts(heads, head):
             found = found | ((distance >= low) & (distance < high) & ((j + residue) % stride == 0))
         return found & allowed
@@ -89,8 +90,6 @@ class Ranges(Striped):
             columns = self.stripes(stride, residue, num_columns)
             found.append(dataclasses.replace(everything, columns=columns, block_low=low, block_high=high))
             if not self.causal:
-                mirrored = (1 - high if high < UNBOUNDED else -UNBOUNDED, min(0, 1 - low))
-                found.append(
-                    dataclasses.replace(everything, columns=columns, block_low=mirrored[0], block_high=mirrored[1])
-                )
+                low, high = 1 - high if high < UNBOUNDED else -UNBOUNDED, 1 - low
+                found.append(dataclasses.replace(everything, columns=columns, block_low=low, block_high=high))
         return tuple(found)

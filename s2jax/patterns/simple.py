@@ -51,7 +51,7 @@ class Local(BlockPattern):
 
     blocks: Window | None = None
     tokens: Window | None = dataclasses.field(default=None, kw_only=True)
-    block_size: int | None = None  # type: ignore[assignment]
+    block_size: int = dataclasses.field(default=None)  # type: ignore[assignment]
     causal: bool = True
 
     def __post_init__(self):
@@ -71,23 +71,28 @@ class Local(BlockPattern):
     def head_key(self, heads, head):
         return None
 
+    def _sides(self) -> tuple[int, int]:
+        extent = self.blocks if self.tokens is None else self.tokens
+        assert extent is not None
+        return window_sides(extent, self.causal)
+
     def reads(self, heads, head, query_position, key_position):
         distance = query_position - key_position
         allowed = distance >= lowest_distance(self.causal)
         if self.tokens is None:
             distance = query_position // self.block_size - key_position // self.block_size
-        left, right = window_sides(self.tokens if self.blocks is None else self.blocks, self.causal)
+        left, right = self._sides()
         return (distance < left) & (-distance < right) & allowed
 
     def bands(self, heads, head, block_size, num_rows, num_columns):
         if self.tokens is None:
             return super().bands(heads, head, block_size, num_rows, num_columns)
-        left, right = window_sides(self.tokens, self.causal)
+        left, right = self._sides()
         low = 0 if self.causal else 1 - right
         return (Band(all_columns(num_columns, block_size), token_low=low, token_high=left),) if low < left else ()
 
     def block_bands(self, heads, head, num_rows, num_columns):
-        left, right = window_sides(self.blocks, self.causal)
+        left, right = self._sides()
         everything = all_columns(num_columns, self.block_size)
         low = max(1 - right, -UNBOUNDED)
         return (Band(everything, low, left, lowest_distance(self.causal)),) if low < left else ()
