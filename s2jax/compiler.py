@@ -36,7 +36,11 @@ def compile_schedule(
     from s2jax.patterns import Heads  # patterns compile themselves for their statistics
 
     heads = Heads(num_heads, num_kv_heads)
-    for name, value, least in (("query_length", query_length, 1), ("kv_length", kv_length, 1), ("query_offset", query_offset, 0)):
+    for name, value, least in (
+        ("query_length", query_length, 1),
+        ("kv_length", kv_length, 1),
+        ("query_offset", query_offset, 0),
+    ):
         if not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
     pattern.check(heads, query_length, kv_length, query_offset)
@@ -131,7 +135,9 @@ class _Compiler:
     def _whole(self, band: Band) -> tuple[int, int]:
         """Distances at which every pair of tokens does."""
         size = self.block_size
-        return max(band.block_low, -(-(band.token_low + size - 1) // size)), min(band.block_high, band.token_high // size)
+        return max(band.block_low, -(-(band.token_low + size - 1) // size)), min(
+            band.block_high, band.token_high // size
+        )
 
     def _distances(self, bands: tuple[Band, ...]) -> list[tuple[int, int]]:
         """Intervals of distance in which no band changes; single distances where a token interval cuts blocks."""

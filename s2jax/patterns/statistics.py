@@ -33,28 +33,45 @@ class Slice(typing.NamedTuple):
     high: np.ndarray  # int [m]
     read: np.ndarray  # bool [m, n]
 
-    def pairs(self) -> np.ndarray:
-        """How many query blocks below n each interval has for each key block: int [m, n]."""
+    def occurs(self) -> np.ndarray:
+        """Whether some query block below n reads key block j at these distances: bool [m, n]."""
+        j = np.arange(self.read.shape[1])
+        return self.read & (j < len(j) - self.low[:, None]) & (j > -self.high[:, None])
+
+    def count(self) -> int:
+        """How many pairs of blocks below n are read."""
+        if (self.high - self.low == 1).all():
+            return np.count_nonzero(self.occurs())
         j = np.arange(self.read.shape[1])
         first, stop = np.maximum(self.low[:, None], -j), np.minimum(self.high[:, None], len(j) - j)
-        return np.maximum(stop - first, 0) * self.read
+        return int((np.maximum(stop - first, 0) * self.read).sum())
 
 
 def num_blocks(pattern: "Pattern", length: int) -> int:
     return -(-length // pattern.schedule_block_size())
 
 
-def profile(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int, start: int | None = None):
-    """What the heads of a group read together, from the distance `start` (by default, all of them): yields `Slice`s."""
-    size, n = pattern.schedule_block_size(), num_blocks(pattern, length)
+def profile(
+    pattern: "Pattern", heads: Heads, group: Sequence[int], length: int, start: int | None = None
+) -> Iterator[Slice]:
+    """What the heads of a group read together, at the distances from `start` on, or at all of them."""
+    n = num_blocks(pattern, length)
     start = 1 - n if start is None else start
+    bands = _bands(pattern, heads, group, length)
+    if bands is None:
+        return _profile_of_mask(_group_mask(pattern, heads, group, length), start)
+    return _profile_of_bands([cut for band in bands for cut in _cuts(band, pattern, length)], start, n)
+
+
+def _bands(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) -> list[Band] | None:
+    size, n = pattern.schedule_block_size(), num_blocks(pattern, length)
     found: list[Band] = []
     for head in distinct(pattern, heads, group).values():
         bands = pattern.bands(heads, head, size, n, n)
         if bands is None:
-            return _profile_of_mask(_group_mask(pattern, heads, group, length), start)
+            return None
         found += bands
-    return _profile_of_bands([cut for band in found for cut in _cuts(band, size, length)], start, n)
+    return found
 
 
 def distinct(pattern: "Pattern", heads: Heads, group: Sequence[int]) -> dict[Hashable, int]:
@@ -69,8 +86,9 @@ Cut = tuple[int, int, np.ndarray]
 """Distances from low to below high, and bool [period, n]: the key blocks that some token reads some token of there."""
 
 
-def _cuts(band: Band, size: int, length: int) -> list[Cut]:
+def _cuts(band: Band, pattern: "Pattern", length: int) -> list[Cut]:
     """A band with its token interval turned into whole blocks; it depends on how many tokens of the block are read."""
+    size = pattern.schedule_block_size()
     remaining = length - np.arange(band.columns.shape[1]) * size
     limits = np.minimum(band.columns, remaining)
     found = []
@@ -97,10 +115,11 @@ def _profile_of_bands(cuts: list[Cut], start: int, n: int) -> Iterator[Slice]:
             yield Slice(np.array([low]), np.array([high]), read[None])
             continue
         table = np.any([with_period(table, period) for table in active], axis=0)
+        column = np.arange(n)
+        # Seen from key block j, the row at distance d has the phase j + d.
+        by_distance = table[(np.arange(period)[:, None] + column) % period, column]
         for distance in _chunks(low, high, max(1, PAIRS_AT_ONCE // n)):
-            column = np.arange(n)
-            read = table[(distance[:, None] + column) % period, column]
-            yield Slice(distance, distance + 1, read)
+            yield Slice(distance, distance + 1, by_distance[distance % period])
 
 
 def _profile_of_mask(mask: np.ndarray, start: int) -> Iterator[Slice]:
@@ -125,6 +144,10 @@ def rows_read(pattern: "Pattern", heads: Heads, head: int, rows: np.ndarray, len
     states = pattern.block_states(heads, head, size, rows, n)
     read = states == 2
     row, column = np.nonzero(states == 1)
+    # The last query and the first key tell most; only where they do not is every token looked at.
+    corner = pattern.reads(heads, head, np.minimum(rows[row] * size + size, length) - 1, column * size)
+    read[row, column] = corner
+    row, column = row[~corner], column[~corner]
     token = np.arange(size)
     for part in np.array_split(np.arange(len(row)), max(1, len(row) * size * size // PAIRS_AT_ONCE)):
         query = rows[row[part], None, None] * size + token[:, None]
@@ -151,6 +174,8 @@ def block_mask(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
         same = first[pattern.head_key(heads, head)]
         if same < head:
             found[head] = found[same]
+        elif _bands(pattern, heads, [head], length) is None:
+            found[head] = _group_mask(pattern, heads, [head], length)
         else:
             _draw(profile(pattern, heads, [head], length), found[head])
     return found
@@ -174,7 +199,7 @@ def density(pattern: "Pattern", heads: Heads, length: int) -> float:
     n = num_blocks(pattern, length)
     keys = [pattern.head_key(heads, head) for head in range(heads.num_heads)]
     read = {
-        key: sum(int(each.pairs().sum()) for each in profile(pattern, heads, [head], length))
+        key: sum(each.count() for each in profile(pattern, heads, [head], length))
         for key, head in distinct(pattern, heads, range(heads.num_heads)).items()
     }
     everything = n * (n + 1) // 2 if pattern.causal else n * n
@@ -202,7 +227,7 @@ def _never_read_again(pattern: "Pattern", heads: Heads, group: Sequence[int], le
     n = num_blocks(pattern, length)
     begun, dropped = np.full(n, pattern.causal), np.zeros(n, bool)
     for each in profile(pattern, heads, group, length, 0 if pattern.causal else None):
-        read = each.pairs() > 0
+        read = each.occurs()
         begun_by = np.logical_or.accumulate(np.vstack([begun, read]), axis=0)
         dropped_by = np.logical_or.accumulate(np.vstack([dropped, begun_by[1:] & ~read]), axis=0)
         if (read & dropped_by[:-1]).any():
@@ -220,7 +245,7 @@ def _most_kept(pattern: "Pattern", heads: Heads, group: Sequence[int], length: i
     block, last = np.arange(n), np.full(n, -1)
     for each in profile(pattern, heads, group, length):
         reader = np.minimum(block + each.high[:, None], n) - 1
-        last = np.maximum(last, np.where(each.pairs() > 0, reader, -1).max(0))
+        last = np.maximum(last, np.where(each.occurs(), reader, -1).max(0))
     kept = last >= 0
     begins = block[kept] if pattern.causal else np.zeros(kept.sum(), int)
     change = np.bincount(begins, minlength=n + 1) - np.bincount(last[kept] + 1, minlength=n + 1)
@@ -265,9 +290,11 @@ def warn_if_incomplete(pattern: "Pattern", heads: Heads, length: int) -> None:
     if not pattern.is_strided():
         return
     far = _far_context(pattern, heads, length)
+    if not far.any():
+        return
     # A pattern of bounded reach means to leave out what lies beyond.
     reached = far[int(np.argmax(far)) :]
-    if far.any() and not reached.all():
+    if not reached.all():
         warnings.warn(
             f"{pattern!r}: the {heads.num_heads} heads ({heads.num_kv_heads} KV heads) together read "
             f"{reached.mean():.0%} of the context beyond the window, and miss the rest. Take a stride of at most the "

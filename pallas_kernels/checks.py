@@ -1,0 +1,134 @@
+"""Checks of the op's arguments: one clear error each, that says what was expected, what came and how to mend it."""
+
+import numbers
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.problem import Operands
+from pallas_kernels.schedule import BlockSchedule
+from pallas_kernels.selection import BlockSelection
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def check_number(name: str, value, above: float | None = None) -> float:
+    """The value as a float; raises ValueError unless it is a finite number, greater than `above`."""
+    if not isinstance(value, numbers.Real) and not (isinstance(value, np.ndarray) and value.ndim == 0):
+        raise ValueError(f"{name} must be a number known while tracing, got {type(value).__name__}")
+    if not np.isfinite(value) or (above is not None and value <= above):
+        bound = "a finite number" if above is None else f"a finite number greater than {above:g}"
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+    return float(value)
+
+
+def check_operands(
+    schedule, query, key, value, query_offset, query_segment_ids, kv_segment_ids, logits_soft_cap, sinks
+) -> Operands:
+    """The arguments of the op as operands; raises ValueError where they do not fit together."""
+    _check_tensors(query, key, value)
+    batch, query_length, num_heads, _ = query.shape
+    kv_length, num_kv_heads = key.shape[1:3]
+    offset = None if query_offset is None else _offsets(query_offset, batch)
+    selection = None
+    if isinstance(schedule, BlockSelection):
+        _check_selection(schedule, batch, query_length, num_heads, num_kv_heads)
+        selection = schedule
+    elif isinstance(schedule, BlockSchedule):
+        _check_schedule(schedule, query, key, offset is not None)
+    else:
+        raise ValueError(f"schedule must be a BlockSchedule or a BlockSelection, got {type(schedule).__name__}")
+    segments = _segments(query_segment_ids, kv_segment_ids, (batch, query_length), (batch, kv_length))
+    return Operands(query, key, value, _sinks(sinks, num_heads), *segments, offset, selection)
+
+
+def _check_tensors(query, key, value) -> None:
+    named = {"query": query, "key": key, "value": value}
+    for name, array in named.items():
+        if not hasattr(array, "dtype") or getattr(array, "ndim", None) != 4:
+            shape = getattr(array, "shape", type(array).__name__)
+            raise ValueError(f"{name} must be an array [batch, length, heads, features], got {shape}")
+        if 0 in array.shape:
+            raise ValueError(f"{name} has an axis of length 0: {array.shape}; every axis needs at least one element")
+    dtypes = {str(array.dtype) for array in named.values()}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        came = ", ".join(f"{name} {array.dtype}" for name, array in named.items())
+        raise ValueError(f"query, key and value must have one dtype among {', '.join(DTYPES)}, got {came}")
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(f"query, key and value must have one batch size, got {shapes}")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(f"key and value must have the same length and heads, got {shapes}")
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have the same head dim, got {shapes}")
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads, got {query.shape[2]} and {key.shape[2]}: {shapes}"
+        )
+
+
+def _check_schedule(schedule: BlockSchedule, query, key, has_offset: bool) -> None:
+    expected = (schedule.num_heads, schedule.num_kv_heads, schedule.kv_length)
+    came = (query.shape[2], key.shape[2], key.shape[1])
+    if expected != came:
+        raise ValueError(
+            f"the schedule was compiled for (num_heads, num_kv_heads, kv_length) = {expected}, got {came}; "
+            "compile one for these"
+        )
+    if has_offset and (schedule.query_offset or query.shape[1] > schedule.query_length):
+        raise ValueError(
+            "a query_offset at run time needs a schedule compiled with query_offset=0 for every position that may come, "
+            f"got one for {schedule.query_length} positions from {schedule.query_offset} on, and {query.shape[1]} queries"
+        )
+    if not has_offset and query.shape[1] != schedule.query_length:
+        raise ValueError(f"the schedule was compiled for {schedule.query_length} queries, got {query.shape[1]}")
+
+
+def _check_selection(selection: BlockSelection, batch: int, query_length: int, num_heads: int, num_kv_heads: int):
+    blocks, counts = jnp.shape(selection.kv_blocks), jnp.shape(selection.counts)
+    rows = -(-query_length // selection.query_block)
+    if len(blocks) != 4 or blocks[:3] != counts:
+        raise ValueError(
+            "a BlockSelection needs kv_blocks [b|1, h|k|1, rows, max_blocks] and counts of its first three axes, "
+            f"got {blocks} and {counts}"
+        )
+    if blocks[0] not in (1, batch) or blocks[1] not in (1, num_heads, num_kv_heads) or blocks[2] != rows:
+        raise ValueError(
+            f"a BlockSelection for {batch} sequences, {num_heads} query and {num_kv_heads} KV heads and {query_length} "
+            f"queries in rows of {selection.query_block} must have kv_blocks [{batch}|1, {num_heads}|{num_kv_heads}|1, "
+            f"{rows}, max_blocks], got {blocks}"
+        )
+    for name, array in (("kv_blocks", selection.kv_blocks), ("counts", selection.counts)):
+        if array.dtype != jnp.int32:
+            raise ValueError(f"a BlockSelection's {name} must be int32, got {array.dtype}")
+
+
+def _offsets(query_offset, batch: int):
+    offset = jnp.asarray(query_offset)
+    if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (batch,)):
+        raise ValueError(
+            f"query_offset must be an integer or integers [{batch}], one for each sequence, got {offset.dtype} "
+            f"{offset.shape}"
+        )
+    return jnp.broadcast_to(offset.astype(jnp.int32), (batch,))
+
+
+def _segments(query_segment_ids, kv_segment_ids, query_shape, kv_shape):
+    given = {"query_segment_ids": (query_segment_ids, query_shape), "kv_segment_ids": (kv_segment_ids, kv_shape)}
+    missing = [name for name, (ids, _) in given.items() if ids is None]
+    if len(missing) == 1:
+        raise ValueError(f"query_segment_ids and kv_segment_ids go together, got no {missing[0]}")
+    for name, (ids, shape) in given.items():
+        if ids is not None and (jnp.shape(ids) != shape or not jnp.issubdtype(jnp.result_type(ids), jnp.integer)):
+            raise ValueError(f"{name} must be integers {shape}, got {jnp.result_type(ids)} {jnp.shape(ids)}")
+    return [None if ids is None else jnp.asarray(ids).astype(jnp.int32) for ids, _ in given.values()]
+
+
+def _sinks(sinks, num_heads: int):
+    if sinks is None:
+        return None
+    if jnp.shape(sinks) != (num_heads,) or not jnp.issubdtype(jnp.result_type(sinks), jnp.floating):
+        raise ValueError(
+            f"sinks must be floats ({num_heads},), one for each query head, got {jnp.result_type(sinks)} {jnp.shape(sinks)}"
+        )
+    return jnp.asarray(sinks)

@@ -1,0 +1,182 @@
+"""The public op: checks, the choice of a backend, and one `custom_vjp` for all of them."""
+
+import dataclasses
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import reference, xla
+from pallas_kernels.checks import check_number, check_operands
+from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.schedule import BlockSchedule
+from pallas_kernels.selection import BlockSelection
+from pallas_kernels.sharding import over_shards
+
+OUT_NAME, LSE_NAME = "s2jax_out", "s2jax_lse"
+"""`checkpoint_name`s of the two residuals that are worth keeping when a layer is rematerialised."""
+
+BACKENDS: dict[str, types.ModuleType] = {"xla": xla, "reference": reference}
+
+
+def block_sparse_attention(
+    query: Float[Array, "b t h d"],
+    key: Float[Array, "b s k d"],
+    value: Float[Array, "b s k e"],
+    schedule: BlockSchedule | BlockSelection,
+    *,
+    scale: float | None = None,
+    query_offset: Int32[Array, "#b"] | None = None,
+    query_segment_ids: Int32[Array, "b t"] | None = None,
+    kv_segment_ids: Int32[Array, "b s"] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " h"] | None = None,
+    return_lse: bool = False,
+    query_spec: PartitionSpec | None = None,
+    implementation: str | list[str] | tuple[str, ...] | None = None,
+    tiles=None,
+):
+    """Attention in which every query reads the blocks of keys that a schedule lists for its head.
+
+    Query head i reads KV head i // (h / k). Softmax and sums are in float32, or float64 for float64 inputs.
+
+    Args:
+      query, key, value: one dtype, bfloat16, float16, float32 or float64.
+      schedule: a compiled pattern, or blocks chosen at run time.
+      scale: what the logits are multiplied with; d**-0.5 by default.
+      query_offset: position of the first query among the keys, known at run time only: a scalar or [b]. The schedule is
+        then compiled from position 0 on, for all positions that may come; the result of others is NaN.
+      query_segment_ids, kv_segment_ids: queries see keys with an equal id only. Both or neither.
+      logits_soft_cap: logits become cap · tanh(logits / cap).
+      sinks: one more logit per query head in the softmax's sum, neither scaled nor capped.
+      return_lse: gives back (out, lse).
+      query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None).
+      implementation: "xla" or "reference", or several names in order of preference; None picks.
+      tiles: tile sizes of the one implementation asked for, such as `XlaTiles`.
+
+    Returns:
+      out [b, t, h, e] in the query's dtype; lse float32 [b, h, t], the natural logarithm of the sum of exp(logit) over
+      what the row reads, sink included. A row that reads nothing gives zeros and the sink or -inf.
+
+    Raises:
+      ValueError: an argument does not fit; the message says what was expected and what came.
+      NotImplementedError: none of the implementations asked for can do it, with each one's reason.
+    """
+    operands = check_operands(
+        schedule, query, key, value, query_offset, query_segment_ids, kv_segment_ids, logits_soft_cap, sinks
+    )
+    problem = Problem(
+        schedule=None if isinstance(schedule, BlockSelection) else schedule,
+        scale=query.shape[-1] ** -0.5 if scale is None else check_number("scale", scale),
+        logits_soft_cap=None if logits_soft_cap is None else check_number("logits_soft_cap", logits_soft_cap, above=0),
+        tiles=tiles,
+    )
+    call = Call(_choose(problem, operands, implementation), problem, query_spec)
+    rest = dataclasses.replace(operands, query=None, key=None, value=None, sinks=None)
+    out, lse = _attention(call, operands.query, operands.key, operands.value, operands.sinks, rest)
+    return (out, lse) if return_lse else out
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """The static half of a call."""
+
+    backend: str
+    problem: Problem
+    query_spec: PartitionSpec | None
+
+
+def _choose(problem: Problem, operands: Operands, implementation) -> str:
+    names = ("xla",) if implementation is None else implementation
+    names = (names,) if isinstance(names, str) else tuple(names)
+    reasons = []
+    for name in names:
+        if name not in BACKENDS:
+            raise ValueError(f"implementation must be among {', '.join(BACKENDS)}, got {name!r}")
+        if problem.tiles is not None and not isinstance(problem.tiles, BACKENDS[name].TILES):
+            raise ValueError(
+                f"tiles for {name!r} must be {BACKENDS[name].TILES.__name__}, got {type(problem.tiles).__name__}"
+            )
+        reason = BACKENDS[name].refuse(problem, operands)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise NotImplementedError("; ".join(reasons))
+
+
+# Forward and backward are sharded each by themselves: a `shard_map` around the `custom_vjp` would leave its transpose to
+# JAX, and one inside needs nothing of the sharding of the other pass.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(call: Call, query, key, value, sinks, rest: Operands):
+    return _forward(call, query, key, value, sinks, rest)[0]
+
+
+def _forward(call: Call, query, key, value, sinks, rest: Operands):
+    backend = BACKENDS[call.backend]
+
+    def local(operands: Operands):
+        out, lse = backend.forward(call.problem, operands)
+        if operands.sinks is not None:
+            out, lse = add_sinks(out, lse, operands.sinks)
+        return _nan_beyond(call.problem, operands, out.astype(operands.query.dtype), lse)
+
+    operands = dataclasses.replace(
+        rest, query=query, key=key, value=value, sinks=sinks, tables=backend.tables(call.problem)
+    )
+    out, lse = over_shards(local, operands, call.query_spec, ("out", "lse"))
+    out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
+    return (out, lse), (query, key, value, sinks, rest, out, lse)
+
+
+def _backward(call: Call, residuals, cotangents):
+    query, key, value, sinks, rest, out, lse = residuals
+    dout, dlse = cotangents
+    operands = dataclasses.replace(rest, query=query, key=key, value=value, sinks=sinks)
+    return (*_gradients(call, operands, out, lse, dout, dlse), None)
+
+
+def _gradients(call: Call, operands: Operands, out, lse, dout, dlse):
+    backend = BACKENDS[call.backend]
+
+    def local(operands: Operands, out, lse, dout, dlse):
+        # The gradient of an empty row's lse, -inf, means nothing.
+        dlse = jnp.where(jnp.isneginf(lse), 0, dlse)
+        delta = jnp.einsum("bthe,bthe->bht", out.astype(lse.dtype), dout.astype(lse.dtype)) - dlse
+        gradients = backend.backward(call.problem, operands, dout, lse, delta)
+        inputs = operands.query, operands.key, operands.value
+        dquery, dkey, dvalue = (g.astype(array.dtype) for g, array in zip(gradients, inputs, strict=True))
+        if operands.sinks is None:
+            return dquery, dkey, dvalue, None
+        weights = jnp.where(jnp.isneginf(lse), 0, jnp.exp(operands.sinks.astype(lse.dtype)[:, None] - lse))
+        return dquery, dkey, dvalue, (-weights * delta).sum((0, 2)).astype(operands.sinks.dtype)
+
+    operands = dataclasses.replace(operands, tables=backend.tables(call.problem))
+    return over_shards(
+        local, operands, call.query_spec, ("query", "key", "value", "sinks"), extra=(out, lse, dout, dlse)
+    )
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """Adds exp(sink) to every row's sum: out [b, t, h, e], lse [b, h, t], sinks [h]."""
+    total = jnp.logaddexp(lse, sinks.astype(lse.dtype)[:, None])
+    kept = jnp.exp(lse - jnp.where(jnp.isneginf(total), 0, total))
+    return out * kept.swapaxes(1, 2)[..., None].astype(out.dtype), total
+
+
+def _nan_beyond(problem: Problem, operands: Operands, out: Array, lse: Array) -> tuple[Array, Array]:
+    """NaN where queries stand at positions that the schedule was not compiled for: better than a wrong number."""
+    offset = operands.query_offset
+    if offset is None or problem.schedule is None:
+        return out, lse
+    last = problem.schedule.query_length - out.shape[1]
+    fits = ((offset >= 0) & (offset <= last))[:, None, None]
+    return jnp.where(fits[..., None], out, jnp.nan), jnp.where(fits, lse, jnp.nan)

@@ -1,0 +1,49 @@
+"""What the op hands to a backend: what is known while tracing, and the arrays."""
+
+import dataclasses
+import typing
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.schedule import BlockSchedule
+from pallas_kernels.selection import BlockSelection
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """All that is known while tracing; hashable.
+
+    Attributes:
+      schedule: what is read, or None where a selection among the operands says it.
+      scale: what the logits are multiplied with.
+      logits_soft_cap: the logits become cap · tanh(logits / cap); None leaves them.
+      tiles: the backend's own tile sizes, or None for its own choice.
+    """
+
+    schedule: BlockSchedule | None
+    scale: float
+    logits_soft_cap: float | None
+    tiles: typing.Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """The arrays of one call, or of one shard of it; what is absent is None.
+
+    Attributes:
+      query_offset: int32 [b], positions of the first queries, if they are known at run time only.
+      selection: a traced choice of blocks, where there is no schedule.
+      tables: what the backend made of the schedule for these heads.
+    """
+
+    query: Float[Array, "b t h d"]
+    key: Float[Array, "b s k d"]
+    value: Float[Array, "b s k e"]
+    sinks: Float[Array, " h"] | None = None
+    query_segment_ids: Int32[Array, "b t"] | None = None
+    kv_segment_ids: Int32[Array, "b s"] | None = None
+    query_offset: Int32[Array, " b"] | None = None
+    selection: BlockSelection | None = None
+    tables: typing.Any = None

@@ -1,0 +1,136 @@
+"""The operation by its definition: a token mask, dense, O(t · s) memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.schedule import BlockSchedule
+from pallas_kernels.selection import BlockSelection
+
+TILES = type(None)
+"""There are no tiles to choose."""
+
+
+def masked_attention(
+    query: Float[Array, "b t h d"],
+    key: Float[Array, "b s k d"],
+    value: Float[Array, "b s k e"],
+    mask: Bool[Array, "#b #h t s"],
+    *,
+    scale: float,
+    query_segment_ids: Int32[Array, "b t"] | None = None,
+    kv_segment_ids: Int32[Array, "b s"] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " h"] | None = None,
+) -> tuple[Float[Array, "b t h e"], Float[Array, "b h t"]]:
+    """Softmax over the keys that the mask and the segments let through.
+
+    Computes in float32, or float64 for float64 inputs. Returns the output in the query's dtype and the natural
+    log-sum-exp of the logits. A row that reads nothing gives zeros, and the sink or -inf.
+    """
+    compute = jnp.promote_types(query.dtype, jnp.float32)
+    group = query.shape[2] // key.shape[2]
+    precision = jax.lax.Precision.HIGHEST
+    if query_segment_ids is not None and kv_segment_ids is not None:
+        mask = mask & (query_segment_ids[:, None, :, None] == kv_segment_ids[:, None, None, :])
+    batch, _, heads, _ = query.shape
+    dtype = query.dtype
+    mask = jnp.broadcast_to(mask, (batch, heads, *mask.shape[2:]))
+    query, key, value = (array.astype(compute) for array in (query, key, value))
+    # What no query reads is zeroed: 0 · NaN is NaN, and the zero gradient of a hidden logit is no better.
+    read = mask.reshape(batch, key.shape[2], group, *mask.shape[2:]).any((2, 3)).swapaxes(1, 2)[..., None]
+    key, value = jnp.where(read, key, 0), jnp.where(read, value, 0)
+    grouped = query.reshape(*query.shape[:2], key.shape[2], group, query.shape[3])
+    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, key, precision=precision) * jnp.asarray(scale, compute)
+    logits = logits.reshape(mask.shape)
+    if logits_soft_cap is not None:
+        cap = jnp.asarray(logits_soft_cap, compute)
+        logits = cap * jnp.tanh(logits / cap)
+    logits = jnp.where(mask, logits, -jnp.inf)
+    most = logits.max(-1, initial=-jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks.astype(compute)[None, :, None], most.shape)
+        most = jnp.maximum(most, sink)
+    most = jax.lax.stop_gradient(jnp.where(jnp.isneginf(most), 0, most))
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits, 0) - most[..., None]), 0)
+    total = weights.sum(-1)
+    if sinks is not None:
+        total = total + jnp.exp(sink - most)
+    reads = total > 0
+    safe = jnp.where(reads, total, 1)
+    weights = (weights / safe[..., None]).reshape(batch, key.shape[2], group, *mask.shape[2:])
+    out = jnp.einsum("bkgts,bske->btkge", weights, value, precision=precision)
+    lse = jnp.where(reads, jnp.log(safe) + most, -jnp.inf)
+    return out.reshape(*query.shape[:3], value.shape[3]).astype(dtype), lse
+
+
+def refuse(problem: Problem, operands: Operands) -> str | None:
+    """Why this backend cannot do it; it can do everything that fits in memory."""
+    return None
+
+
+def tables(problem: Problem) -> Bool[np.ndarray, "h t s"] | None:
+    """The token mask of every head; None for a selection."""
+    return None if problem.schedule is None else _token_mask(problem.schedule)
+
+
+@functools.lru_cache(maxsize=8)
+def _token_mask(schedule: BlockSchedule) -> np.ndarray:
+    return schedule.token_mask()
+
+
+def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
+    """out [b, t, h, e] and lse [b, h, t] without sinks, both in the accumulation dtype."""
+    return _attend(problem, operands, operands.query, operands.key, operands.value)
+
+
+def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array):
+    """dq, dk and dv in the accumulation dtype, from dout [b, t, h, e], and lse and delta [b, h, t], sinks included."""
+    inputs = operands.query, operands.key, operands.value
+    (out, alone), pull = jax.vjp(functools.partial(_attend, problem, operands), *inputs)
+    # With sinks, and whatever else stands in lse, the weights are smaller by a factor, and so are their gradients:
+    # out' = share · out, so that the pull-back of (share · dout, dlse') has to give share · (dP - delta) for dP - delta'.
+    share = jnp.where(jnp.isneginf(alone), 0, jnp.exp(alone - jnp.where(jnp.isneginf(lse), 0, lse)))
+    spread = share.swapaxes(1, 2)[..., None] * dout.astype(out.dtype)
+    dlse = jnp.einsum("bthe,bthe->bht", out, spread) - share * delta
+    return pull((spread, jnp.where(jnp.isneginf(alone), 0, dlse)))
+
+
+def _attend(problem: Problem, operands: Operands, query, key, value):
+    compute = jnp.promote_types(query.dtype, jnp.float32)
+    return masked_attention(
+        query.astype(compute), key.astype(compute), value.astype(compute), _mask(problem, operands),
+        scale=problem.scale, logits_soft_cap=problem.logits_soft_cap,
+        query_segment_ids=operands.query_segment_ids, kv_segment_ids=operands.kv_segment_ids,
+    )  # fmt: skip
+
+
+def _mask(problem: Problem, operands: Operands) -> Bool[Array, "#b #h t s"]:
+    query, key, offset = operands.query, operands.key, operands.query_offset
+    if operands.selection is not None:
+        return selection_mask(operands.selection, query.shape[1], key.shape[1], query.shape[2], offset)
+    mask = jax.lax.optimization_barrier(jnp.asarray(operands.tables))  # else XLA folds reductions of it while compiling
+    if offset is None:
+        return mask[None]
+    return jax.vmap(lambda first: jax.lax.dynamic_slice_in_dim(mask, first, query.shape[1], 1))(offset)
+
+
+def selection_mask(
+    selection: BlockSelection, query_length: int, kv_length: int, num_heads: int, query_offset: Array | None = None
+) -> Bool[Array, "#b h t s"]:
+    """A selection written out, query by key."""
+    used = jnp.arange(selection.kv_blocks.shape[-1]) < selection.counts[..., None]
+    num_blocks = -(-kv_length // selection.block_size)
+    blocks = jax.nn.one_hot(jnp.where(used, selection.kv_blocks, -1), num_blocks, dtype=bool).any(-2)
+    mask = jnp.repeat(jnp.repeat(blocks, selection.query_block, 2), selection.block_size, 3)
+    mask = mask[:, :, :query_length, :kv_length]
+    mask = jnp.repeat(mask, num_heads // mask.shape[1], 1)
+    if selection.causal:
+        first = jnp.zeros(1, jnp.int32) if query_offset is None else query_offset
+        position = first[:, None, None, None] + jnp.arange(query_length)[:, None]
+        mask = mask & (jnp.arange(kv_length) <= position)
+    return mask

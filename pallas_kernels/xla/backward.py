@@ -1,0 +1,123 @@
+"""The gradients of attention by gathered blocks, in plain XLA: dq over queries' lists, dk and dv over keys' packs.
+
+Two passes, each of which writes every result once: nothing is scattered, and the bits are the same every time.
+With P the weights and dP = dO · Vᵀ, the gradient of the logits is dS = P ∘ (dP - delta), delta = Σ out · dout - dlse.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.xla.forward import RowPass
+from pallas_kernels.xla.layout import Layout
+from pallas_kernels.xla.walking import Step, in_chunks, walk
+
+
+def query_gradient(queries: RowPass, dout: Array, lse: Array, delta: Array, *, bounded: bool = False) -> Array:
+    """dq [b, t, h, d] in the accumulation dtype, from dout [b, t, h, e], lse and delta [b, t, h]."""
+    layout, grid = queries.layout, queries.grid
+    tiles, douts = (layout.query_tiles(grid, array) for array in (layout.operands.query, dout))
+    lses, deltas = layout.query_tiles(grid, lse[..., None], jnp.inf), layout.query_tiles(grid, delta[..., None])
+
+    def tile(units, fold):
+        query, dout, lse, delta = (array[units] for array in (tiles, douts, lses, deltas))
+
+        def body(dquery, step):
+            key, value, allowed = queries.gather(units, step)
+            logits, slope = layout.logits(layout.product("umd,und->umn", query, key))
+            dweights = layout.product("ume,une->umn", dout, value)
+            dlogits = _logit_gradient(layout, logits, slope, allowed, lse, dweights, delta)
+            return dquery + layout.product("umn,und->umd", dlogits.astype(key.dtype), key)
+
+        return fold(body, jnp.zeros(query.shape, layout.accumulate))
+
+    return layout.from_rows(grid, queries.run(tile, bounded=bounded))
+
+
+def _logit_gradient(layout: Layout, logits, slope, allowed, lse, dweights, delta) -> Array:
+    """dS times the scale. The mask goes on last: a hidden logit may be NaN."""
+    dlogits = jnp.exp(logits - lse) * (dweights - delta) * jnp.asarray(layout.problem.scale, logits.dtype)
+    if slope is not None:
+        dlogits = dlogits * slope
+    return jnp.where(allowed, dlogits, 0)
+
+
+def key_value_gradients(
+    layout: Layout, keys_per_tile: int, entries_per_step: int, dout: Array, lse: Array, delta: Array, *, bounded=False
+) -> tuple[Array, Array]:
+    """dk [b, s, k, d] and dv [b, s, k, e] in the accumulation dtype; the arguments are those of `query_gradient`."""
+    walks, grid = layout.walks, layout.grid(1)
+    tiles = walks.members.shape[1]
+    keys, values = (layout.key_blocks(array) for array in (layout.operands.key, layout.operands.value))
+    queries, douts = (layout.query_blocks(grid, array) for array in (layout.operands.query, dout))
+    lses, deltas = layout.query_blocks(grid, lse[..., None], jnp.inf), layout.query_blocks(grid, delta[..., None])
+
+    def tile(units):
+        batch, walker, pack = layout.split(units, tiles)
+        members = walks.members[walker, pack]
+        blocks = jnp.where(members < 0, layout.num_blocks, members)
+        where = layout.kv_head(batch, walker)[:, None] * (layout.num_blocks + 1) + blocks
+        key, value = (array[where].reshape(len(units), -1, array.shape[-1]) for array in (keys, values))
+        first_row = (batch * layout.walkers + walker) * (grid.rows + 1)
+
+        def body(carry, step):
+            dkey, dvalue = carry
+            rows, step = _local_rows(grid, batch, step)
+            where = first_row[:, None] + rows
+            query, dout, lse, delta = (
+                array[where].reshape(len(units), -1, array.shape[-1]) for array in (queries, douts, lses, deltas)
+            )
+            logits, slope = layout.logits(layout.product("umd,und->umn", key, query))
+            allowed = _allowed(layout, grid, batch, blocks, rows, step)
+            lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
+            weights = jnp.exp(logits - lse)
+            weights = weights if allowed is None else jnp.where(allowed, weights, 0)
+            dvalue = dvalue + layout.product("umn,une->ume", weights.astype(dout.dtype), dout)
+            dweights = layout.product("ume,une->umn", value, dout)
+            dlogits = weights * (dweights - delta) * jnp.asarray(layout.problem.scale, weights.dtype)
+            dlogits = dlogits if slope is None else dlogits * slope
+            dlogits = dlogits if allowed is None else jnp.where(allowed, dlogits, 0)
+            return dkey + layout.product("umn,und->umd", dlogits.astype(query.dtype), query), dvalue
+
+        start = tuple(jnp.zeros(array.shape, layout.accumulate) for array in (key, value))
+        return walk(layout.walks, layout.slices(units, tiles), entries_per_step, body, start, bounded=bounded)
+
+    row_tokens = layout.group * layout.row_size
+    unit_bytes = keys_per_tile * layout.block_size * entries_per_step * row_tokens * layout.accumulate.itemsize
+    gradients = in_chunks(tile, layout.lengths(tiles), unit_bytes)
+    return tuple(_in_place(layout, array) for array in gradients)
+
+
+def _local_rows(grid, batch: Array, step: Step) -> tuple[Array, Step]:
+    """The rows of a step within this call; those of other calls become the empty last row."""
+    rows = step.blocks
+    if not isinstance(grid.first, int):
+        rows = rows - grid.first[batch][:, None]
+    valid = step.valid & (rows >= 0) & (rows < grid.rows)
+    return jnp.where(valid, rows, grid.rows), step._replace(valid=valid)
+
+
+def _allowed(layout: Layout, grid, batch: Array, blocks: Array, rows: Array, step: Step) -> Array | None:
+    """Which keys the queries of a step see: bool [units, keys, queries]; None where it is all that exist."""
+    if step.kinds is None and not layout.masks_all:
+        return None
+    units, packed = blocks.shape
+    entries, size, row_size = rows.shape[1], layout.block_size, layout.row_size
+    key = layout.key_tokens(batch[:, None], blocks).reshape(units, packed, size, 1, 1, 1)
+    query = layout.query_tokens(grid, batch[:, None], rows).reshape(units, 1, 1, entries, 1, row_size)
+    allowed = layout.pairs(query, key)
+    if step.kinds is not None:
+        masks = layout.walks.token_masks[layout.walks.kinds[step.kinds]]
+        allowed &= masks.transpose(0, 2, 4, 1, 3)[:, :, :, :, None]
+    allowed = jnp.broadcast_to(allowed, (units, packed, size, entries, layout.group, row_size))
+    return allowed.reshape(units, packed * size, -1)
+
+
+def _in_place(layout: Layout, gradient: Array) -> Array:
+    """[units, keys, f] -> [b, s, k, f]: every block from its pack; zero where nobody reads it; summed over a group."""
+    places = layout.walks.places
+    packed = gradient.reshape(layout.batch, layout.walkers, -1, layout.block_size, gradient.shape[-1])
+    blocks = jnp.take_along_axis(packed, jnp.maximum(places, 0)[None, :, :, None, None], 2)
+    blocks = jnp.where((places >= 0)[None, :, :, None, None], blocks, 0)
+    groups = layout.walkers // layout.num_kv_heads
+    blocks = blocks.reshape(layout.batch, layout.num_kv_heads, groups, -1, gradient.shape[-1]).sum(2)
+    return blocks[:, :, : layout.kv_length].swapaxes(1, 2)

@@ -1,0 +1,98 @@
+"""Forward attention by gathered blocks, in plain XLA."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.xla.layout import Grid, Layout
+from pallas_kernels.xla.walking import Step, in_chunks, walk
+
+
+class RowPass:
+    """A pass over tiles of queries: which units there are, what they gather, and what they may see."""
+
+    def __init__(self, layout: Layout, rows_per_tile: int, entries_per_step: int):
+        self.layout, self.rows_per_tile, self.entries_per_step = layout, rows_per_tile, entries_per_step
+        self.grid: Grid = layout.grid(rows_per_tile)
+        self.keys, self.values = (layout.key_blocks(array) for array in (layout.operands.key, layout.operands.value))
+
+    def run(self, tile, *, bounded: bool):
+        """`tile(units, fold)` for all units in chunks, where `fold(body, carry)` walks the units' lists."""
+        layout, grid = self.layout, self.grid
+
+        def chunk(units):
+            slices = layout.slices(units, grid.rows, grid.first)
+            return tile(
+                units,
+                lambda body, carry: walk(layout.walks, slices, self.entries_per_step, body, carry, bounded=bounded),
+            )
+
+        queries = grid.size * layout.group
+        unit_bytes = queries * self.entries_per_step * layout.block_size * layout.accumulate.itemsize
+        return in_chunks(chunk, layout.lengths(grid.rows, grid.first), unit_bytes)
+
+    def gather(self, units: Array, step: Step) -> tuple[Array, Array, Array]:
+        """Keys [units, n, d], values [units, n, e] and what may be seen, bool [units, m|1, n], of a step.
+
+        What no query of the tile may see is zero: else the zero weight of a NaN would be a NaN.
+        """
+        layout = self.layout
+        batch, walker, tile = layout.split(units, self.grid.rows)
+        first = layout.kv_head(batch, walker) * (layout.num_blocks + 1)
+        valid = step.valid & (step.blocks >= 0) & (step.blocks < layout.num_blocks)
+        where = first[:, None] + jnp.where(valid, step.blocks, layout.num_blocks)
+        key, value = (array[where].reshape(len(units), -1, array.shape[-1]) for array in (self.keys, self.values))
+        seen = layout.key_tokens(batch[:, None], jnp.where(valid, step.blocks, layout.num_blocks))
+        if step.kinds is None and not layout.masks_all:
+            return key, value, seen.exists.reshape(len(units), 1, -1)
+        allowed = self._allowed(batch, tile, seen, step).reshape(len(units), -1, key.shape[1])
+        read = allowed.any(1)[..., None]
+        return jnp.where(read, key, 0), jnp.where(read, value, 0), allowed
+
+    def _allowed(self, batch: Array, tile: Array, seen, step: Step) -> Array:
+        """bool [units, rows, group, row_size, entries, block_size]."""
+        layout = self.layout
+        units, entries, block_size = seen.exists.shape
+        rows, row_size = self.rows_per_tile, layout.row_size
+        query = layout.query_tokens(self.grid, batch, tile).reshape(units, rows, 1, row_size, 1, 1)
+        allowed = layout.pairs(query, seen.reshape(units, 1, 1, 1, entries, block_size))
+        if step.kinds is not None:
+            masks = layout.walks.token_masks[layout.walks.kinds[step.kinds]]
+            allowed &= masks.transpose(0, 2, 3, 1, 4)[:, :, None]
+        return jnp.broadcast_to(allowed, (units, rows, layout.group, row_size, entries, block_size))
+
+
+def attend(queries: RowPass, *, bounded: bool = False) -> tuple[Array, Array]:
+    """Online softmax (FlashAttention) over the blocks that every tile of queries reads, sinks left out.
+
+    Returns:
+      out [b, t, h, e] and lse [b, t, h], in the accumulation dtype.
+    """
+    layout = queries.layout
+    tiles = layout.query_tiles(queries.grid, layout.operands.query)
+    dtype, features = layout.accumulate, layout.operands.value.shape[-1]
+
+    def tile(units, fold):
+        query = tiles[units]
+        rows = query.shape[:2]
+        start = jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, features), dtype)
+
+        def body(carry, step):
+            most, total, out = carry
+            key, value, allowed = queries.gather(units, step)
+            logits, _ = layout.logits(layout.product("umd,und->umn", query, key))
+            logits = jnp.where(allowed, logits, -jnp.inf)
+            new = jnp.maximum(most, logits.max(-1))
+            safe = jnp.where(jnp.isneginf(new), 0, new)
+            weights = jnp.exp(logits - safe[..., None])
+            shrink = jnp.exp(most - safe)
+            update = layout.product("umn,une->ume", weights.astype(value.dtype), value)
+            return new, total * shrink + weights.sum(-1), out * shrink[..., None] + update
+
+        most, total, out = fold(body, start)
+        reads = total > 0
+        safe = jnp.where(reads, total, 1)[..., None]
+        lse = jnp.where(reads[..., None], jnp.log(safe) + most[..., None], -jnp.inf)
+        return out / safe, lse
+
+    out, lse = queries.run(tile, bounded=bounded)
+    return layout.from_rows(queries.grid, out), layout.from_rows(queries.grid, lse)[..., 0]

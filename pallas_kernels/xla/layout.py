@@ -1,0 +1,186 @@
+"""Where the tokens of one call stand in the tiles that the XLA kernels compute on."""
+
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.xla.walks import Walks
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Queries in rows of `size` tokens, `rows` of them, the first `shift` tokens of the first row being empty.
+
+    Attributes:
+      first: int or int32 [b], which row of the walks' tables the first one is.
+      shift: int or int32 [b].
+    """
+
+    size: int
+    rows: int
+    first: int | Array
+    shift: int | Array
+
+
+class Tokens(typing.NamedTuple):
+    """Some tokens: whether they exist, their positions among the keys, and their segments, if there are any."""
+
+    exists: Array
+    position: Array
+    segment: Array | None
+
+    def reshape(self, *shape: int) -> "Tokens":
+        return jax.tree.map(lambda array: array.reshape(shape), self)
+
+
+class Layout:
+    """The arrays of a call, arranged in blocks and rows; a unit is one tile of one walker of one batch element.
+
+    A walker is a KV head whose query heads read the same blocks, so that they share what is gathered; or, where they
+    differ, a single query head.
+    """
+
+    def __init__(self, problem: Problem, operands: Operands, walks: Walks, row_size: int, block_size: int):
+        self.problem, self.operands, self.walks = problem, operands, jax.tree.map(jnp.asarray, walks)
+        self.row_size, self.block_size = row_size, block_size
+        self.batch, self.query_length, self.num_heads, _ = operands.query.shape
+        _, self.kv_length, self.num_kv_heads, _ = operands.key.shape
+        self.walkers = walks.slices.shape[1]
+        self.group = self.num_heads // self.walkers
+        self.num_blocks = -(-self.kv_length // block_size)
+        self.accumulate = jnp.promote_types(operands.query.dtype, jnp.float32)
+
+    def grid(self, rows_per_tile: int) -> Grid:
+        size = self.row_size * rows_per_tile
+        offset = self.operands.query_offset
+        if self.problem.schedule is None:
+            first, shift, most = 0, 0, 0
+        elif offset is None:
+            first, shift = 0, self.problem.schedule.query_offset % self.block_size
+            most = shift
+        else:
+            first, shift, most = offset // size, offset % size, size - 1
+        return Grid(size, -(-(self.query_length + most) // size), first, shift)
+
+    # Arranging arrays.
+
+    def to_rows(self, grid: Grid, array: Array, fill: float = 0) -> Array:
+        """[b, t, h, f] -> [b, walkers, rows, size / row_size, group, row_size, f]."""
+        length = grid.rows * grid.size
+        if isinstance(grid.shift, int):
+            after = length - self.query_length - grid.shift
+            array = jnp.pad(array, ((0, 0), (grid.shift, after), (0, 0), (0, 0)), constant_values=fill)
+        else:
+            room = jnp.full((self.batch, length, *array.shape[2:]), fill, array.dtype)
+            array = jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice(r, a, (at, 0, 0)))(room, array, grid.shift)
+        parts = grid.size // self.row_size
+        array = array.reshape(self.batch, grid.rows, parts, self.row_size, self.walkers, self.group, array.shape[-1])
+        return array.transpose(0, 4, 1, 2, 5, 3, 6)
+
+    def from_rows(self, grid: Grid, array: Array) -> Array:
+        """The inverse: [units, size · group, f] -> [b, t, h, f]."""
+        parts = grid.size // self.row_size
+        array = array.reshape(self.batch, self.walkers, grid.rows, parts, self.group, self.row_size, array.shape[-1])
+        array = array.transpose(0, 2, 3, 5, 1, 4, 6).reshape(self.batch, -1, self.num_heads, array.shape[-1])
+        if isinstance(grid.shift, int):
+            return array[:, grid.shift : grid.shift + self.query_length]
+        slice_ = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=self.query_length)
+        return jax.vmap(slice_)(array, grid.shift)
+
+    def query_tiles(self, grid: Grid, array: Array, fill: float = 0) -> Array:
+        """[b, t, h, f] -> [units, size · group, f]."""
+        array = self.to_rows(grid, array, fill)
+        return array.reshape(-1, grid.size * self.group, array.shape[-1])
+
+    def query_blocks(self, grid: Grid, array: Array, fill: float = 0) -> Array:
+        """[b, t, h, f] -> [b · walkers · (rows + 1), group · row_size, f]; the last row of every walker is empty."""
+        array = self.to_rows(grid, array, fill)
+        array = array.reshape(self.batch * self.walkers, grid.rows, -1, array.shape[-1])
+        array = jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=fill)
+        return array.reshape(-1, *array.shape[2:])
+
+    def key_blocks(self, array: Array) -> Array:
+        """[b, s, k, f] -> [b · k · (blocks + 1), block_size, f]; the last block of every head is zero."""
+        after = (self.num_blocks + 1) * self.block_size - self.kv_length
+        array = jnp.pad(array, ((0, 0), (0, after), (0, 0), (0, 0)))
+        return array.swapaxes(1, 2).reshape(-1, self.block_size, array.shape[-1])
+
+    # Units: numbers that count batch elements, walkers and tiles, tiles fastest.
+
+    def split(self, units: Array, tiles: int) -> tuple[Array, Array, Array]:
+        """Batch element, walker and tile of each unit."""
+        return units // (self.walkers * tiles), units // tiles % self.walkers, units % tiles
+
+    def kv_head(self, batch: Array, walker: Array) -> Array:
+        """The number of the unit's KV head among those of all batch elements."""
+        return batch * self.num_kv_heads + walker * self.num_kv_heads // self.walkers
+
+    def slices(self, units: Array, tiles: int, first: int | Array = 0) -> Array:
+        """Slices of each unit: int32 [units, parts, 2]."""
+        batch, walker, tile = self.split(units, tiles)
+        table = self.walks.slices
+        if not isinstance(first, int):
+            tile = tile + first[batch]
+        tile = jnp.minimum(tile, table.shape[2] - 1)
+        return table[batch if table.shape[0] > 1 else 0, walker, tile]
+
+    def lengths(self, tiles: int, first: int | Array = 0) -> Array:
+        slices = self.slices(jnp.arange(self.batch * self.walkers * tiles, dtype=jnp.int32), tiles, first)
+        return (slices[..., 1] - slices[..., 0]).sum(-1)
+
+    # What may see what.
+
+    def query_tokens(self, grid: Grid, batch: Array, tile: Array) -> "Tokens":
+        """The queries of some tiles; `batch` and `tile` broadcast, tokens come as one more axis."""
+        shift = grid.shift if isinstance(grid.shift, int) else grid.shift[batch][..., None]
+        index = tile[..., None] * grid.size + jnp.arange(grid.size) - shift
+        offset = self.operands.query_offset
+        position = index if offset is None else index + offset[batch][..., None]
+        return self._tokens(batch, index, position, self.query_length, self.operands.query_segment_ids)
+
+    def key_tokens(self, batch: Array, block: Array) -> "Tokens":
+        """The keys of some blocks; `batch` and `block` broadcast, tokens come as one more axis."""
+        index = block[..., None] * self.block_size + jnp.arange(self.block_size)
+        return self._tokens(batch, index, index, self.kv_length, self.operands.kv_segment_ids)
+
+    @staticmethod
+    def _tokens(batch, index, position, length, segment_ids) -> "Tokens":
+        exists = (index >= 0) & (index < length)
+        if segment_ids is not None:
+            segment_ids = segment_ids[batch[..., None], jnp.clip(index, 0, length - 1)]
+        return Tokens(exists, position, segment_ids)
+
+    @property
+    def masks_all(self) -> bool:
+        """Whether every entry needs a mask over pairs of tokens."""
+        return self.operands.query_segment_ids is not None or self.problem.schedule is None
+
+    def pairs(self, query: "Tokens", key: "Tokens") -> Array:
+        """Which queries may see which keys, as far as existence, segments and a selection's causality say; broadcasts."""
+        allowed = query.exists & key.exists
+        if query.segment is not None:
+            allowed &= query.segment == key.segment
+        selection = self.operands.selection
+        if selection is not None and selection.causal:
+            allowed &= key.position <= query.position
+        return allowed
+
+    def product(self, equation: str, first: Array, second: Array) -> Array:
+        """A batched matrix product in the accumulation dtype."""
+        return jnp.einsum(
+            equation, first, second, precision=jax.lax.Precision.HIGHEST, preferred_element_type=self.accumulate
+        )
+
+    def logits(self, products: Array) -> tuple[Array, Array | None]:
+        """Scaled and capped logits, and the slope of the cap."""
+        logits = products * jnp.asarray(self.problem.scale, products.dtype)
+        cap = self.problem.logits_soft_cap
+        if cap is None:
+            return logits, None
+        bent = jnp.tanh(logits / jnp.asarray(cap, logits.dtype))
+        return bent * jnp.asarray(cap, logits.dtype), 1 - bent * bent

@@ -1,0 +1,68 @@
+"""How the XLA kernels get through their work: units of equal length in bounded chunks, each a loop over its lists."""
+
+import typing
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32
+
+from pallas_kernels.xla.walks import Walks, entries
+
+CHUNK_BYTES = 8 << 20
+"""Logits computed at a time: large enough to keep the cores busy, small enough to stay in a cache."""
+
+
+class Step(typing.NamedTuple):
+    """Some entries of every unit of a chunk.
+
+    Attributes:
+      blocks: int32 [units, entries].
+      kinds: int32 [units, entries], which row of `Walks.kinds` masks the entry; None where nothing is masked.
+      valid: bool [units, entries], False beyond a unit's last entry.
+    """
+
+    blocks: Int32[Array, "units entries"]
+    kinds: Int32[Array, "units entries"] | None
+    valid: Bool[Array, "units entries"]
+
+
+def walk(walks: Walks, slices: Int32[Array, "units parts 2"], per_step: int, body, carry, *, bounded: bool):
+    """Folds `body(carry, step)` over the lists of a chunk of units, entries without a mask first.
+
+    Args:
+      bounded: makes as many steps as the longest list of all needs, so that reverse-mode differentiation works. Else
+        as many as this chunk needs.
+    """
+    for full, longest in zip((True, False), walks.longest, strict=True):
+        parts = slices[:, : walks.num_full] if full else slices[:, walks.num_full :]
+        if not parts.shape[1] or not longest:
+            continue
+        count = min(per_step, longest)
+        masked = not full and walks.kinds is not None
+
+        def fold(index, carry, parts=parts, masked=masked, count=count):
+            position, valid = entries(parts, index * count, count)
+            kinds = walks.masks[position] if masked else None
+            return body(carry, Step(walks.blocks[position], kinds, valid))
+
+        if bounded:
+            carry = jax.lax.fori_loop(0, -(-longest // count), jax.checkpoint(fold), carry)
+        else:
+            most = jnp.maximum(parts[..., 1] - parts[..., 0], 0).sum(-1).max()
+            carry = jax.lax.fori_loop(0, -(-most // count), fold, carry)
+    return carry
+
+
+def in_chunks(function, lengths: Int32[Array, " units"], unit_bytes: int):
+    """`function(unit numbers [chunk])` for all units, results [units, ...] in their order.
+
+    Units of like length are put in one chunk, so that none waits for a longer one.
+    """
+    units = lengths.shape[0]
+    size = max(1, min(units, CHUNK_BYTES // unit_bytes))
+    chunks = -(-units // size)
+    order = jnp.argsort(-jax.lax.optimization_barrier(lengths), stable=True).astype(jnp.int32)
+    padded = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (chunks * size - units,))])
+    results = jax.lax.map(function, padded.reshape(chunks, size))
+    back = jnp.argsort(order)
+    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[back], results)

@@ -1,0 +1,120 @@
+"""What the XLA kernels walk: the schedule's tiles as arrays, for static schedules and for traced selections alike."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int32
+
+from pallas_kernels.schedule import BlockSchedule
+from pallas_kernels.selection import BlockSelection
+from pallas_kernels.tiles import Tiles, alike, merge, neighbours
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Walks:
+    """Tiles of rows that walk lists of blocks, forward (rows are queries) or backward (rows are keys).
+
+    Attributes:
+      blocks: int32 [entries], the lists.
+      masks: int32 [entries], a row of `kinds` for each.
+      slices: int32 [b|1, walkers, tiles, parts, 2]; the first `num_full` parts hold entries without a mask.
+      kinds: int32 [kinds, rows], the token mask of every row of a tile; None for traced selections.
+      token_masks: bool [masks, block_size, block_size], query by key.
+      members: int32 [walkers, tiles, rows], the rows of every tile, -1 for none; of backward walks only.
+      places: int32 [walkers, rows], where among all tiles' rows a row stands, -1 for nowhere; of backward walks only.
+      num_full: see `slices`.
+      longest: the most entries that a tile walks, without a mask and with one.
+    """
+
+    blocks: Int32[Array, " entries"]
+    masks: Int32[Array, " entries"]
+    slices: Int32[Array, "#b walkers tiles parts 2"]
+    kinds: Int32[Array, "kinds rows"] | None
+    token_masks: Bool[Array, "masks block_size block_size"] | None
+    members: Int32[Array, "walkers tiles rows"] | None
+    places: Int32[Array, "walkers columns"] | None
+    num_full: int = dataclasses.field(metadata={"static": True})
+    longest: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+
+def walkers_per_kv_head(schedule: BlockSchedule) -> int:
+    """1 where the query heads of a group walk as one, else as many as there are in a group."""
+    return 1 if schedule.shares_groups else schedule.num_heads // schedule.num_kv_heads
+
+
+@functools.lru_cache(maxsize=64)
+def forward_walks(schedule: BlockSchedule, rows_per_tile: int) -> Walks:
+    """Tiles of consecutive query blocks, for every walker of every KV head (numpy arrays)."""
+    lists = schedule.lists
+    tiles = merge(lists, neighbours(lists.num_walkers, lists.num_rows, rows_per_tile))
+    return _of_heads(schedule, tiles, members=None, places=None)
+
+
+@functools.lru_cache(maxsize=64)
+def backward_walks(schedule: BlockSchedule, rows_per_tile: int) -> Walks:
+    """Packs of key blocks with like readers, for every walker of every KV head (numpy arrays)."""
+    lists = schedule.transposed
+    tiles = merge(lists, alike(lists, rows_per_tile))
+    places = np.full((lists.num_walkers, schedule.num_columns), -1, np.int32)
+    walker, tile, row = np.nonzero(tiles.members >= 0)
+    places[walker, tiles.members[walker, tile, row]] = tile * rows_per_tile + row
+    return _of_heads(schedule, tiles, tiles.members, places)
+
+
+def _of_heads(schedule: BlockSchedule, tiles: Tiles, members, places) -> Walks:
+    heads = schedule.head_index[:: schedule.num_heads // schedule.num_kv_heads // walkers_per_kv_head(schedule)]
+    full, partial = tiles.lists.counts().max((0, 1), initial=0)
+    return Walks(
+        tiles.lists.blocks, tiles.lists.masks, tiles.lists.slices[heads][None], tiles.masks, schedule.token_masks,
+        None if members is None else members[heads], None if places is None else places[heads],
+        tiles.lists.num_full, (int(full), int(partial)),
+    )  # fmt: skip
+
+
+def entries(slices: Int32[Array, "units parts 2"], first: Array, count: int) -> tuple[Array, Array]:
+    """Positions in the lists of `count` entries of every unit from `first` on, and whether there is such an entry.
+
+    A unit's parts are walked one after the other, as if they were one list.
+    """
+    lengths = jnp.maximum(slices[..., 1] - slices[..., 0], 0)
+    ends = jnp.cumsum(lengths, -1)
+    entry = first + jnp.arange(count)
+    part = (entry[None, :, None] >= ends[:, None, :]).sum(-1)
+    shifts = slices[..., 0] - (ends - lengths)
+    valid = entry[None, :] < ends[:, -1:]
+    part = jnp.minimum(part, slices.shape[1] - 1)
+    return jnp.where(valid, jnp.take_along_axis(shifts, part, 1) + entry, 0), valid
+
+
+def selection_walks(selection: BlockSelection, num_kv_heads: int) -> Walks:
+    """The lists of a traced selection, for every walker."""
+    batch, heads, rows, most = selection.kv_blocks.shape
+    first = jnp.arange(batch * heads * rows, dtype=jnp.int32).reshape(batch, heads, rows) * most
+    slices = jnp.stack([first, first + jnp.clip(selection.counts, 0, most)], -1)[:, :, :, None]
+    slices = jnp.broadcast_to(slices, (batch, max(heads, num_kv_heads), rows, 1, 2))
+    return _unmasked(selection.kv_blocks.reshape(-1), slices, longest=most)
+
+
+def transposed_selection_walks(selection: BlockSelection, num_kv_heads: int, num_blocks: int) -> Walks:
+    """Who reads each key block of a traced selection: one stable sort of its entries by head and block."""
+    batch, heads, rows, most = selection.kv_blocks.shape
+    blocks = selection.kv_blocks.reshape(batch * heads, rows * most)
+    used = jnp.arange(most) < selection.counts[..., None]
+    used = used.reshape(blocks.shape) & (blocks >= 0) & (blocks < num_blocks)
+    readers = jnp.broadcast_to((jnp.arange(rows * most, dtype=jnp.int32) // most)[None], blocks.shape)
+    blocks, readers = jax.lax.sort((jnp.where(used, blocks, num_blocks), readers), num_keys=1, is_stable=True)
+    ends = jax.vmap(lambda each: jnp.searchsorted(each, jnp.arange(num_blocks + 1)))(blocks).astype(jnp.int32)
+    ends = ends + jnp.arange(batch * heads, dtype=jnp.int32)[:, None] * (rows * most)
+    slices = jnp.stack([ends[:, :-1], ends[:, 1:]], -1).reshape(batch, heads, num_blocks, 1, 2)
+    slices = jnp.broadcast_to(slices, (batch, max(heads, num_kv_heads), num_blocks, 1, 2))
+    return _unmasked(readers.reshape(-1), slices, longest=rows)
+
+
+def _unmasked(blocks: Array, slices: Array, longest: int) -> Walks:
+    walkers, columns = slices.shape[1:3]
+    every = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (walkers, columns))
+    return Walks(blocks, jnp.zeros_like(blocks), slices, None, None, every[..., None], every, 0, (0, longest))

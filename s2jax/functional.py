@@ -1,0 +1,136 @@
+"""Attention by a pattern, and the merging of partial results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels import BlockSelection, block_sparse_attention
+from s2jax.compiler import compile_schedule
+from s2jax.patterns import Pattern
+
+
+def attention(
+    query: Float[Array, "b t h d"],
+    key: Float[Array, "b s k d"],
+    value: Float[Array, "b s k e"],
+    pattern: Pattern | BlockSelection,
+    *,
+    scale: float | None = None,
+    query_offset: int | Int32[Array, "#b"] = 0,
+    query_segment_ids: Int32[Array, "b t"] | None = None,
+    kv_segment_ids: Int32[Array, "b s"] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, " h"] | None = None,
+    return_lse: bool = False,
+    query_spec: PartitionSpec | None = None,
+    implementation: str | list[str] | tuple[str, ...] | None = None,
+    tiles=None,
+):
+    """Attention in which every query head reads the keys that a pattern gives it.
+
+    Query head i reads KV head i // (h / k). Softmax and sums are in float32, or float64 for float64 inputs.
+
+    Args:
+      query, key, value: one dtype, bfloat16, float16, float32 or float64.
+      pattern: who reads whom, such as `s2jax.LocalStride()`; or a `BlockSelection`, made under `jit`.
+      scale: what the logits are multiplied with; d**-0.5 by default.
+      query_offset: position of the first query among the keys. Known at run time only, it may be a scalar array or one
+        position for each sequence, each between 0 and s; the result of others is NaN.
+      query_segment_ids, kv_segment_ids: queries see keys with an equal id only; no id is special. Both or neither.
+      logits_soft_cap: logits become cap · tanh(logits / cap).
+      sinks: one more logit per query head in the softmax's sum, neither scaled nor capped.
+      return_lse: gives back (out, lse).
+      query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None).
+      implementation: "xla" or "reference", or several names in order of preference; None picks.
+      tiles: tile sizes of the one implementation asked for, such as `pallas_kernels.XlaTiles`.
+
+    Returns:
+      out [b, t, h, e] in the query's dtype; lse float32 [b, h, t], the natural logarithm of the sum of exp(logit) over
+      what the row reads, sink included. A row that reads nothing gives zeros and the sink or -inf.
+
+    Raises:
+      ValueError: an argument does not fit; the message says what was expected and what came.
+      NotImplementedError: none of the implementations asked for can do it, with each one's reason.
+    """
+    at_run_time = None
+    if isinstance(pattern, BlockSelection):
+        schedule = pattern
+        if not _is_static(query_offset) or query_offset:
+            at_run_time = query_offset
+    elif isinstance(pattern, Pattern):
+        for name, array in (("query", query), ("key", key)):
+            if getattr(array, "ndim", None) != 4:
+                came = getattr(array, "shape", type(array).__name__)
+                raise ValueError(f"{name} must be an array [batch, length, heads, features], got {came}")
+        query_length, kv_length, offset = query.shape[1], key.shape[1], query_offset
+        if not _is_static(query_offset):
+            # Whatever position comes, its rows are there.
+            at_run_time, offset, query_length = query_offset, 0, kv_length + query_length
+        schedule = compile_schedule(
+            pattern,
+            num_heads=query.shape[2],
+            num_kv_heads=key.shape[2],
+            query_length=query_length,
+            kv_length=kv_length,
+            query_offset=offset,
+        )
+    else:
+        raise ValueError(
+            f"pattern must be an s2jax pattern or a BlockSelection, got {type(pattern).__name__}; "
+            "for any other mask there is s2jax.BlockMask"
+        )
+    return block_sparse_attention(
+        query, key, value, schedule,
+        scale=scale, query_offset=at_run_time, query_segment_ids=query_segment_ids, kv_segment_ids=kv_segment_ids,
+        logits_soft_cap=logits_soft_cap, sinks=sinks, return_lse=return_lse, query_spec=query_spec,
+        implementation=implementation, tiles=tiles,
+    )  # fmt: skip
+
+
+def _is_static(query_offset) -> bool:
+    return isinstance(query_offset, (int, np.integer)) and not isinstance(query_offset, bool)
+
+
+def combine(outs: list[Float[Array, "b t h e"]], lses: list[Float[Array, "b h t"]]):
+    """Merges attention over disjoint sets of keys into attention over all of them, exactly.
+
+    Every part weighs exp(lse) (FlashAttention's rule for its own tiles). Differentiable; rows that read nothing in some
+    part, or in none, are right. Where there are sinks, one part only may have them.
+
+    Args:
+      outs: results of `attention(..., return_lse=True)`, all of one shape.
+      lses: their log-sum-exps.
+
+    Returns:
+      out [b, t, h, e] in the outs' dtype, lse [b, h, t].
+
+    Raises:
+      ValueError: no parts, or parts that do not fit together.
+    """
+    outs, lses = list(outs), list(lses)
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"combine needs as many outs as lses, at least one, got {len(outs)} and {len(lses)}")
+    shape = outs[0].shape
+    if len(shape) != 4 or any(out.shape != shape or out.dtype != outs[0].dtype for out in outs):
+        raise ValueError(
+            "combine needs outs of one shape [b, t, h, e] and one dtype, got "
+            + ", ".join(f"{out.dtype} {out.shape}" for out in outs)
+        )
+    if any(lse.shape != (shape[0], shape[2], shape[1]) for lse in lses):
+        raise ValueError(
+            f"combine needs lses {(shape[0], shape[2], shape[1])} for outs {shape}, got "
+            + ", ".join(str(lse.shape) for lse in lses)
+        )
+    stacked = jnp.stack(lses)
+    most = jax.lax.stop_gradient(stacked.max(0))
+    reads = ~jnp.isneginf(most)
+    # -inf - -inf is NaN, and the gradient of log 0 is infinite: rows without keys take another way.
+    known = ~jnp.isneginf(stacked)
+    weights = jnp.where(known, jnp.exp(jnp.where(known, stacked, 0) - jnp.where(reads, most, 0)), 0)
+    total = jnp.where(reads, weights.sum(0), 1)
+    shares = (weights / total).swapaxes(2, 3)[..., None]
+    out = sum(out.astype(share.dtype) * share for out, share in zip(outs, shares, strict=True))
+    lse = jnp.where(reads, jnp.log(total) + most, -jnp.inf)
+    return out.astype(outs[0].dtype), lse
