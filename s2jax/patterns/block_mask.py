@@ -79,3 +79,14 @@ class BlockMask(BlockPattern):
 
     def block_bands(self, heads, head, num_rows, num_columns):
         return None
+
+    def block_states(self, heads, head, block_size, rows, num_columns):
+        ratio = self._ratio(block_size)
+        reach = self.mask.shape[1] * ratio
+        known, width = rows < reach, min(num_columns, reach)
+        i, j = rows[known, None], np.arange(width)
+        some = np.repeat(self.mask[self.head_key(heads, head)][rows[known] // ratio], ratio, axis=1)[:, :width]
+        some = some & ((j <= i) | (not self.causal))
+        states = np.zeros((len(rows), num_columns), np.uint8)
+        states[known, :width] = some.astype(np.uint8) + (some & ((j < i) | (not self.causal)))
+        return states

@@ -262,6 +262,15 @@ def _window(pattern: "Pattern", heads: Heads, head: int, length: int) -> int:
     return n
 
 
+def _reads_own_blocks(pattern: "Pattern", heads: Heads, head: int, length: int) -> bool:
+    size, n = pattern.schedule_block_size(), num_blocks(pattern, length)
+    first = np.arange(n) * size
+    last = np.minimum(first + size, length) - 1
+    doubtful = np.flatnonzero(~pattern.reads(heads, head, last, first))
+    parts = (doubtful[part] for part in _chunks(0, len(doubtful), max(1, PAIRS_AT_ONCE // n)))
+    return all(rows_read(pattern, heads, head, rows, length)[np.arange(len(rows)), rows].all() for rows in parts)
+
+
 def _far_context(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
     """Which blocks beyond the window the last query block reads through some head: bool [blocks beyond]."""
     n = num_blocks(pattern, length)
@@ -279,10 +288,10 @@ def coverage(pattern: "Pattern", heads: Heads, length: int) -> float:
 
 def warn_if_incomplete(pattern: "Pattern", heads: Heads, length: int) -> None:
     representatives = distinct(pattern, heads, range(heads.num_heads)).values()
-    blind = [head for head in representatives if not _window(pattern, heads, head, length)]
-    if blind:
+    blind = (head for head in representatives if not _reads_own_blocks(pattern, heads, head, length))
+    if (head := next(blind, None)) is not None:
         warnings.warn(
-            f"{pattern!r}: through head {blind[0]}, some queries do not read their own block. "
+            f"{pattern!r}: through head {head}, some queries do not read their own block. "
             "Add a window to it: `pattern | Local(1)`.",
             PatternWarning,
             stacklevel=3,
