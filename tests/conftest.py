@@ -1,0 +1,47 @@
+"""What must stand before jax is imported, and what all tests share."""
+
+import os
+
+# Eight devices, on a CPU; and where the TPU compiler is installed, neither a lock nor a look for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+DEVICES = "--xla_force_host_platform_device_count"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# The same examples every time: a failure is to be seen by whoever runs the tests next. No deadlines, as compiling takes
+# seconds. `-m slow` and `-m ""` look further.
+SHARED = {"derandomize": True, "deadline": None, "database": None, "print_blob": False}
+TOO_SLOW = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.differing_executors]
+hypothesis.settings.register_profile("quick", max_examples=30, suppress_health_check=TOO_SLOW, **SHARED)
+hypothesis.settings.register_profile("thorough", max_examples=300, suppress_health_check=TOO_SLOW, **SHARED)
+
+
+def pytest_configure(config):
+    hypothesis.settings.load_profile("quick" if "not slow" in config.option.markexpr else "thorough")
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No silent promotion between dtypes: what is float32 in a bfloat16 computation says so."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def quick_compilation():
+    """XLA without its optimisations, which halves the time of tests that compile much and compute little.
+
+    The results differ only in rounding, and every tolerance is measured under the same option. What optimisation might
+    spoil (bits that repeat, the zeroing of unread rows) is tested without this.
+    """
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)

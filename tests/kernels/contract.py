@@ -1,0 +1,137 @@
+"""What every backend must do, as one class of tests; a backend is a subclass that names itself.
+
+    class TestXla(AttentionContract):
+        implementation = "xla"
+        tilings = {"small": XlaTiles(...), ...}
+
+A backend that cannot compute every case says which, and the reason that it will give, in `refusal`.
+"""
+
+import contextlib
+import re
+import typing
+
+import jax
+import numpy as np
+import pytest
+
+from s2jax import BlockSelection, attention
+from tests.kernels import truth
+from tests.kernels.cases import Arrays, Case, Selected, arrays, parameters
+from tests.kernels.plain import error, tolerances
+from tests.kernels.truth import Results
+
+POISON = (np.nan, np.inf, -np.inf)
+
+
+def traced(case: Case, implementation: str, tiles=None):
+    """The computation of a case: `arguments(case, given)` -> out, lse and gradients."""
+
+    def forward(query, key, value, sinks, rest):
+        pattern, offset = case.pattern, rest.get("offset", case.offsets)
+        if isinstance(pattern, Selected):
+            sizes = pattern.block_size, pattern.query_block, pattern.causal
+            pattern = BlockSelection(rest["kv_blocks"], rest["counts"], *sizes)
+        return attention(
+            query, key, value, pattern,
+            scale=case.scale, query_offset=offset,
+            query_segment_ids=rest.get("query_segment_ids"), kv_segment_ids=rest.get("kv_segment_ids"),
+            logits_soft_cap=case.soft_cap, sinks=sinks, return_lse=True, implementation=implementation, tiles=tiles,
+        )  # fmt: skip
+
+    def forward_and_backward(query, key, value, sinks, rest, dout, dlse):
+        results, pull = jax.vjp(lambda *inputs: forward(*inputs, rest), query, key, value, sinks)
+        return *results, *pull((dout, dlse))
+
+    return forward_and_backward
+
+
+def arguments(case: Case, given: Arrays) -> tuple:
+    names = ("query_segment_ids", "kv_segment_ids", "kv_blocks", "counts")
+    rest = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    if case.traced:
+        rest["offset"] = np.asarray(case.offsets, np.int32)
+    return given.query, given.key, given.value, given.sinks, rest, given.dout, given.dlse
+
+
+def results(found) -> Results:
+    return Results(*(None if array is None else np.asarray(array) for array in found))
+
+
+def precision_of(case: Case):
+    """float64 needs an option of jax's."""
+    return jax.enable_x64(True) if case.dtype == "float64" else contextlib.nullcontext()
+
+
+def poisoned(given: Arrays, mask: np.ndarray, num_kv_heads: int) -> Arrays:
+    """NaN and Inf wherever no query reads."""
+    dead = truth.unread(mask, num_kv_heads)[..., None]
+
+    def poison(array):
+        pattern = np.resize(np.asarray(POISON, array.dtype), array.shape[:2])[:, :, None, None]
+        return np.where(dead, pattern, array)
+
+    return Arrays(**{**vars(given), "key": poison(given.key), "value": poison(given.value)})
+
+
+def assert_within(exact: Results, found: Results, allowed: dict[str, float]) -> None:
+    far = {}
+    for name, array in found.items():
+        assert array.shape == getattr(exact, name).shape, name
+        distance = error(getattr(exact, name), array)
+        if not distance <= allowed[name]:
+            far[name] = f"off by {distance:.3g}, allowed {allowed[name]:.3g}"
+    assert not far, far
+
+
+def assert_same_bits(first: Results, second: Results, what: str) -> None:
+    different = [
+        name for name, array in first.items() if array.tobytes() != np.asarray(getattr(second, name)).tobytes()
+    ]
+    assert not different, f"{what} changes {', '.join(different)}"
+
+
+@pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
+@pytest.mark.usefixtures("strict_dtypes")
+class AttentionContract:
+    implementation: typing.ClassVar[str]
+    tilings: typing.ClassVar[dict[str, typing.Any]] = {}
+
+    def refusal(self, case: Case) -> str | None:
+        """The reason that the backend gives for what it cannot do."""
+        return None
+
+    def compiled(self, case: Case):
+        """`function(*arguments)` of a case, compiled."""
+        return jax.jit(traced(case, self.implementation, self.tilings.get(case.tiling)))
+
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize("case", parameters())
+    def test_case(self, case: Case):
+        """The results are right; what is unread reaches nothing; the second time gives the same bits."""
+        with precision_of(case):
+            given = arrays(case)
+            mask, function = truth.token_mask(case, given), self.compiled(case)
+            reason = self.refusal(case)
+            if reason is not None:
+                with pytest.raises(NotImplementedError, match=re.escape(reason)):
+                    function(*arguments(case, given))
+                return
+            found = results(function(*arguments(case, given)))
+            assert found.out.dtype == case.dtype
+            assert found.lse.dtype == ("float64" if case.dtype == "float64" else "float32")
+            exact, allowed = tolerances(case, given, mask)
+            assert_within(exact, found, allowed)
+            again = results(function(*arguments(case, poisoned(given, mask, case.num_kv_heads))))
+            assert_same_bits(found, again, "a NaN or Inf that no query reads")
+            self.check_empty_rows(case, found, mask, given)
+
+    def check_empty_rows(self, case: Case, found: Results, mask: np.ndarray, given: Arrays) -> None:
+        """A row that reads nothing is exactly zero, its lse the sink or -inf, and its gradient zero."""
+        empty = ~mask.any(-1)
+        lse = -np.inf if given.sinks is None else given.sinks[None, :, None]
+        np.testing.assert_array_equal(
+            found.lse[empty], np.broadcast_to(lse, empty.shape)[empty].astype(found.lse.dtype)
+        )
+        for array in (found.out, found.dquery):
+            assert not array.swapaxes(1, 2)[empty].any()
