@@ -1,5 +1,7 @@
 """The decoder: embedding, layers of attention and SwiGLU with RMS norms before them, output projection."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -137,9 +139,15 @@ class Transformer(nnx.Module):
             )
         x = self.embed(tokens).astype(self.config.dtype)
         for layer in self.layers:
-            x = layer(x, positions, segment_ids)
+            x = run_layer(*nnx.split(layer), x, positions, segment_ids)
         x = self.final_norm(x)
         return self.embed.logits(x) if self.lm_head is None else self.lm_head(x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_layer(graph: nnx.GraphDef, state: nnx.State, x: Array, positions, segment_ids) -> Array:
+    """`DecoderLayer.__call__`, traced and lowered once for all layers of one kind, not once for each layer."""
+    return nnx.merge(graph, state)(x, positions, segment_ids)
 
 
 def _output_projection(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Linear:

@@ -12,9 +12,10 @@ from models import Transformer, presets
 from models.huggingface import from_huggingface, load_safetensors, save_safetensors, to_huggingface
 from s2jax.patterns import Dense
 
+BASE = dataclasses.replace(presets["tiny"], num_layers=2, implementation="reference")  # which compiles fastest
 CONFIGS = {
-    "tied": dataclasses.replace(presets["tiny"], num_layers=2, num_kv_heads=2),
-    "untied": dataclasses.replace(presets["tiny"], num_layers=2, tie_embeddings=False, qk_norm=False, head_dim=24),
+    "tied": dataclasses.replace(BASE, num_kv_heads=2, dense_layers=(0, 1)),
+    "untied": dataclasses.replace(BASE, tie_embeddings=False, qk_norm=False, head_dim=24),
 }
 
 

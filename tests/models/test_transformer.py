@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import models.transformer
 from models import Transformer, TransformerConfig
+from pallas_kernels import reference
 from s2jax.patterns import Dense, LocalStride
 
 PATTERN = LocalStride(block_size=16, local_blocks=1, vert_stride=2)
@@ -25,6 +27,7 @@ CONFIG = TransformerConfig(
     dense_layers=(0,),
     qk_norm=True,
     dtype="float32",
+    implementation="reference",  # compiles fastest
 )
 
 
@@ -80,6 +83,7 @@ def test_no_logit_depends_on_a_later_token(remat):
     np.testing.assert_array_equal(model(ids)[:, :40], model(later)[:, :40])
 
 
+@pytest.mark.filterwarnings("ignore:.*together read 25%")
 def test_dense_layers_are_dense_and_the_others_follow_the_pattern():
     pattern = LocalStride(block_size=16, local_blocks=1, vert_stride=4, homo_head=True)  # reads part of the context
     model = transformer(num_layers=3, pattern=pattern, dense_layers=(1,))
@@ -98,6 +102,36 @@ def test_remat_changes_no_gradient(remat, dtype):
     result = jax.jit(jax.grad(loss), static_argnums=1)(same_state, recomputing, tokens())
     tolerance = 1e-6 if dtype == "float32" else 5e-3  # XLA rounds to bfloat16 in other places
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), result, expected)
+
+
+@pytest.mark.parametrize(("remat", "runs"), [("none", 2), ("attention", 2), ("full", 2), ("everything", 4)], ids=str)
+def test_no_remat_runs_the_attention_again(remat, runs, monkeypatch):
+    """Counts runs of the attention's forward pass in one step of two layers, by a callback that can be left out."""
+    count = []
+    forward = reference.forward
+
+    def counted(problem, operands):
+        results = forward(problem, operands)
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
+        return jax.pure_callback(lambda results: count.append(1) or results, like, results)
+
+    monkeypatch.setattr(reference, "forward", counted)
+    if remat == "everything":  # the counter counts
+        monkeypatch.setattr(models.transformer, "keep_attention", jax.checkpoint)
+    graph, state = nnx.split(transformer(remat="full" if remat == "everything" else remat))
+    jax.clear_caches()  # of layers traced before
+    jax.block_until_ready(jax.jit(jax.grad(loss), static_argnums=1)(state, graph, tokens()))
+    jax.clear_caches()
+    assert len(count) == runs
+
+
+def test_default_implementation_agrees_with_the_reference():
+    graph, state = nnx.split(transformer(implementation=None))
+    of_reference, _ = nnx.split(transformer())
+    result, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(state, graph, tokens())
+    expected, expected_grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(state, of_reference, tokens())
+    np.testing.assert_allclose(result, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
 
 
 def test_bfloat16_is_close_to_float32():

@@ -30,13 +30,17 @@ def inputs(seed=0, batch=2, length=70, features=32, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), (batch, length, features), dtype)
 
 
-def nnx_layer(pattern=SPARSE, **settings):
-    layer = s2jax.nnx.S2Attention(32, 4, pattern, rngs=nnx.Rngs(0), **settings)
+def nnx_layer(pattern=SPARSE, implementation="reference", **settings):  # which compiles fastest
+    layer = s2jax.nnx.S2Attention(32, 4, pattern, implementation=implementation, rngs=nnx.Rngs(0), **settings)
     leaves, tree = jax.tree.flatten(nnx.state(layer, nnx.Param))
     keys = jax.random.split(jax.random.key(9), len(leaves))
     leaves = [x + 0.1 * jax.random.normal(key, x.shape, x.dtype) for x, key in zip(leaves, keys, strict=True)]
     nnx.update(layer, jax.tree.unflatten(tree, leaves))  # so that gains, biases and sinks matter
     return layer
+
+
+def linen_layer(pattern=SPARSE, implementation="reference", **settings):
+    return s2jax.linen.S2Attention(4, pattern, implementation=implementation, **settings)
 
 
 def dense_reference(layer, x, *, soft_cap=None, scale=None, theta=None, norm=False):
@@ -76,10 +80,16 @@ def test_layer_computes_what_its_docstring_says(variant, pattern):
     np.testing.assert_allclose(layer(x), dense_reference(layer, x, **own), atol=2e-5)
 
 
+def test_default_implementation_agrees_with_the_reference():
+    x, variant = inputs(), VARIANTS["everything"]
+    result = jax.jit(nnx_layer(implementation=None, **variant))(x)
+    np.testing.assert_allclose(result, nnx_layer(**variant)(x), atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nnx_weights_serve_linen_and_back(variant):
     layer, x = nnx_layer(**VARIANTS[variant]), inputs()
-    twin = s2jax.linen.S2Attention(4, SPARSE, **VARIANTS[variant])
+    twin = linen_layer(**VARIANTS[variant])
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     of_linen = twin.init(jax.random.key(1), x)["params"]
     assert jax.tree.map(lambda a: (a.shape, a.dtype), params) == jax.tree.map(lambda a: (a.shape, a.dtype), of_linen)
@@ -91,7 +101,7 @@ def test_nnx_weights_serve_linen_and_back(variant):
 
 def test_cross_attention_positions_and_segments_agree_in_both():
     layer, x, context = nnx_layer(Dense(), **VARIANTS["everything"]), inputs(length=20), inputs(1, length=70)
-    twin = s2jax.linen.S2Attention(4, Dense(), **VARIANTS["everything"])
+    twin = linen_layer(Dense(), **VARIANTS["everything"])
     arguments = {
         "positions": jnp.arange(50, 70),
         "kv_positions": jnp.stack([jnp.arange(70), jnp.arange(70)]),
@@ -173,7 +183,7 @@ def test_layer_has_parameters_only_and_no_sharding_metadata():
 )
 def test_arguments_that_mean_nothing_are_refused(call, message):
     layer, x = nnx_layer(), inputs()
-    twin = s2jax.linen.S2Attention(4, SPARSE)
+    twin = linen_layer()
     with pytest.raises(ValueError, match=message):
         layer(x, **call)
     with pytest.raises(ValueError, match=message):
@@ -184,4 +194,4 @@ def test_head_counts_are_checked_in_both():
     with pytest.raises(ValueError, match="num_heads=4, num_kv_heads=3"):
         nnx_layer(num_kv_heads=3)
     with pytest.raises(ValueError, match="num_heads=4, num_kv_heads=3"):
-        s2jax.linen.S2Attention(4, SPARSE, num_kv_heads=3).init(jax.random.key(0), inputs())
+        linen_layer(num_kv_heads=3).init(jax.random.key(0), inputs())
