@@ -4,6 +4,7 @@ import dataclasses
 import typing
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.schedule import BlockSchedule
@@ -47,3 +48,8 @@ class Operands:
     query_offset: Int32[Array, " b"] | None = None
     selection: BlockSelection | None = None
     tables: typing.Any = None
+
+
+def accumulation_dtype(dtype) -> np.dtype:
+    """float32, or float64 for float64. (Not by jax's promotion of dtypes, which may be set to refuse.)"""
+    return np.promote_types(dtype, np.float32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.problem import Operands, Problem, accumulation_dtype
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
 
@@ -32,7 +32,7 @@ def masked_attention(
     Computes in float32, or float64 for float64 inputs. Returns the output in the query's dtype and the natural
     log-sum-exp of the logits. A row that reads nothing gives zeros, and the sink or -inf.
     """
-    compute = jnp.promote_types(query.dtype, jnp.float32)
+    compute = accumulation_dtype(query.dtype)
     group = query.shape[2] // key.shape[2]
     precision = jax.lax.Precision.HIGHEST
     if query_segment_ids is not None and kv_segment_ids is not None:
@@ -101,7 +101,7 @@ def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delt
 
 
 def _attend(problem: Problem, operands: Operands, query, key, value):
-    compute = jnp.promote_types(query.dtype, jnp.float32)
+    compute = accumulation_dtype(query.dtype)
     return masked_attention(
         query.astype(compute), key.astype(compute), value.astype(compute), _mask(problem, operands),
         scale=problem.scale, logits_soft_cap=problem.logits_soft_cap,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.problem import Operands, Problem, accumulation_dtype
 from pallas_kernels.xla.walks import Walks
 
 
@@ -53,7 +53,7 @@ class Layout:
         self.walkers = walks.slices.shape[1]
         self.group = self.num_heads // self.walkers
         self.num_blocks = -(-self.kv_length // block_size)
-        self.accumulate = jnp.promote_types(operands.query.dtype, jnp.float32)
+        self.accumulate = accumulation_dtype(operands.query.dtype)
 
     def grid(self, rows_per_tile: int) -> Grid:
         size = self.row_size * rows_per_tile
