@@ -133,6 +133,22 @@ class Pattern(abc.ABC):
         """Warns where heads share out the context but miss some of it, or where queries miss their own block."""
         statistics.warn_if_incomplete(self, self._heads(num_heads, num_kv_heads, length), length)
 
+    def picture(self, num_heads: int, num_kv_heads: int, length: int) -> str:
+        """A picture for the terminal: queries downwards, keys to the right, each kind of head and all together."""
+        from s2jax import picture  # draws patterns, and so knows of them
+
+        return picture.text(self, self._heads(num_heads, num_kv_heads, length), length)
+
+    def plot(self, num_heads: int, num_kv_heads: int, length: int):
+        """The same drawn: a `matplotlib.figure.Figure`, to be saved with `.savefig("pattern.svg")`.
+
+        Raises:
+          ImportError: matplotlib is missing.
+        """
+        from s2jax import picture
+
+        return picture.figure(self, self._heads(num_heads, num_kv_heads, length), length)
+
     def _heads(self, num_heads: int, num_kv_heads: int, length: int) -> Heads:
         heads = Heads(num_heads, num_kv_heads)
         check_count("length", length, at_least=1)

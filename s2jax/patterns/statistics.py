@@ -38,10 +38,10 @@ class Slice(typing.NamedTuple):
         j = np.arange(self.read.shape[1])
         return self.read & (j < len(j) - self.low[:, None]) & (j > -self.high[:, None])
 
-    def count(self) -> int:
+    def num_pairs(self) -> int:
         """How many pairs of blocks below n are read."""
         if (self.high - self.low == 1).all():
-            return np.count_nonzero(self.occurs())
+            return int(np.count_nonzero(self.occurs()))
         j = np.arange(self.read.shape[1])
         first, stop = np.maximum(self.low[:, None], -j), np.minimum(self.high[:, None], len(j) - j)
         return int((np.maximum(stop - first, 0) * self.read).sum())
@@ -199,7 +199,7 @@ def density(pattern: "Pattern", heads: Heads, length: int) -> float:
     n = num_blocks(pattern, length)
     keys = [pattern.head_key(heads, head) for head in range(heads.num_heads)]
     read = {
-        key: sum(each.count() for each in profile(pattern, heads, [head], length))
+        key: sum(each.num_pairs() for each in profile(pattern, heads, [head], length))
         for key, head in distinct(pattern, heads, range(heads.num_heads)).items()
     }
     everything = n * (n + 1) // 2 if pattern.causal else n * n
@@ -244,8 +244,9 @@ def _most_kept(pattern: "Pattern", heads: Heads, group: Sequence[int], length: i
     n = num_blocks(pattern, length)
     block, last = np.arange(n), np.full(n, -1)
     for each in profile(pattern, heads, group, length):
-        reader = np.minimum(block + each.high[:, None], n) - 1
-        last = np.maximum(last, np.where(each.occurs(), reader, -1).max(0))
+        occurs = each.occurs()
+        farthest = len(occurs) - 1 - occurs[::-1].argmax(0)  # distances ascend: later slices overwrite nearer readers
+        last = np.where(occurs.any(0), np.minimum(block + each.high[farthest], n) - 1, last)
     kept = last >= 0
     begins = block[kept] if pattern.causal else np.zeros(kept.sum(), int)
     change = np.bincount(begins, minlength=n + 1) - np.bincount(last[kept] + 1, minlength=n + 1)

@@ -1,0 +1,283 @@
+"""Pictures of patterns: as text for a terminal, and drawn with matplotlib as PNG or SVG.
+
+python -m s2jax.picture                                    # draws the README's picture
+python -m s2jax.picture "LocalStride(64, 4, 8) | FirstTokens(4)" --heads 8 --length 4096 --out mine.svg
+python -m s2jax.picture "Ranges(((2, 1), (None, 3)))" --heads 3 --text
+"""
+
+import argparse
+import pathlib
+import sys
+import typing
+import warnings
+
+import numpy as np
+
+from s2jax.patterns import Heads, Pattern, PatternWarning, statistics
+
+MOST_PANELS = 8
+"""Heads that are shown one by one; the union counts them all."""
+
+SAMPLES = 8
+"""Query blocks looked at for each cell, where a cell stands for more than that."""
+
+
+class Panel(typing.NamedTuple):
+    """What one kind of head reads, or all of them together, on a grid of cells."""
+
+    title: str
+    share: np.ndarray  # float [cells, cells]: how much of the visible part of a cell is read; NaN: nothing is visible
+    total: float  # how much of all that is visible
+
+
+def panels(pattern: Pattern, heads: Heads, length: int, cells: int) -> list[Panel]:
+    """A panel for each kind of head, and one for all heads together."""
+    n = statistics.num_blocks(pattern, length)
+    rows = np.arange(n)
+    if n > cells * SAMPLES:
+        rows = np.linspace(0, n - 1, cells * SAMPLES).astype(int)
+    visible = np.broadcast_to((rows[:, None] >= np.arange(n)) | (not pattern.causal), (len(rows), n))
+
+    def panel(title: str, read: np.ndarray) -> Panel:
+        return Panel(title, _share(read, visible, rows, cells), read.sum() / visible.sum())
+
+    found, union = [], np.zeros(visible.shape, bool)
+    for key, head in statistics.distinct(pattern, heads, range(heads.num_heads)).items():
+        read = statistics.rows_read(pattern, heads, head, rows, length)
+        union |= read
+        same = [other for other in range(heads.num_heads) if pattern.head_key(heads, other) == key]
+        found.append(panel(_head_title(same), read))
+    return [*found, panel("all heads together", union)]
+
+
+def shown(drawn: list[Panel]) -> list[int]:
+    """The places of the panels that are shown: one kind of head alone is the union already."""
+    last = len(drawn) - 1
+    return [*(range(min(last, MOST_PANELS)) if last > 1 else ()), last]
+
+
+def _head_title(heads: list[int]) -> str:
+    if len(heads) == 1:
+        return f"head {heads[0]}"
+    if heads == list(range(heads[0], heads[-1] + 1)):
+        return f"heads {heads[0]}–{heads[-1]}"
+    return "heads " + (", ".join(map(str, heads)) if len(heads) <= 3 else f"{heads[0]}, {heads[1]}, … {heads[-1]}")
+
+
+def _share(read: np.ndarray, visible: np.ndarray, rows: np.ndarray, cells: int) -> np.ndarray:
+    """Sums over cells: bool [rows, n] → float [cells, cells]."""
+    n = read.shape[1]
+    cells = min(cells, n)
+    row_edge = np.searchsorted(rows * cells // n, np.arange(cells))
+    column_edge = np.searchsorted(np.arange(n) * cells // n, np.arange(cells))
+
+    def total(each):
+        return np.add.reduceat(np.add.reduceat(each, row_edge, 0, dtype=float), column_edge, 1)
+
+    seen = total(visible)
+    return np.where(seen > 0, total(read) / np.maximum(seen, 1), np.nan)
+
+
+def headline(pattern: Pattern, heads: Heads, length: int) -> list[str]:
+    """Two lines: what is drawn, and its statistics."""
+    counts = heads.num_heads, heads.num_kv_heads, length
+    size, n = pattern.schedule_block_size(), statistics.num_blocks(pattern, length)
+    kept = pattern.kv_blocks_kept(*counts)
+    facts = [f"density {pattern.density(*counts):.1%}"]
+    if pattern.is_strided():
+        facts.append(f"coverage {pattern.coverage(*counts):.0%}")
+    facts.append(f"KV blocks kept {kept.mean() / n:.1%}")
+    of_kv = "" if heads.group == 1 else f" on {heads.num_kv_heads} KV heads"
+    shape = f"{heads.num_heads} head{'s' * (heads.num_heads > 1)}{of_kv}, {length:,} tokens in {n:,} blocks of {size}"
+    return [repr(pattern), f"{shape}: {', '.join(facts)}"]
+
+
+# Text: two rows of cells to a line, so that cells are square in a terminal.
+
+HALVES = np.array([[" ", "▄"], ["▀", "█"]])
+SHADES = np.array(list(" ░▒▓█"))
+MOST_EXACT, SHADED = 32, 24
+"""Blocks a side up to which a half-character is one block, and characters a side beyond."""
+TEXT_WIDTH = 110
+
+
+def text(pattern: Pattern, heads: Heads, length: int) -> str:
+    """A picture for the terminal: queries downwards, keys to the right, a panel for each kind of head and the union.
+
+    Up to 32 blocks every half-character is a block; beyond, a character's shade is the share that is read.
+    """
+    n = statistics.num_blocks(pattern, length)
+    found = panels(pattern, heads, length, n if n <= MOST_EXACT else SHADED)
+    drawn = [(found[place].title, _lines(found[place].share)) for place in shown(found)]
+    width = max(len(drawn[0][1][0]), *(len(title) + 1 for title, _ in drawn))
+    each_line = max(1, TEXT_WIDTH // (width + 2))
+    blocks = []
+    for first in range(0, len(drawn), each_line):
+        some = drawn[first : first + each_line]
+        titles = "  ".join(f" {title}".ljust(width) for title, _ in some)
+        body = ("  ".join(line.ljust(width) for line in row) for row in zip(*(lines for _, lines in some), strict=True))
+        blocks.append("\n".join(line.rstrip() for line in (titles, *body)))
+    return "\n".join([*headline(pattern, heads, length), "", "\n\n".join(blocks)])
+
+
+def _lines(share: np.ndarray) -> list[str]:
+    share = np.nan_to_num(share)
+    if len(share) % 2:
+        share = np.vstack([share, np.zeros_like(share[:1])])
+    upper, lower = share[::2], share[1::2]
+    if np.isin(share, (0, 1)).all():
+        characters = HALVES[upper.astype(int), lower.astype(int)]
+    else:
+        characters = SHADES[np.ceil((upper + lower) / 2 * (len(SHADES) - 1)).astype(int)]
+    return ["│" + "".join(line) for line in characters]
+
+
+# The drawing.
+
+INK, MUTED, FAINT, PAPER = "#2b303b", "#5f6773", "#e6e8ec", "#ffffff"
+HEAD_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#b8a300")
+"""After Okabe and Ito's palette, which colour-blind readers can tell apart."""
+
+PLOT_CELLS = 96
+PANEL, GAP, TOP, BOTTOM, SIDE = 1.75, 0.25, 0.75, 0.2, 0.3
+"""Inches: a panel's side, what is between two of them, and the margins."""
+MOST_COLUMNS = 5
+CAPTION = 0.65
+"""Inches for the title above a panel and the bar below it, together."""
+
+
+def figure(pattern: Pattern, heads: Heads, length: int):
+    """A matplotlib Figure: a panel for each kind of head, the union, and under each the share that is read.
+
+    What all heads read (the window) is dark; what is some heads' own has their colour, in the union too.
+
+    Raises:
+      ImportError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing a pattern needs matplotlib: pip install 's2jax[plot]'") from error
+
+    found = panels(pattern, heads, length, PLOT_CELLS)
+    images, places = _coloured([panel.share for panel in found]), shown(found)
+    lines = -(-len(places) // MOST_COLUMNS)
+    columns = -(-len(places) // lines)
+    width = max(columns * (PANEL + GAP) - GAP + 2 * SIDE, 6.5)
+    height = lines * (PANEL + CAPTION) + TOP + BOTTOM
+    chart = Figure(figsize=(width, height), facecolor=PAPER)
+    left = (width - columns * (PANEL + GAP) + GAP) / 2
+    for order, place in enumerate(places):
+        line, column = divmod(order, columns)
+        bottom = height - TOP - line * (PANEL + CAPTION) - PANEL - 0.22
+        axis = chart.add_axes((
+            (left + column * (PANEL + GAP)) / width, bottom / height, PANEL / width, PANEL / height,
+        ))  # fmt: skip
+        union = place == len(found) - 1
+        _draw_panel(axis, found[place], images[place], INK if union else HEAD_COLOURS[place % len(HEAD_COLOURS)])
+    title, facts = headline(pattern, heads, length)
+    chart.text(0.5, 1 - 0.28 / height, title, color=INK, fontsize=_fitting(title, width), ha="center", va="center",
+               family="monospace", weight="bold")  # fmt: skip
+    chart.text(0.5, 1 - 0.53 / height, facts, color=INK, fontsize=9, ha="center", va="center")
+    legend = (
+        "rows: query blocks · columns: key blocks · dark: read by every head · bar: share of the context that is read"
+    )
+    chart.text(0.5, 0.16 / height, legend, color=MUTED, fontsize=8, ha="center", va="center")
+    return chart
+
+
+def _fitting(title: str, width: float) -> float:
+    """The font size in points at which a monospaced title is no wider than the figure."""
+    return min(10.5, (width - 0.3) * 72 / (0.62 * len(title)))
+
+
+def _coloured(shares: list[np.ndarray]) -> list[np.ndarray]:
+    """Shares of the heads and of their union → RGBA images, float [cells, cells, 4]."""
+    from matplotlib.colors import to_rgb
+
+    ink, faint = np.array(to_rgb(INK)), np.array(to_rgb(FAINT))
+    *heads, union = (np.nan_to_num(share)[..., None] for share in shares)
+    common = np.minimum.reduce(heads)
+    colours = [np.array(to_rgb(HEAD_COLOURS[place % len(HEAD_COLOURS)])) for place in range(len(heads))]
+    own = sum(head - common for head in heads)
+    mixed = sum((head - common) * colour for head, colour in zip(heads, colours, strict=True)) / np.maximum(own, 1e-9)
+    images = [
+        common * ink + (head - common) * colour + (1 - head) * faint
+        for head, colour in zip([*heads, union], [*colours, mixed], strict=True)
+    ]
+    alpha = (~np.isnan(shares[0]))[..., None].astype(float)
+    return [np.concatenate([image, alpha], -1) for image in images]
+
+
+def _draw_panel(axis, panel: Panel, image: np.ndarray, colour: str) -> None:
+    from matplotlib.patches import Rectangle
+
+    cells = len(image)
+    axis.imshow(image, interpolation="nearest", extent=(0, cells, cells, 0))
+    if cells <= 32:
+        for edge in range(1, cells):
+            axis.axhline(edge, color=PAPER, linewidth=0.6)
+            axis.axvline(edge, color=PAPER, linewidth=0.6)
+    axis.set_axis_off()
+    axis.set_title(panel.title, color=INK, fontsize=10, weight="bold", pad=5)
+    for share, fill in ((1, FAINT), (panel.total, colour)):
+        bar = Rectangle(
+            (0, -0.095), share * 0.76, 0.035, transform=axis.transAxes, color=fill, linewidth=0, clip_on=False
+        )
+        axis.add_patch(bar)
+    axis.text(1, -0.078, f"{panel.total:.0%}", transform=axis.transAxes, ha="right", va="center", fontsize=9, color=INK)
+
+
+# The command line.
+
+README_PATTERN = "LocalStride(block_size=64, local_blocks=2, vert_stride=4)"
+README_IMAGE = pathlib.Path("docs/images/pattern.png")
+
+
+def parse(expression: str) -> Pattern:
+    """Evaluates a pattern as it is written in Python, such as "Local(4) | FirstTokens(4)".
+
+    Raises:
+      ValueError: it is no pattern.
+    """
+    from s2jax import patterns
+
+    try:
+        pattern = eval(expression, {"__builtins__": {}}, {name: getattr(patterns, name) for name in patterns.__all__})
+    except (SyntaxError, NameError, TypeError) as error:
+        raise ValueError(f"expected a pattern such as {README_PATTERN!r}, got {expression!r}: {error}") from error
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"expected a pattern such as {README_PATTERN!r}, got {expression!r}")
+    return pattern
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m s2jax.picture", description="Draws who reads whom.")
+    parser.add_argument("pattern", nargs="?", default=README_PATTERN, help="as in Python (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=4, help="query heads (default: 4)")
+    parser.add_argument("--kv-heads", type=int, help="KV heads (default: as many as query heads)")
+    parser.add_argument("--length", type=int, default=1536, help="tokens (default: 1536)")
+    parser.add_argument("--out", type=pathlib.Path, default=README_IMAGE, help="PNG, SVG or PDF (default: %(default)s)")
+    parser.add_argument("--text", action="store_true", help="print it instead")
+    options = parser.parse_args(arguments)
+    counts = options.heads, options.heads if options.kv_heads is None else options.kv_heads, options.length
+    try:
+        pattern = parse(options.pattern)
+        with warnings.catch_warnings(record=True, action="always", category=PatternWarning) as caught:
+            pattern.warn_if_incomplete(*counts)
+        for each in caught:
+            print(f"note: {each.message}", file=sys.stderr)
+        if options.text:
+            print(pattern.picture(*counts))
+            return
+        chart = pattern.plot(*counts)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        # Without the version of matplotlib the same picture is the same file.
+        chart.savefig(options.out, dpi=200, metadata={"Software": None} if options.out.suffix == ".png" else None)
+    except (ValueError, ImportError, OSError) as error:
+        parser.error(str(error))
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
