@@ -64,7 +64,7 @@ class Checkpoints:
         Args:
             step: optimizer steps done.
             state: pytree of arrays.
-            position: where the data stands, plain JSON.
+            position: where the data stands, plain JSON; not empty.
         """
         self._checkpointer.save_async(step, state, force=True, overwrite=True, custom_metadata=position)
 
@@ -85,14 +85,15 @@ class Checkpoints:
             try:
                 with _quietly():
                     metadata = self._checkpointer.metadata(step)
-                    if metadata.custom_metadata is None:
+                    if not metadata.custom_metadata:
                         raise FileNotFoundError("its commit marker is missing")
-                    stored = metadata.metadata
+                    if not metadata.metadata:
+                        raise FileNotFoundError("its arrays are missing or cut short")
             except _TORN as error:
                 self._tell(step, error)
                 torn.append(step)
                 continue
-            _check_shapes(self.directory / str(step), stored, like)
+            _check_shapes(self.directory / str(step), metadata.metadata, like)
             try:
                 with _quietly():
                     state = self._checkpointer.load(step, like)

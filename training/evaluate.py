@@ -143,7 +143,8 @@ def _score_windows(
             rows = [row(index) for index in range(start, start + per_process)]
             yield Row(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
-    return np.concatenate([nll.sum(axis=1) for nll in _scores(trainer, params, batches(share))])[: len(windows)]
+    nats = [nll.sum(axis=1, dtype=np.float64) for nll in _scores(trainer, params, batches(share))]
+    return np.concatenate(nats)[: len(windows)]
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -53,7 +53,10 @@ def matrix_axes(params: Any) -> Any:
 
 
 def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
-    """The whole update rule: clip, then Muon or AdamW on matrices and Adam on the rest; only matrices decay."""
+    """The whole update rule: clip, then Muon or AdamW on matrices and Adam on the rest; only matrices decay.
+
+    Beside Muon, Adam has Nesterov momentum too, as Muon has.
+    """
     share = warmup_cosine(options, steps)
 
     def matrix_rate(step):

@@ -94,7 +94,7 @@ class Trainer:
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         share = warmup_cosine(self.config.optimizer, self.config.steps)(state.step)
-        metrics = Metrics(loss, optax.global_norm(grads), self.config.optimizer.matrix_rate * share)
+        metrics = Metrics(loss, optax.tree.norm(grads), self.config.optimizer.matrix_rate * share)
         return TrainState(params, opt_state, state.step + 1), metrics
 
 

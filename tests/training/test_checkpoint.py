@@ -1,0 +1,160 @@
+"""Checkpoints: whole, the last ones, not disturbed by the steps that follow; torn ones passed over."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from training.checkpoint import Checkpoints, StopRequest
+
+
+def make_state(step: int):
+    return {"params": {"layers": {0: {"w": jnp.full((4, 3), float(step))}}}, "step": jnp.int32(step)}
+
+
+def like(state):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def checkpoints(tmp_path, said):
+    opened = Checkpoints(tmp_path / "checkpoints", keep=3, say=said.append)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def written(checkpoints) -> Checkpoints:
+    for step in (1, 2, 3):
+        checkpoints.save(step, make_state(step), {"row": 8 * step})
+    checkpoints.wait()
+    return checkpoints
+
+
+def tear(step_dir: Path, how: str) -> None:
+    match how:
+        case "arrays gone":
+            shutil.rmtree(step_dir / "state" / "d")
+        case "arrays cut short":
+            for path in step_dir.rglob("d/*"):
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        case "state gone":
+            shutil.rmtree(step_dir / "state")
+        case "marker gone":
+            (step_dir / "_CHECKPOINT_METADATA").unlink()
+        case "empty":
+            shutil.rmtree(step_dir)
+            step_dir.mkdir()
+
+
+TEARS = ["arrays gone", "arrays cut short", "state gone", "marker gone", "empty"]
+
+
+def test_an_empty_directory_restores_nothing(checkpoints):
+    assert checkpoints.restore(like(make_state(0))) is None
+
+
+def test_the_newest_is_restored_with_its_position(written):
+    restored = written.restore(like(make_state(0)))
+    assert (restored.step, restored.position) == (3, {"row": 24})
+    np.testing.assert_array_equal(restored.state["params"]["layers"][0]["w"], 3.0)
+
+
+def test_only_the_last_ones_are_kept(written):
+    for step in (4, 5):
+        written.save(step, make_state(step), {"row": 0})
+    written.wait()
+    assert written.steps == [3, 4, 5]
+    assert sorted(path.name for path in written.directory.iterdir()) == ["3", "4", "5"]
+
+
+def test_saving_goes_on_beside_steps_that_donate_the_state(checkpoints):
+    step = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
+    state = {"w": jnp.zeros((1 << 20,)), "n": jnp.int32(0)}
+    for _ in range(3):
+        state = step(state)
+    checkpoints.save(3, state, {"row": 0})
+    assert checkpoints._checkpointer.is_saving_in_progress()
+    for _ in range(50):
+        state = step(state)
+    checkpoints.wait()
+    restored = checkpoints.restore(like(state))
+    np.testing.assert_array_equal(restored.state["w"], 3.0)
+    assert int(restored.state["n"]) == 3
+
+
+@pytest.mark.parametrize("how", TEARS)
+def test_a_torn_newest_one_is_passed_over_and_named(written, said, how):
+    tear(written.directory / "3", how)
+    restored = written.restore(like(make_state(0)))
+    assert (restored.step, restored.position) == (2, {"row": 16})
+    np.testing.assert_array_equal(restored.state["params"]["layers"][0]["w"], 2.0)
+    assert "checkpoint 3 is torn, going back to the one before" in said[0]
+    assert "\n" not in said[0]
+    # It neither counts among those kept nor stands in the way of the step when it comes again.
+    assert written.steps == [1, 2]
+    assert (written.directory.parent / "checkpoints-torn-3").is_dir()
+    written.save(3, make_state(30), {"row": 24})
+    written.wait()
+    assert float(written.restore(like(make_state(0))).state["params"]["layers"][0]["w"][0, 0]) == 30
+
+
+def test_several_torn_ones(written, said):
+    for step in (2, 3):
+        tear(written.directory / str(step), "arrays cut short")
+    assert written.restore(like(make_state(0))).step == 1
+    assert [line.split(",")[0] for line in said[:2]] == ["checkpoint 3 is torn", "checkpoint 2 is torn"]
+
+
+def test_if_all_are_torn_none_is_moved_and_the_run_does_not_begin_anew(written):
+    for step in (1, 2, 3):
+        tear(written.directory / str(step), "state gone")
+    with pytest.raises(ValueError, match=r"expected a whole checkpoint in .*, got 3 that cannot be read"):
+        written.restore(like(make_state(0)))
+    assert (written.directory / "3").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"w": jnp.ones((4, 5))}, r"params.layers.0.w float32\[4, 5\].*float32\[4, 3\]"),
+        ({"w": jnp.ones((4, 3), "bfloat16")}, r"bfloat16\[4, 3\].*float32\[4, 3\]"),
+        ({}, "params.layers.0.w absent"),
+        ({"w": jnp.ones((4, 3)), "b": jnp.ones(3)}, r"params.layers.0.b float32\[3\] .* got none"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_one_line(written, said, layer, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        written.restore(like({"params": {"layers": {0: layer}}, "step": jnp.int32(0)}))
+    assert "\n" not in str(raised.value)
+    assert not said  # and is not taken for a torn one
+    assert written.steps == [1, 2, 3]
+
+
+def test_positions_are_plain_json(written):
+    stored = json.loads((written.directory / "2" / "_CHECKPOINT_METADATA").read_text())
+    assert stored["custom_metadata"] == {"row": 16}
+
+
+def test_a_first_signal_asks_and_a_second_ctrl_c_interrupts(capsys):
+    import os
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.reached(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.reached(2)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "SIGTERM: stopping after this step" in capsys.readouterr().err

@@ -1,0 +1,194 @@
+"""train.py as it is run: stopped and resumed, diverging, wrongly asked."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# Two small layers; short rows of a text that is soon read.
+SMALL = (
+    "--num-layers 2 --d-model 32 --num-heads 4 --num-kv-heads 2 --head-dim 8 --d-ff 48 --local-blocks 1 "
+    "--vert-stride 2 --dense-layers 0 --seq-len 64 --batch-size 4 --optimizer adamw --log-every 5 --sample-bytes 8"
+).split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    rng = np.random.default_rng(0)
+    path.write_text("\n".join(f"line {i} says {rng.integers(1000)} and {rng.integers(1000)}" for i in range(600)))
+    return path
+
+
+def environment() -> dict[str, str]:
+    """One CPU device, whatever the tests around have."""
+    return {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
+
+
+def train(*flags: object, check: int | None = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "train.py", *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert check is None or done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"]) for record in records]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, text) -> tuple[Path, str]:
+    """A run of 30 steps without a stop: its directory and what it said."""
+    run_dir = tmp_path_factory.mktemp("runs") / "straight"
+    done = train(*SMALL, "--data", text, "--steps", 30, "--run-dir", run_dir)
+    return run_dir, done.stdout
+
+
+def test_a_run_ends_with_its_report(straight):
+    run_dir, said = straight
+    results = json.loads((run_dir / "results.json").read_text())
+    assert results["step"] == 30
+    assert 0 < results["heldout_bits_per_byte"] < 8.1
+    assert set(results["baselines_bits_per_byte"]) == {"byte_unigram", "gzip_9_per_file"}
+    assert [score["context"] for score in results["far_context"]] == [16, 32, 56]
+    assert results["tokens_per_second"] > 0
+    assert results["mfu"] is None
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for part in (
+        "this model",
+        "gzip -9, per file",
+        "byte frequencies alone",
+        "Far context",
+        "Sample",
+        "FLOP/s",
+        "no MFU",
+    ):
+        assert part in said
+    assert str(run_dir / "checkpoints" / "30") in said
+    assert re.search(r"step 30/30  loss \d\.\d+  [\d,]+ tokens/s  0:00 left", said)
+    assert [step for step, _ in losses(run_dir)] == list(range(1, 31))
+
+
+def test_a_run_stopped_by_sigterm_and_resumed_has_the_same_losses_bit_for_bit(straight, text, tmp_path):
+    run_dir = tmp_path / "stopped"
+    flags = [*SMALL, "--data", text, "--steps", 30, "--run-dir", run_dir]
+    command = [sys.executable, "train.py", *map(str, flags)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("step 10/") or line.startswith("step  5/"):
+                process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    stopped = re.search(r"Stopped after step (\d+) of 30; saved. Go on with\n  (.*)", said)
+    assert stopped, said
+    assert int(stopped[1]) < 30
+    # The very command that it gave goes on.
+    again = subprocess.run(
+        stopped[2], shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"Going on from checkpoint {stopped[1]} " in again.stdout
+    assert losses(run_dir) == losses(straight[0])
+    ours, theirs = (json.loads((d / "results.json").read_text()) for d in (run_dir, straight[0]))
+    assert ours["heldout_bits_per_byte"] == theirs["heldout_bits_per_byte"]
+    assert ours["sample"] == theirs["sample"]
+
+
+def test_a_finished_run_reports_again_and_can_be_made_longer(straight, tmp_path):
+    done = train("--run-dir", straight[0], "--steps", 31)
+    assert "Going on from checkpoint 30" in done.stdout
+    assert [step for step, _ in losses(straight[0])] == list(range(1, 32))
+    done = train("--run-dir", straight[0])
+    assert "no step was done" in done.stdout
+
+
+def test_a_checkpoint_of_another_shape_is_one_line(straight):
+    before = (straight[0] / "config.json").read_text()
+    done = train("--run-dir", straight[0], "--d-ff", 64, check=2)
+    assert re.search(r"^train.py: expected a checkpoint with .*\[64.* got .*\[48", done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert (straight[0] / "config.json").read_text() == before  # the next resume is not spoiled
+
+
+def test_a_loss_that_is_no_number_stops_the_run(text, tmp_path):
+    flags = [*SMALL, "--data", text, "--steps", 40, "--warmup-steps", 0, "--run-dir", tmp_path / "run"]
+    done = train(*flags, "--learning-rate", 1e30, "--rest-learning-rate", 1e30, "--checkpoint-every", 1, check=1)
+    message = re.search(
+        r"train.py: the loss is (nan|inf) and the gradient's norm (\S+) at step (\d+); stopped. "
+        r"checkpoint (\d+) in .* is good",
+        done.stderr,
+    )
+    assert message, done.stderr
+    assert int(message[4]) < int(message[3])
+    assert "--learning-rate" in done.stdout
+    recorded = losses(tmp_path / "run")
+    assert len(recorded) == int(message[3]) - 1
+    assert all(np.isfinite(loss) for _, loss in recorded)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--data /no/such/place", "expected a file or a directory, got /no/such/place"),
+        ("--steps -1", "--steps: expected a whole number of at least 1, got -1"),
+        ("--mesh 2 2 2", "--mesh: expected counts for the 1 devices there are, got 2 × 2 × 2 = 8"),
+        ("--data TOKENS", "expected token ids from 0 to 271 .* got 999 at position 3"),
+        ("--data TEXT --implementation fast --run-dir RUN", "fast"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, message, tmp_path, text):
+    np.save(tmp_path / "tokens.npy", np.array([1, 2, 3, 999]))
+    for name, path in {"TOKENS": tmp_path / "tokens.npy", "TEXT": text, "RUN": tmp_path / "run"}.items():
+        flags = flags.replace(name, str(path))
+    done = train(*SMALL, *flags.split(), check=2)
+    assert re.search(message, done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(straight, text, tmp_path):
+    """Two processes of two devices each; stopped by SIGTERM to one of them, then gone on with by one process."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run_dir = tmp_path / "run"
+    flags = [*SMALL, "--data", text, "--steps", 30, "--run-dir", run_dir, "--mesh", 2, -1, 1]
+    cluster = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id"]
+    env = {**environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "train.py", *map(str, [*flags, *cluster, i])],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    first, second = processes
+    said = ""
+    assert first.stdout is not None
+    for line in first.stdout:
+        said += line
+        if line.startswith("step 10/"):
+            second.send_signal(signal.SIGTERM)
+    assert [process.wait(timeout=120) for process in processes] == [0, 0], said
+    assert "Stopped after step" in said
+    train("--run-dir", run_dir, "--mesh", 1, 1, 1)
+    expected = dict(losses(straight[0]))
+    for step, loss in losses(run_dir):
+        assert loss == pytest.approx(expected[step], abs=2e-5)
+    assert len(losses(run_dir)) == 30
