@@ -1,9 +1,16 @@
 """Random patterns, heads and lengths for the property tests."""
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from s2jax import patterns as p
+
+
+def examples(times: int):
+    """So many times the examples that a test has by default: these are quick ones."""
+    return settings(max_examples=times * settings().max_examples, deadline=None)
+
 
 BLOCK_SIZES = st.sampled_from([16, 32, 64])
 FLAGS = st.booleans()

@@ -1,10 +1,10 @@
 """Each family's closed form against its rule."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 
 from s2jax.patterns import Heads
-from tests.patterns.families import cases, leaves
+from tests.patterns.families import cases, examples, leaves
 
 
 def expand(bands, size: int, query: np.ndarray, num_columns: int) -> np.ndarray:
@@ -50,19 +50,19 @@ def check_states(states, mask, size, rows, offset):
     assert mask[state == 2].all()
 
 
-@settings(max_examples=200, deadline=None)
+@examples(6)
 @given(cases(of=leaves))
 def test_every_family_reads_what_its_bands_say(case):
     check_closed_form(case)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(6)
 @given(cases())
 def test_compositions_read_what_their_bands_say(case):
     check_closed_form(case)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(2)
 @given(cases())
 def test_heads_of_one_key_read_the_same(case):
     pattern, heads, query_length, kv_length, offset = case

@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from s2jax import patterns as p
 from s2jax.patterns import *  # noqa: F403 (what `repr` writes is evaluated)
-from tests.patterns.families import compositions, simple, striped
+from tests.patterns.families import compositions, examples, simple, striped
 
 EYE = np.eye(4, dtype=bool)[None]
 
@@ -21,7 +21,7 @@ def mask_of(pattern):
 ANY = compositions(p.Heads(4, 2), 320)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(2)
 @given(ANY, ANY, ANY)
 def test_algebra_of_token_masks(a, b, c):
     np.testing.assert_array_equal(mask_of(a | b), mask_of(a) | mask_of(b))
@@ -33,7 +33,7 @@ def test_algebra_of_token_masks(a, b, c):
     np.testing.assert_array_equal(mask_of(a | p.Dense(causal=False)), np.ones((4, 300, 280), bool))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(2)
 @given(st.one_of(simple(), striped()), st.one_of(simple(), striped()))
 def test_equal_values_are_equal_and_repr_says_them(a, b):
     twin = dataclasses.replace(a)
@@ -45,7 +45,7 @@ def test_equal_values_are_equal_and_repr_says_them(a, b):
         assert len({a, b, twin}) == 2
 
 
-@settings(max_examples=60, deadline=None)
+@examples(2)
 @given(ANY)
 def test_causal_patterns_read_nothing_later(pattern):
     if pattern.causal:
