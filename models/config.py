@@ -32,7 +32,8 @@ class TransformerConfig:
         remat: what the backward pass recomputes: "none"; "attention", the norm, projections and rotation around
             each attention; "full", whole layers. The attention itself is never run again: its output and
             log-sum-exp are kept.
-        query_spec: `PartitionSpec` of the queries [b, t, h, d] on a mesh with Auto axes.
+        query_spec: `PartitionSpec` of the queries [b, t, h, d] on a mesh with Auto axes, set by `jax.set_mesh`; the
+            residual stream is kept split as their first two axes are.
         implementation: backend or backends of the attention, see `s2jax.attention`; None picks by platform.
 
     Raises:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
@@ -137,11 +138,22 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"tokens must be integer ids of shape [batch, length], got {tokens.dtype} {list(tokens.shape)}"
             )
-        x = self.embed(tokens).astype(self.config.dtype)
+        x = self._along_batch(self.embed(tokens).astype(self.config.dtype))
         for layer in self.layers:
-            x = run_layer(*nnx.split(layer), x, positions, segment_ids)
+            x = self._along_batch(run_layer(*nnx.split(layer), x, positions, segment_ids))
         x = self.final_norm(x)
         return self.embed.logits(x) if self.lm_head is None else self.lm_head(x)
+
+    def _along_batch(self, x: Float[Array, "b t f"]) -> Float[Array, "b t f"]:
+        """Keeps the residual stream split along the batch, as the queries are.
+
+        Left to itself, XLA splits its features like those of the weights, and then gathers activations instead of
+        weights in each layer. The mesh is that of `jax.set_mesh`; without one there is nothing to say.
+        """
+        spec = self.config.query_spec
+        if spec is None or jax.sharding.get_abstract_mesh().empty:
+            return x
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec[:2]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

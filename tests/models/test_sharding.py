@@ -1,6 +1,10 @@
 """Partition specs by parameter path."""
 
 import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -50,3 +54,37 @@ def test_optimizer_states_follow_the_parameters():
 def test_unknown_parameters_are_refused(state):
     with pytest.raises(ValueError, match=r"no parameter of Transformer is called .*PARAMETER_SPECS"):
         partition_specs(state)
+
+
+ON_EIGHT_DEVICES = r"""
+import dataclasses, re, jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from models import Transformer, partition_specs, presets
+
+mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+spec = P(("data", "fsdp"), None, "tensor", None)
+config = dataclasses.replace(presets["tiny"], num_layers=2, d_ff=96, implementation="reference")
+tokens = jax.random.randint(jax.random.key(0), (4, 64), 0, 272)
+graph, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
+expected = nnx.merge(graph, state)(tokens)
+
+graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(
+    dataclasses.replace(config, query_spec=spec), rngs=nnx.Rngs(0))))
+state = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), state, partition_specs(state))
+tokens = jax.device_put(tokens, NamedSharding(mesh, P(spec[0])))
+with jax.set_mesh(mesh):
+    run = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens)).lower(state, tokens).compile()
+np.testing.assert_allclose(run(state, tokens), expected, atol=1e-5)
+# Each device has one sequence of 64: activations are gathered where a result has more than one, or all of 96 / 2.
+gathered = re.findall(r"= f32\[([0-9,]+)\]\S* all-gather", run.as_text())
+assert gathered and not any(shape.startswith(("2,64", "4,64", "1,64,96")) for shape in gathered), gathered
+"""
+
+
+def test_a_mesh_of_eight_gives_one_devices_logits_and_gathers_weights_not_activations():
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    root = pathlib.Path(__file__).parents[2]
+    command = [sys.executable, "-c", ON_EIGHT_DEVICES]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
