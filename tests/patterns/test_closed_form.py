@@ -1,9 +1,14 @@
-"""Each family's closed form against its rule."""
+"""Each family's closed form against its rule, and the algebra of bands."""
+
+import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
-from s2jax.patterns import Heads
+from s2jax import patterns as p
+from s2jax.bands import UNBOUNDED, Band, intersect, refine
 from tests.patterns.families import cases, examples, leaves
 
 
@@ -50,6 +55,23 @@ def check_states(states, mask, size, rows, offset):
     assert mask[state == 2].all()
 
 
+EDGES = [
+    *(p.Local(tokens=extent, causal=False) for extent in (0, 1, 7, 64, (0, 9), (9, 0), (3, 70), (70, 3))),
+    *(p.Local(tokens=extent) for extent in (0, 1, 63, 64, 65)),
+    *(p.Local(extent, 32, causal=False) for extent in (0, 1, 2, (0, 3), (3, 0), (1, 3))),
+    *(p.LocalStride(32, extent, 5, causal=False) for extent in (0, 1, (0, 2), (3, 1))),
+    *(p.RelativeStride(32, extent, stride) for extent in (1, (3, 1)) for stride in (1, 4, 200)),
+    *(p.FirstTokens(count, causal) for count in (0, 1, 32, 33) for causal in (True, False)),
+    p.Ranges(((1, 1), (3, 2)), 32, causal=False),
+    p.Ranges(((2, 1), (None, 3)), 32, causal=False),
+]
+
+
+@pytest.mark.parametrize("pattern", EDGES, ids=repr)
+def test_edges_of_every_family(pattern):
+    check_closed_form((pattern, p.Heads(2, 2), 200, 210, 40))
+
+
 @examples(6)
 @given(cases(of=leaves))
 def test_every_family_reads_what_its_bands_say(case):
@@ -73,10 +95,60 @@ def test_heads_of_one_key_read_the_same(case):
                 np.testing.assert_array_equal(mask[head], mask[other])
 
 
-def test_bands_take_linear_memory():
-    from s2jax import patterns as p
+@st.composite
+def bands(draw, size: int, columns: int):
+    """Any band, those that no family makes included: limits of any size, whatever the row."""
+    random = np.random.default_rng(draw(st.integers(0, 999)))
+    limits = random.integers(0, size + 1, (draw(st.integers(1, 3)), columns)).astype(np.int32)
+    block_ends = st.one_of(st.just(UNBOUNDED), st.integers(-4, 6))
+    token_ends = st.one_of(st.just(UNBOUNDED), st.integers(-150, 150))
+    return Band(limits, -draw(block_ends), draw(block_ends), -draw(token_ends), draw(token_ends))
 
+
+@examples(2)
+@given(bands(32, 6), bands(32, 6))
+def test_bands_intersect(first, second):
+    query, met = np.arange(300), intersect(first, second)
+    both = expand([first], 32, query, 6) & expand([second], 32, query, 6)
+    np.testing.assert_array_equal(expand([met] if met else [], 32, query, 6), both)
+
+
+@examples(2)
+@given(bands(64, 6), st.sampled_from([2, 4]))
+def test_bands_refine(band, ratio):
+    query, fine = np.arange(400), 64 // ratio
+    found = refine(band, ratio, fine, 6 * ratio)
+    pieces = [expand([each], fine, query, 6 * ratio) for each in found]
+    times = np.sum(pieces, axis=0) if pieces else np.zeros((400, 6 * 64), int)
+    np.testing.assert_array_equal(times, expand([band], 64, query, 6))  # each pair in one piece only
+
+
+def test_bands_take_linear_memory():
     pattern = p.Ranges(((2, 1), (8, 2), (None, 8))) & p.Local(tokens=5000) | p.FirstTokens(4) | p.LocalStride(128)
     columns = 1 << 14
-    bands = pattern.bands(Heads(8, 8), 3, 64, columns, columns)
-    assert sum(band.columns.nbytes for band in bands) <= 16 * columns * 4
+    found = pattern.bands(p.Heads(8, 8), 3, 64, columns, columns)
+    assert found is not None
+    assert sum(band.columns.nbytes for band in found) <= 16 * columns * 4
+
+
+@dataclasses.dataclass(frozen=True)
+class PowersOfTwo(p.BlockPattern):
+    """A family that knows only its rule, as in docs/patterns.md."""
+
+    block_size: int = 32
+    causal: bool = True
+
+    def reads(self, heads, head, query_position, key_position):
+        distance = query_position // self.block_size - key_position // self.block_size
+        return (distance & (distance - 1) == 0) & (key_position <= query_position)
+
+    def block_bands(self, heads, head, num_rows, num_columns):
+        return None
+
+
+def test_a_family_that_knows_only_its_rule():
+    heads = p.Heads(2, 1)
+    for pattern in (PowersOfTwo(), PowersOfTwo() | p.FirstTokens(5), PowersOfTwo() & p.Local(tokens=200)):
+        check_closed_form((pattern, heads, 390, 400, 11))
+    blocks = PowersOfTwo().block_mask(2, 1, 300)[1]
+    assert [j for j in range(10) if blocks[9, j]] == [1, 5, 7, 8, 9]

@@ -124,6 +124,13 @@ def test_nested_residues_spread_over_every_stride(num_kv_heads, strides):
         assert len(set(used)) == min(stride, num_kv_heads)
 
 
+def test_strides_that_do_not_divide_are_spread_each_for_itself():
+    pattern = p.Ranges(((2, 2), (None, 3)), head_offset=1)
+    assert [pattern.residues_of(p.Heads(6, 6), head) for head in range(6)] == [
+        ((head * 2 // 6 + 1) % 2, (head * 3 // 6 + 1) % 3) for head in range(6)
+    ]
+
+
 def test_local_stride_is_a_case_of_ranges():
     for heads in [(1, 1), (6, 3), (8, 8)]:
         stride, ranges = p.LocalStride(16, 3, 5), p.Ranges(((3, 1), (None, 5)), 16)
