@@ -82,34 +82,37 @@ class Checkpoints:
         """
         torn: list[int] = []
         for step in reversed(self.steps):
-            try:
-                with _quietly():
-                    metadata = self._checkpointer.metadata(step)
-                    if not metadata.custom_metadata:
-                        raise FileNotFoundError("its commit marker is missing")
-                    if not metadata.metadata:
-                        raise FileNotFoundError("its arrays are missing or cut short")
-            except _TORN as error:
-                self._tell(step, error)
-                torn.append(step)
-                continue
-            _check_shapes(self.directory / str(step), metadata.metadata, like)
-            try:
-                with _quietly():
-                    state = self._checkpointer.load(step, like)
-            except _TORN as error:
-                self._tell(step, error)
-                torn.append(step)
-                continue
-            self._set_aside(torn)
-            return Restored(step, state, dict(metadata.custom_metadata))
+            metadata = self._attempt(step, self._whole_metadata)
+            if metadata is not None:
+                _check_shapes(self.directory / str(step), metadata.metadata, like)
+                state = self._attempt(step, lambda step: self._checkpointer.load(step, like))
+                if state is not None:
+                    self._set_aside(torn)
+                    return Restored(step, state, dict(metadata.custom_metadata))
+            torn.append(step)
         if torn:
             raise ValueError(f"expected a whole checkpoint in {self.directory}, got {len(torn)} that cannot be read")
         return None
 
-    def _tell(self, step: int, error: Exception) -> None:
-        reason = " ".join(str(error.__cause__ or error).split())[:120]
-        self._say(f"checkpoint {step} is torn, going back to the one before ({type(error).__name__}: {reason})")
+    def _whole_metadata(self, step: int) -> Any:
+        metadata = self._checkpointer.metadata(step)
+        if not metadata.custom_metadata:
+            raise FileNotFoundError("its commit marker is missing")
+        if not metadata.metadata:
+            raise FileNotFoundError("its arrays are missing or cut short")
+        return metadata
+
+    def _attempt(self, step: int, read: Callable[[int], Any]) -> Any:
+        """What `read(step)` returns, or None, with a line said, if the checkpoint is torn."""
+        reason = None
+        with _quietly():
+            try:
+                return read(step)
+            except _TORN as error:
+                reason = " ".join(str(error.__cause__ or error).split())[:120]
+            gc.collect()  # what the failed load left behind, while nobody listens to it
+        self._say(f"checkpoint {step} is torn, going back to the one before ({reason})")
+        return None
 
     def _set_aside(self, torn: list[int]) -> None:
         if not torn:
@@ -156,19 +159,17 @@ def _check_shapes(path: Path, stored: Any, like: Any) -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Orbax leaves unawaited coroutines and log records behind where a load fails; the caller says it in one line."""
-    before = logging.root.manager.disable
+    """Silences what Orbax leaves behind where a load fails: log records, unawaited coroutines, a closed event loop."""
+    level, hook = logging.root.manager.disable, sys.unraisablehook
     logging.disable(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try:
-                yield
-            except BaseException:
-                gc.collect()
-                raise
+            yield
     finally:
-        logging.disable(before)
+        sys.unraisablehook = hook
+        logging.disable(level)
 
 
 class StopRequest:
