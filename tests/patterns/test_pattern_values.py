@@ -80,6 +80,13 @@ def test_block_mask_goes_by_content_and_cannot_change():
         pattern.mask.setflags(write=True)
 
 
+def test_block_mask_reads_nothing_beyond_itself():
+    pattern = p.BlockMask(np.ones((1, 2, 2), bool), 16, causal=False)
+    position = np.array([0, 31, 32, 999])
+    read = pattern.reads(p.Heads(1, 1), 0, position[:, None], position)
+    np.testing.assert_array_equal(read, (position < 32)[:, None] & (position < 32))
+
+
 def test_composition_takes_the_smallest_block():
     assert (p.LocalStride(64) | p.LocalStride(16) | p.FirstTokens(3)).schedule_block_size() == 16
     assert (p.Local(tokens=3) & p.Dense()).own_block_size() is None
