@@ -56,18 +56,21 @@ def key_value_gradients(
         members = walks.members[walker, pack]
         blocks = jnp.where(members < 0, layout.num_blocks, members)
         where = layout.kv_head(batch, walker)[:, None] * (layout.num_blocks + 1) + blocks
-        key, value = (array[where].reshape(len(units), -1, array.shape[-1]) for array in (keys, values))
+        keys_here, values_here = (array[where].reshape(len(units), -1, array.shape[-1]) for array in (keys, values))
         first_row = (batch * layout.walkers + walker) * (grid.rows + 1)
 
         def body(carry, step):
             dkey, dvalue = carry
-            rows, step = _local_rows(grid, batch, step)
+            rows, step = _local_rows(layout, grid, batch, step)
             where = first_row[:, None] + rows
             query, dout, lse, delta = (
                 array[where].reshape(len(units), -1, array.shape[-1]) for array in (queries, douts, lses, deltas)
             )
-            logits, slope = layout.logits(layout.product("umd,und->umn", key, query))
             allowed = _allowed(layout, grid, batch, blocks, rows, step)
+            read = step.valid.any(-1)[:, None, None] if allowed is None else allowed.any(-1)[..., None]
+            # As in the forward pass: the zero weight of a NaN would be a NaN.
+            key, value = jnp.where(read, keys_here, 0), jnp.where(read, values_here, 0)
+            logits, slope = layout.logits(layout.product("umd,und->umn", key, query))
             lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
             weights = jnp.exp(logits - lse)
             weights = weights if allowed is None else jnp.where(allowed, weights, 0)
@@ -78,7 +81,7 @@ def key_value_gradients(
             dlogits = dlogits if allowed is None else jnp.where(allowed, dlogits, 0)
             return dkey + layout.product("umn,und->umd", dlogits.astype(query.dtype), query), dvalue
 
-        start = tuple(jnp.zeros(array.shape, layout.accumulate) for array in (key, value))
+        start = tuple(jnp.zeros(array.shape, layout.accumulate) for array in (keys_here, values_here))
         return walk(layout.walks, layout.slices(units, tiles), entries_per_step, body, start, bounded=bounded)
 
     row_tokens = layout.group * layout.row_size
@@ -87,12 +90,13 @@ def key_value_gradients(
     return tuple(_in_place(layout, array) for array in gradients)
 
 
-def _local_rows(grid, batch: Array, step: Step) -> tuple[Array, Step]:
-    """The rows of a step within this call; those of other calls become the empty last row."""
-    rows = step.blocks
+def _local_rows(layout: Layout, grid, batch: Array, step: Step) -> tuple[Array, Step]:
+    """The rows of a step within this call; those of other calls, or without a query, become the empty last row."""
+    rows, used = step.blocks, grid.rows
     if not isinstance(grid.first, int):
         rows = rows - grid.first[batch][:, None]
-    valid = step.valid & (rows >= 0) & (rows < grid.rows)
+        used = -(-(grid.shift[batch][:, None] + layout.query_length) // grid.size)
+    valid = step.valid & (rows >= 0) & (rows < used)
     return jnp.where(valid, rows, grid.rows), step._replace(valid=valid)
 
 

@@ -131,21 +131,21 @@ class Layout:
 
     def lengths(self, tiles: int, first: int | Array = 0) -> Array:
         slices = self.slices(jnp.arange(self.batch * self.walkers * tiles, dtype=jnp.int32), tiles, first)
-        return (slices[..., 1] - slices[..., 0]).sum(-1)
+        return (slices[..., 1] - slices[..., 0]).sum(-1, dtype=jnp.int32)
 
     # What may see what.
 
     def query_tokens(self, grid: Grid, batch: Array, tile: Array) -> "Tokens":
         """The queries of some tiles; `batch` and `tile` broadcast, tokens come as one more axis."""
         shift = grid.shift if isinstance(grid.shift, int) else grid.shift[batch][..., None]
-        index = tile[..., None] * grid.size + jnp.arange(grid.size) - shift
+        index = tile[..., None] * grid.size + jnp.arange(grid.size, dtype=jnp.int32) - shift
         offset = self.operands.query_offset
         position = index if offset is None else index + offset[batch][..., None]
         return self._tokens(batch, index, position, self.query_length, self.operands.query_segment_ids)
 
     def key_tokens(self, batch: Array, block: Array) -> "Tokens":
         """The keys of some blocks; `batch` and `block` broadcast, tokens come as one more axis."""
-        index = block[..., None] * self.block_size + jnp.arange(self.block_size)
+        index = block[..., None] * self.block_size + jnp.arange(self.block_size, dtype=jnp.int32)
         return self._tokens(batch, index, index, self.kv_length, self.operands.kv_segment_ids)
 
     @staticmethod

@@ -81,9 +81,9 @@ def entries(slices: Int32[Array, "units parts 2"], first: Array, count: int) -> 
     A unit's parts are walked one after the other, as if they were one list.
     """
     lengths = jnp.maximum(slices[..., 1] - slices[..., 0], 0)
-    ends = jnp.cumsum(lengths, -1)
-    entry = first + jnp.arange(count)
-    part = (entry[None, :, None] >= ends[:, None, :]).sum(-1)
+    ends = jnp.cumsum(lengths, -1, dtype=jnp.int32)
+    entry = first + jnp.arange(count, dtype=jnp.int32)
+    part = (entry[None, :, None] >= ends[:, None, :]).sum(-1, dtype=jnp.int32)
     shifts = slices[..., 0] - (ends - lengths)
     valid = entry[None, :] < ends[:, -1:]
     part = jnp.minimum(part, slices.shape[1] - 1)
@@ -103,11 +103,12 @@ def transposed_selection_walks(selection: BlockSelection, num_kv_heads: int, num
     """Who reads each key block of a traced selection: one stable sort of its entries by head and block."""
     batch, heads, rows, most = selection.kv_blocks.shape
     blocks = selection.kv_blocks.reshape(batch * heads, rows * most)
-    used = jnp.arange(most) < selection.counts[..., None]
+    used = jnp.arange(most, dtype=jnp.int32) < selection.counts[..., None]
     used = used.reshape(blocks.shape) & (blocks >= 0) & (blocks < num_blocks)
     readers = jnp.broadcast_to((jnp.arange(rows * most, dtype=jnp.int32) // most)[None], blocks.shape)
     blocks, readers = jax.lax.sort((jnp.where(used, blocks, num_blocks), readers), num_keys=1, is_stable=True)
-    ends = jax.vmap(lambda each: jnp.searchsorted(each, jnp.arange(num_blocks + 1)))(blocks).astype(jnp.int32)
+    columns = jnp.arange(num_blocks + 1, dtype=jnp.int32)
+    ends = jax.vmap(lambda each: jnp.searchsorted(each, columns))(blocks).astype(jnp.int32)
     ends = ends + jnp.arange(batch * heads, dtype=jnp.int32)[:, None] * (rows * most)
     slices = jnp.stack([ends[:, :-1], ends[:, 1:]], -1).reshape(batch, heads, num_blocks, 1, 2)
     slices = jnp.broadcast_to(slices, (batch, max(heads, num_kv_heads), num_blocks, 1, 2))
