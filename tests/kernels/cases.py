@@ -239,7 +239,10 @@ SELECTIONS = [
 
 CASES = [*FAMILIES, *SHAPES, *OPTIONS, *OFFSETS, *SELECTIONS]
 
+BY_NAME = {each.name: each for each in CASES}
 
-def parameters(cases=CASES) -> list:
-    """The table for `pytest.mark.parametrize`."""
-    return [pytest.param(each, id=each.name, marks=[pytest.mark.slow] if each.slow else []) for each in cases]
+
+def parameters(*names: str) -> list:
+    """The table, or those of it, for `pytest.mark.parametrize`."""
+    chosen = [BY_NAME[name] for name in names] or CASES
+    return [pytest.param(each, id=each.name, marks=[pytest.mark.slow] if each.slow else []) for each in chosen]

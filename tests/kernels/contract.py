@@ -8,17 +8,20 @@ A backend that cannot compute every case says which, and the reason that it will
 """
 
 import contextlib
+import dataclasses
 import re
 import typing
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
 
 from s2jax import BlockSelection, attention
 from tests.kernels import truth
-from tests.kernels.cases import Arrays, Case, Selected, arrays, parameters
+from tests.kernels.cases import BY_NAME, Arrays, Case, Selected, arrays, parameters
 from tests.kernels.plain import error, tolerances
+from tests.kernels.random_cases import random_cases
 from tests.kernels.truth import Results
 
 POISON = (np.nan, np.inf, -np.inf)
@@ -96,6 +99,7 @@ def assert_same_bits(first: Results, second: Results, what: str) -> None:
 class AttentionContract:
     implementation: typing.ClassVar[str]
     tilings: typing.ClassVar[dict[str, typing.Any]] = {}
+    random_share = 5  # one random case in so many that the profile asks for
 
     def refusal(self, case: Case) -> str | None:
         """The reason that the backend gives for what it cannot do."""
@@ -105,10 +109,11 @@ class AttentionContract:
         """`function(*arguments)` of a case, compiled."""
         return jax.jit(traced(case, self.implementation, self.tilings.get(case.tiling)))
 
-    @pytest.mark.usefixtures("quick_compilation")
-    @pytest.mark.parametrize("case", parameters())
-    def test_case(self, case: Case):
-        """The results are right; what is unread reaches nothing; the second time gives the same bits."""
+    def run(self, case: Case, given: Arrays) -> Results:
+        return results(self.compiled(case)(*arguments(case, given)))
+
+    def check(self, case: Case) -> None:
+        """The results are right, what is unread reaches nothing, and empty rows are empty."""
         with precision_of(case):
             given = arrays(case)
             mask, function = truth.token_mask(case, given), self.compiled(case)
@@ -124,14 +129,77 @@ class AttentionContract:
             assert_within(exact, found, allowed)
             again = results(function(*arguments(case, poisoned(given, mask, case.num_kv_heads))))
             assert_same_bits(found, again, "a NaN or Inf that no query reads")
-            self.check_empty_rows(case, found, mask, given)
+            check_empty_rows(found, mask, given)
 
-    def check_empty_rows(self, case: Case, found: Results, mask: np.ndarray, given: Arrays) -> None:
-        """A row that reads nothing is exactly zero, its lse the sink or -inf, and its gradient zero."""
-        empty = ~mask.any(-1)
-        lse = -np.inf if given.sinks is None else given.sinks[None, :, None]
-        np.testing.assert_array_equal(
-            found.lse[empty], np.broadcast_to(lse, empty.shape)[empty].astype(found.lse.dtype)
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize("case", parameters())
+    def test_case(self, case: Case):
+        self.check(case)
+
+    @pytest.mark.usefixtures("quick_compilation")
+    def test_random_cases(self):
+        """Any pattern, composition or selection, with any shape and any of the options."""
+        few = max(1, hypothesis.settings.default.max_examples // self.random_share)
+        hypothesis.settings(max_examples=few)(hypothesis.given(random_cases())(self.check))()
+
+    @pytest.mark.parametrize("name", ["blocks of 64", "soft cap, low precision", "an offset for each"])
+    def test_optimised(self, name: str):
+        """What XLA's optimisations might spoil: twice compiled, the same bits; what is unread reaches nothing."""
+        case = BY_NAME[name]
+        given = arrays(case)
+        mask = truth.token_mask(case, given)
+        found = self.run(case, given)
+        exact, allowed = tolerances(case, given, mask)
+        assert_within(exact, found, allowed)
+        jax.clear_caches()
+        function = self.compiled(case)
+        assert_same_bits(found, results(function(*arguments(case, given))), "compiling once more")
+        assert_same_bits(found, results(function(*arguments(case, given))), "computing once more")
+        again = results(function(*arguments(case, poisoned(given, mask, case.num_kv_heads))))
+        assert_same_bits(found, again, "a NaN or Inf that no query reads")
+
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize(
+        "case",
+        parameters(
+            "local stride both ways", "first tokens and a window", "t < s", "strangers", "an offset for each",
+            "selection, long rows",
+        ),
+    )  # fmt: skip
+    def test_gradients_show_the_pattern(self, case: Case):
+        """∂out[i]/∂v[j] is not zero if and only if i reads j, forward and backward.
+
+        With the identity for the values, out is the weights; with the identity for dout, so is dv, summed over a group.
+        """
+        features = max(case.query_length, case.kv_length)
+        case = dataclasses.replace(case, value_features=features, dtype="float32")
+        given, mask = arrays(case), truth.token_mask(case, arrays(case))
+        eye = np.eye(features, dtype=np.float32)[:, None]
+        given = dataclasses.replace(
+            given,
+            value=np.broadcast_to(eye[: case.kv_length], given.value.shape),
+            dout=np.broadcast_to(eye[: case.query_length], given.dout.shape),
+            dlse=np.zeros_like(given.dlse),
         )
-        for array in (found.out, found.dquery):
-            assert not array.swapaxes(1, 2)[empty].any()
+        found = self.run(case, given)
+        np.testing.assert_array_equal(found.out[..., : case.kv_length].swapaxes(1, 2) != 0, mask)
+        by_group = mask.reshape(case.batch, case.num_kv_heads, case.group, *mask.shape[2:]).any(2)
+        np.testing.assert_array_equal(found.dvalue[..., : case.query_length].transpose(0, 2, 3, 1) != 0, by_group)
+
+    @pytest.mark.usefixtures("quick_compilation")
+    def test_offsets_beyond_the_keys_give_nan(self):
+        """Positions for which nothing was compiled: no number is better than a wrong one."""
+        case = dataclasses.replace(BY_NAME["an offset for each"], batch=3, offsets=(-1, 91, 90))
+        found = self.run(case, arrays(case))
+        assert np.isnan(found.out[:2].astype(np.float32)).all()
+        assert np.isnan(found.lse[:2]).all()
+        assert np.isfinite(found.lse[2]).all()
+
+
+def check_empty_rows(found: Results, mask: np.ndarray, given: Arrays) -> None:
+    """A row that reads nothing is exactly zero, its lse the sink or -inf, and its gradient zero."""
+    empty = ~mask.any(-1)
+    lse = np.float32(-np.inf) if given.sinks is None else given.sinks[None, :, None]
+    np.testing.assert_array_equal(found.lse[empty], np.broadcast_to(lse, empty.shape)[empty])
+    for array in (found.out, found.dquery):
+        assert not array.swapaxes(1, 2)[empty].any()

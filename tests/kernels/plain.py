@@ -50,11 +50,11 @@ def computed(case: Case, given: Arrays, mask: np.ndarray) -> Results:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _plain_and_gradients(scale, cap, inputs, mask, dout, dlse):
-    results, pull = jax.vjp(functools.partial(_plain, scale, cap, mask), *inputs)
+    results, pull = jax.vjp(functools.partial(plain, scale, cap, mask), *inputs)
     return *results, *pull((dout, dlse))
 
 
-def _plain(scale, cap, mask, query, key, value, sinks):
+def plain(scale, cap, mask, query, key, value, sinks):
     dtype, group = query.dtype, query.shape[2] // key.shape[2]
     key, value = jnp.repeat(key, group, 2), jnp.repeat(value, group, 2)
     logits = jnp.einsum("bthd,bshd->bhts", query, key) * jnp.asarray(scale, dtype)

@@ -7,6 +7,7 @@ import pytest
 from pallas_kernels import XlaTiles
 from pallas_kernels.xla import walking
 from tests.kernels.contract import AttentionContract
+from tests.kernels.transformations import TransformationContract
 
 
 class TestXla(AttentionContract):
@@ -21,3 +22,8 @@ class TestXla(AttentionContract):
     def many_chunks(self, monkeypatch):
         """So little at a time that units come in many chunks, the last of which is not full."""
         monkeypatch.setattr(walking, "CHUNK_BYTES", 1 << 16)
+
+
+class TestTransformations(TransformationContract):
+    implementation = "xla"
+    tiles = XlaTiles(queries=64, keys=32, packed_keys=32, walked_queries=64)

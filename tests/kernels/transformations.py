@@ -1,0 +1,183 @@
+"""How an implementation gets along with JAX's transformations, as one class of tests for every backend."""
+
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.op import LSE_NAME, OUT_NAME
+from s2jax import BlockSelection, FirstTokens, LocalStride, attention
+from tests.kernels import truth
+from tests.kernels.cases import BY_NAME, EPS, Case, arrays
+from tests.kernels.contract import arguments, assert_same_bits, results, traced
+from tests.kernels.plain import error, plain
+
+PATTERN = LocalStride(16, 1, 2) | FirstTokens(3)
+CASE = Case("transformed", PATTERN, query_length=40, kv_length=40, features=8, value_features=8, sinks=True)
+
+
+def dots(jaxpr) -> int:
+    """Matrix products and kernels in a jaxpr, those of inner ones too: how much is computed."""
+    count = 0
+    for equation in jaxpr.eqns:
+        count += equation.primitive.name in ("dot_general", "pallas_call", "core_map", "mosaic_gpu_call")
+        count += sum(dots(inner) for inner in jax.core.jaxprs_in_params(equation.params))
+    return count
+
+
+@pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
+@pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
+class TransformationContract:
+    implementation: typing.ClassVar[str]
+    tiles: typing.ClassVar[typing.Any] = None
+    differentiates_twice = True
+
+    def attention(self, query, key, value, pattern=PATTERN, **options):
+        return attention(query, key, value, pattern, implementation=self.implementation, tiles=self.tiles, **options)
+
+    def gradients(self, *inputs, **options):
+        """out, lse, and the gradients of a sum of both, of every input."""
+
+        def total(*inputs):
+            out, lse = self.attention(*inputs, return_lse=True, **options)
+            return (out**2).sum() + jnp.where(jnp.isneginf(lse), 0, lse).sum(), (out, lse)
+
+        gradients, results = jax.grad(total, tuple(range(len(inputs))), has_aux=True)(*inputs)
+        return *results, *gradients
+
+    @staticmethod
+    def inputs(*leading: int, length=40, heads=4, kv_heads=2):
+        keys = jax.random.split(jax.random.key(len(leading)), 3)
+        shapes = [(*leading, 2, length, count, 8) for count in (heads, kv_heads, kv_heads)]
+        return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+
+    # vmap
+
+    def assert_maps(self, function, *mapped):
+        """vmap gives what the calls give one by one."""
+        together = jax.jit(jax.vmap(function))(*mapped)
+        one = jax.jit(function)
+        for index in range(len(mapped[0])):
+            alone = one(*(array[index] for array in mapped))
+            for found, expected in zip(together, alone, strict=True):
+                assert_near(np.asarray(expected), found[index])
+
+    def test_vmap_over_the_batch(self):
+        self.assert_maps(self.gradients, *self.inputs(3))
+
+    def test_vmap_over_offsets(self):
+        query, key, value = self.inputs()
+        self.assert_maps(
+            lambda offset: self.gradients(query[:, :9], key, value, query_offset=offset), jnp.arange(0, 31, 15)
+        )
+
+    def test_vmap_over_selections(self):
+        query, key, value = self.inputs()
+        random = np.random.default_rng(0)
+        blocks = random.permuted(np.broadcast_to(np.arange(3), (3, 1, 2, 3, 3)), axis=-1).astype(np.int32)
+        counts = random.integers(0, 4, (3, 1, 2, 3)).astype(np.int32)
+
+        def chosen(blocks, counts):
+            return self.gradients(query, key, value, pattern=BlockSelection(blocks, counts, 16, 16))
+
+        self.assert_maps(chosen, jnp.asarray(blocks), jnp.asarray(counts))
+
+    # checkpoint and scan
+
+    def loss_of_layers(self, wrap):
+        """Three layers of attention in a `scan`, each rematerialised as `wrap` says."""
+
+        def loss(query, key, value):
+            layer = wrap(lambda x, _: (self.attention(x, key, value), None))
+            return (jax.lax.scan(layer, query, None, length=3)[0] ** 2).sum()
+
+        return loss
+
+    def test_named_residuals_spare_the_forward_pass(self):
+        """Under `save_only_these_names`, the backward pass computes no attention a second time."""
+        policy = jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME)
+        wraps = {
+            "kept": lambda layer: layer,
+            "named": functools.partial(jax.checkpoint, policy=policy),
+            "forgotten": jax.checkpoint,
+        }
+        inputs = self.inputs()
+        gradients = {name: jax.grad(self.loss_of_layers(wrap), (0, 1, 2)) for name, wrap in wraps.items()}
+        work = {name: dots(jax.make_jaxpr(function)(*inputs).jaxpr) for name, function in gradients.items()}
+        assert work["named"] == work["kept"] < work["forgotten"]
+        for found, expected in zip(*(jax.jit(gradients[name])(*inputs) for name in ("named", "kept")), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+    # grad of grad
+
+    def test_gradient_of_the_gradient(self):
+        """Reverse over reverse, against the plain computation in float64, by the same rule as the gradient itself."""
+        if not self.differentiates_twice:
+            pytest.skip("first derivatives only")
+        given = arrays(CASE)
+        mask = truth.token_mask(CASE, given)
+        inputs = given.query, given.key, given.value, given.sinks
+
+        def second(function, dtype, *inputs):
+            """The gradient of a product of the gradient with fixed numbers."""
+            weights = [np.asarray(array[::-1], dtype) for array in inputs]
+
+            def total(*inputs):
+                out, lse = function(*inputs)
+                return (out * given.dout.astype(dtype)).sum() + (lse * given.dlse.astype(dtype)).sum()
+
+            def product(*inputs):
+                gradients = jax.grad(total, (0, 1, 2, 3))(*inputs)
+                return sum((each * weight).sum() for each, weight in zip(gradients, weights, strict=True))
+
+            return jax.jit(jax.grad(product, (0, 1, 2, 3)))(*(array.astype(dtype) for array in inputs))
+
+        naive = functools.partial(plain, CASE.logit_scale, None, mask)
+        ours = second(lambda q, k, v, s: self.attention(q, k, v, sinks=s, return_lse=True), np.float32, *inputs)
+        rough = second(naive, np.float32, *inputs)
+        with jax.enable_x64(True):
+            exact = second(naive, np.float64, *inputs)
+        for found, near, far in zip(ours, exact, rough, strict=True):
+            near = np.asarray(near)
+            floor = EPS["float32"] * float(np.abs(near).max())
+            assert error(near, found) <= 2 * error(near, far) + floor
+
+    # export and shard_map
+
+    def test_export_round_trip(self):
+        case = BY_NAME["an offset for each"]
+        function, inputs = jax.jit(traced(case, self.implementation, self.tiles)), arguments(case, arrays(case))
+        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs)
+        written = jax.export.export(function)(*shapes).serialize()
+        assert_same_bits(
+            results(function(*inputs)), results(jax.jit(jax.export.deserialize(written).call)(*inputs)), "exporting"
+        )
+
+    @pytest.mark.parametrize("inside", [True, False], ids=["gradient inside", "gradient outside"])
+    def test_inside_shard_map(self, inside: bool):
+        """On each shard of the batch, in a `shard_map` of the caller's own, with its checks."""
+        mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+        shard = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("data"),) * 3)
+        inputs = self.inputs()
+        if inside:
+            function = shard(self.gradients, out_specs=(P("data"),) * 5)
+        else:
+            sharded = shard(functools.partial(self.attention, return_lse=True), out_specs=(P("data"),) * 2)
+
+            def function(*inputs):
+                (out, lse), pull = jax.vjp(sharded, *inputs)
+                return out, lse, *pull((2 * out, jnp.ones_like(lse)))
+
+        for found, expected in zip(jax.jit(function)(*inputs), jax.jit(self.gradients)(*inputs), strict=True):
+            assert_near(np.asarray(expected), found)
+
+
+def assert_near(expected: np.ndarray, found) -> None:
+    """Equal but for the order of sums over at most 40 keys."""
+    size = np.abs(expected, where=np.isfinite(expected), out=np.zeros(expected.shape)).max()
+    assert error(expected, found) <= 40 * EPS["float32"] * max(1, float(size))
