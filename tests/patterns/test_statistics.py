@@ -45,10 +45,7 @@ def far_share(blocks):
     return far.mean() if far.size else 1.0
 
 
-@examples(5)
-@given(cases())
-def test_statistics_equal_counting(case):
-    pattern, heads, length, *_ = case
+def check_statistics(pattern, heads, length):
     counts = (heads.num_heads, heads.num_kv_heads, length)
     blocks = counted_blocks(pattern.token_mask(*counts, length), pattern.schedule_block_size())
     n = blocks.shape[1]
@@ -60,6 +57,34 @@ def test_statistics_equal_counting(case):
     assert pattern.is_kv_efficient(*counts) == all(never_again(each, pattern.causal) for each in by_kv_head)
     kept = pattern.kv_blocks_kept(*counts)
     np.testing.assert_array_equal(kept, [most_kept(each, pattern.causal) for each in by_kv_head])
+
+
+@examples(5)
+@given(cases())
+def test_statistics_equal_counting(case):
+    pattern, heads, length, *_ = case
+    check_statistics(pattern, heads, length)
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 190, 257])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        p.Local(tokens=100) & p.FirstTokens(30),
+        p.Local(tokens=65) & p.FirstTokens(130),
+        p.Local(tokens=(0, 9), causal=False),
+        p.Local(tokens=(70, 3), causal=False),
+        p.LocalStride(64, 1, 2) | p.Local(tokens=65),
+        p.LocalStride(16, 2, 3) | p.LocalStride(64, 1, 2),
+        p.Strided(32, 3),
+        p.RelativeStride(16, 2, 3),
+        p.RelativeStride(16, 2, 200, causal=True),
+        p.PerHead([p.Dense(), p.Local(1), p.Strided(16, 2), p.Local(2, 16)]),
+    ],
+    ids=repr,
+)
+def test_statistics_at_the_edges(pattern, length):
+    check_statistics(pattern, p.Heads(4, 2), length)
 
 
 POINTS = {  # h, k, local blocks, stride, length, density: benchmark points, blocks over causal blocks
