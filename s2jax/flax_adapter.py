@@ -98,8 +98,11 @@ def attention_fn(
                     f"query, key and value must be [..., length, heads, head_dim] with equal leading axes; "
                     f"query has shape {list(query.shape)}, {name} {list(x.shape)}"
                 )
+        query, key, value = (x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
         out = attention(
-            *(x.astype(dtype).reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)),
+            query,
+            key,
+            value,
             pattern,
             logits_soft_cap=logits_soft_cap,
             query_spec=query_spec,
