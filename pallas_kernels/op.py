@@ -108,16 +108,12 @@ def _choose(problem: Problem, operands: Operands, implementation) -> str:
     raise NotImplementedError("; ".join(reasons))
 
 
-# Forward and backward are sharded each by themselves: a `shard_map` around the `custom_vjp` would leave its transpose to
-# JAX, and one inside needs nothing of the sharding of the other pass.
+# Both passes are sharded each by itself: a `shard_map` around the `custom_vjp` would be transposed by JAX, and one
+# inside it needs to know nothing of the other pass.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(call: Call, query, key, value, sinks, rest: Operands):
-    return _forward(call, query, key, value, sinks, rest)[0]
-
-
-def _forward(call: Call, query, key, value, sinks, rest: Operands):
     backend = BACKENDS[call.backend]
 
     def local(operands: Operands):
@@ -126,43 +122,72 @@ def _forward(call: Call, query, key, value, sinks, rest: Operands):
             out, lse = add_sinks(out, lse, operands.sinks)
         return _nan_beyond(call.problem, operands, out.astype(operands.query.dtype), lse)
 
-    operands = dataclasses.replace(
-        rest, query=query, key=key, value=value, sinks=sinks, tables=backend.tables(call.problem)
-    )
-    out, lse = over_shards(local, operands, call.query_spec, ("out", "lse"))
+    tables = backend.tables(call.problem)
+    operands = dataclasses.replace(rest, query=query, key=key, value=value, sinks=sinks, tables=tables)
+    return over_shards(local, backend, operands, call.query_spec, "ql")
+
+
+def _forward(call: Call, query, key, value, sinks, rest: Operands):
+    # The op itself, not what it is made of: differentiated again, this is the first thing to differentiate.
+    out, lse = _attention(call, query, key, value, sinks, rest)
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
     return (out, lse), (query, key, value, sinks, rest, out, lse)
 
 
 def _backward(call: Call, residuals, cotangents):
     query, key, value, sinks, rest, out, lse = residuals
-    dout, dlse = cotangents
-    operands = dataclasses.replace(rest, query=query, key=key, value=value, sinks=sinks)
-    return (*_gradients(call, operands, out, lse, dout, dlse), None)
+    return (*_gradients(call, query, key, value, sinks, out, lse, *cotangents, rest), None)
 
 
-def _gradients(call: Call, operands: Operands, out, lse, dout, dlse):
+_attention.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(call: Call, query, key, value, sinks, out, lse, dout, dlse, rest: Operands):
+    return _all_gradients(call, query, key, value, sinks, out, lse, dout, dlse, rest)
+
+
+def _gradients_forward(call: Call, *arguments):
+    return _gradients(call, *arguments), arguments
+
+
+def _gradients_backward(call: Call, arguments, cotangents):
+    *arrays, rest = arguments
+
+    def again(*arrays):
+        return _all_gradients(call, *arrays, rest, differentiable=True)
+
+    return (*jax.vjp(again, *arrays)[1](cotangents), None)
+
+
+_gradients.defvjp(_gradients_forward, _gradients_backward)
+
+
+def _all_gradients(call: Call, query, key, value, sinks, out, lse, dout, dlse, rest: Operands, *, differentiable=False):
+    """dq, dk, dv and dsinks."""
     backend = BACKENDS[call.backend]
 
     def local(operands: Operands, out, lse, dout, dlse):
         # The gradient of an empty row's lse, -inf, means nothing.
         dlse = jnp.where(jnp.isneginf(lse), 0, dlse)
         delta = jnp.einsum("bthe,bthe->bht", out.astype(lse.dtype), dout.astype(lse.dtype)) - dlse
-        gradients = backend.backward(call.problem, operands, dout, lse, delta)
+        gradients = backend.backward(call.problem, operands, dout, lse, delta, differentiable=differentiable)
         inputs = operands.query, operands.key, operands.value
-        dquery, dkey, dvalue = (g.astype(array.dtype) for g, array in zip(gradients, inputs, strict=True))
+        gradients = tuple(g.astype(array.dtype) for g, array in zip(gradients, inputs, strict=True))
         if operands.sinks is None:
-            return dquery, dkey, dvalue, None
-        weights = jnp.where(jnp.isneginf(lse), 0, jnp.exp(operands.sinks.astype(lse.dtype)[:, None] - lse))
-        return dquery, dkey, dvalue, (-weights * delta).sum((0, 2)).astype(operands.sinks.dtype)
+            return *gradients, None
+        reads = ~jnp.isneginf(lse)
+        logits = operands.sinks.astype(lse.dtype)[:, None] - jnp.where(reads, lse, 0)
+        weights = jnp.where(reads, jnp.exp(jnp.where(reads, logits, 0)), 0)
+        return *gradients, (-weights * delta).sum(2)
 
-    operands = dataclasses.replace(operands, tables=backend.tables(call.problem))
-    return over_shards(
-        local, operands, call.query_spec, ("query", "key", "value", "sinks"), extra=(out, lse, dout, dlse)
-    )
-
-
-_attention.defvjp(_forward, _backward)
+    tables = backend.tables(call.problem)
+    operands = dataclasses.replace(rest, query=query, key=key, value=value, sinks=sinks, tables=tables)
+    results = "qqq-" if sinks is None else "qqqb"
+    arrays = out, lse, dout, dlse
+    *gradients, dsinks = over_shards(local, backend, operands, call.query_spec, results, "qlql", *arrays)
+    # The one sum over sequences, and so over shards of the batch: left to XLA.
+    return *gradients, None if sinks is None else dsinks.sum(0).astype(sinks.dtype)
 
 
 def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:

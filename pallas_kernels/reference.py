@@ -5,11 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.problem import Operands, Problem, accumulation_dtype
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
+from pallas_kernels.sharding import Sharding
 
 TILES = type(None)
 """There are no tiles to choose."""
@@ -88,8 +90,18 @@ def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     return _attend(problem, operands, operands.query, operands.key, operands.value)
 
 
-def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array):
-    """dq, dk and dv in the accumulation dtype, from dout [b, t, h, e], and lse and delta [b, h, t], sinks included."""
+def table_specs(tables: Array, sharding: Sharding) -> PartitionSpec:
+    """How the tables are split over a mesh."""
+    return sharding.of(heads=0, ndim=3)
+
+
+def backward(
+    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, *, differentiable: bool = False
+) -> tuple[Array, Array, Array]:
+    """dq, dk and dv in the accumulation dtype, from dout [b, t, h, e], and lse and delta [b, h, t], sinks included.
+
+    It is differentiable in turn in any case.
+    """
     inputs = operands.query, operands.key, operands.value
     (out, alone), pull = jax.vjp(functools.partial(_attend, problem, operands), *inputs)
     # With sinks, and whatever else stands in lse, the weights are smaller by a factor, and so are their gradients:

@@ -1,17 +1,133 @@
-"""Running a backend on the shards of a mesh, each on its own batch elements and heads, with no communication."""
+"""Running a backend on the shards of a mesh, each on its own batch elements and heads, with no communication.
 
+An opaque kernel inside `jit` is either refused by XLA's partitioner or fed by all-gathers; a `shard_map` around it, in
+the forward and in the backward pass each, says what belongs to whom.
+"""
 
+import dataclasses
+
+import jax
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.problem import Operands
 
+Axes = tuple[str, ...]
 
-def over_shards(function, operands: Operands, query_spec: P | None, results: tuple[str, ...], extra: tuple = ()):
-    """`function(operands, *extra)` on every shard.
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """Mesh axes over which batch elements and heads are split, and all axes that a `shard_map` has to take."""
+
+    batch: Axes
+    heads: Axes
+    every: Axes
+    explicit: bool
+
+    def of(self, batch: int | None = None, heads: int | None = None, ndim: int = 4) -> P:
+        """The spec of an array with `ndim` axes whose batch and heads are the given ones."""
+        axes: list[Axes | None] = [None] * ndim
+        if batch is not None:
+            axes[batch] = self.batch or None
+        if heads is not None:
+            axes[heads] = self.heads or None
+        return P(*axes)
+
+
+def over_shards(function, backend, operands: Operands, query_spec: P | None, results: str, extra: str = "", *arrays):
+    """`function(operands, *arrays)` on every shard of the mesh that is set, or as it is where there is none.
 
     Args:
+      backend: whose `table_specs` says how its tables are split.
       query_spec: the query's PartitionSpec, for meshes with Auto axes.
-      results: what the function gives back: names of operands' fields whose sharding it shares, "out" or "lse".
-      extra: out, lse, dout and dlse of the forward pass, if the function takes them.
+      results, extra: what comes out, and what the arrays are: one letter each, "q" for [batch, length, heads, features],
+        "l" for [batch, heads, length], "b" for [batch, heads] and "-" for None.
     """
-    return function(operands, *extra)
+    sharding = find_sharding(operands, query_spec)
+    if sharding is None:
+        return function(operands, *arrays)
+    kinds = {"q": sharding.of(0, 2), "l": sharding.of(0, 1, 3), "b": sharding.of(0, 1, 2), "-": None}
+    in_specs = (_operand_specs(sharding, backend, operands), *(kinds[kind] for kind in extra))
+    arguments = (operands, *arrays)
+    if sharding.explicit:
+        arguments = jax.tree.map(jax.sharding.reshard, arguments, in_specs)
+    mapped = jax.shard_map(
+        function,
+        in_specs=in_specs,
+        out_specs=tuple(kinds[kind] for kind in results),
+        axis_names=set(sharding.every),
+    )
+    return mapped(*arguments)
+
+
+def _operand_specs(sharding: Sharding, backend, operands: Operands) -> Operands:
+    tokens = sharding.of(0, 2)
+    each = {
+        "query": tokens,
+        "key": tokens,
+        "value": tokens,
+        "sinks": sharding.of(heads=0, ndim=1),
+        "query_segment_ids": sharding.of(0, ndim=2),
+        "kv_segment_ids": sharding.of(0, ndim=2),
+        "query_offset": sharding.of(0, ndim=1),
+    }
+    specs = {name: None if getattr(operands, name) is None else spec for name, spec in each.items()}
+    if operands.selection is not None:
+        batch, heads = (None if size == 1 else axis for axis, size in enumerate(operands.selection.counts.shape[:2]))
+        specs["selection"] = dataclasses.replace(
+            operands.selection, kv_blocks=sharding.of(batch, heads), counts=sharding.of(batch, heads, 3)
+        )
+    if operands.tables is not None:
+        specs["tables"] = backend.table_specs(operands.tables, sharding)
+    return Operands(**specs)
+
+
+def find_sharding(operands: Operands, query_spec: P | None) -> Sharding | None:
+    """How the query is split over the mesh that is set; None where there is none, or one device.
+
+    Raises:
+      ValueError: the sharding cannot be known, or is one that cannot be computed without communication.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if query_spec is not None and not isinstance(query_spec, P):
+        raise ValueError(f"query_spec must be a PartitionSpec, got {type(query_spec).__name__}")
+    if mesh.empty:
+        if query_spec is not None and any(query_spec):
+            raise ValueError(f"query_spec {query_spec} needs a mesh; set it with jax.set_mesh(mesh)")
+        return None
+    sizes = dict(mesh.shape)
+    free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual]
+    if all(sizes[name] == 1 for name in free):
+        return None
+    spec = jax.typeof(operands.query).sharding.spec if query_spec is None else query_spec
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    unknown = [name for name in free if kinds[name] is AxisType.Auto and sizes[name] > 1]
+    if query_spec is None and unknown:
+        raise ValueError(
+            f"the mesh has the Auto axes {', '.join(unknown)}, and how the query is split over them cannot be known while "
+            "tracing; pass query_spec, such as P('data', None, 'tensor', None), or P() if it is replicated"
+        )
+    batch, length, heads, features = ([*map(_names, spec)] + [()] * 4)[:4]
+    if len(spec) > 4 or length or features:
+        raise ValueError(f"only batch and heads can be split over a mesh, P(batch, None, heads, None), got {spec}")
+    for name in (*batch, *heads):
+        if name not in free:
+            raise ValueError(f"query_spec {spec} names {name!r}; the mesh's free axes are {', '.join(free)}")
+    _check_divides("sequences", operands.query.shape[0], batch, sizes)
+    _check_divides("KV heads", operands.key.shape[2], heads, sizes)
+    return Sharding(batch, heads, tuple(free), any(kinds[name] is AxisType.Explicit for name in free))
+
+
+def _names(axes) -> Axes:
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _check_divides(what: str, count: int, axes: Axes, sizes: dict[str, int]) -> None:
+    shards = 1
+    for name in axes:
+        shards *= sizes[name]
+    if count % shards:
+        raise ValueError(
+            f"{count} {what} cannot be split over the {shards} shards of {' × '.join(axes)}: take a mesh whose axis "
+            f"divides {count}"
+        )

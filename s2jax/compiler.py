@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -147,7 +148,7 @@ class _Compiler:
             some, whole = self._some(band), self._whole(band)
             cuts.update(some, whole, range(some[0], min(whole[0], some[1])), range(max(whole[1], some[0]), some[1]))
         ends = sorted(cut for cut in cuts if least <= cut <= most)
-        return list(zip(ends[:-1], ends[1:], strict=True))
+        return list(itertools.pairwise(ends))
 
     def _columns(self, active: list[Band], low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
         """Columns that are read whole: bool [period, blocks]; and a mask id for those read in part, else 0."""

@@ -7,9 +7,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.sharding import Sharding
 from pallas_kernels.xla.backward import key_value_gradients, query_gradient
 from pallas_kernels.xla.forward import RowPass, attend
 from pallas_kernels.xla.layout import Layout
@@ -35,9 +37,9 @@ class XlaTiles:
     """
 
     queries: int = 128
-    keys: int = 512
+    keys: int = 256
     packed_keys: int = 128
-    walked_queries: int = 512
+    walked_queries: int = 256
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -70,6 +72,19 @@ def _blocks(tokens: int, size: int) -> int:
     return max(1, tokens // size)
 
 
+def table_specs(tables: tuple[Walks, Walks], sharding: Sharding) -> tuple[Walks, Walks]:
+    """How the tables are split over a mesh: walkers with their heads, the lists that they share not at all."""
+    return tuple(
+        dataclasses.replace(
+            jax.tree.map(lambda array: PartitionSpec(), walks),
+            slices=sharding.of(heads=1, ndim=5),
+            members=None if walks.members is None else sharding.of(heads=0, ndim=3),
+            places=None if walks.places is None else sharding.of(heads=0, ndim=2),
+        )
+        for walks in tables
+    )
+
+
 def forward(problem: Problem, operands: Operands, *, bounded: bool = False) -> tuple[Array, Array]:
     """out [b, t, h, e] and lse [b, h, t] without sinks, both in the accumulation dtype."""
     out, lse = attend(_row_pass(problem, operands), bounded=bounded)
@@ -77,7 +92,7 @@ def forward(problem: Problem, operands: Operands, *, bounded: bool = False) -> t
 
 
 def backward(
-    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, *, bounded: bool = False
+    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, *, differentiable: bool = False
 ) -> tuple[Array, Array, Array]:
     """dq, dk and dv in the accumulation dtype.
 
@@ -85,12 +100,12 @@ def backward(
       dout: [b, t, h, e].
       lse: [b, h, t], sinks included.
       delta: [b, h, t], Σ out · dout - dlse.
-      bounded: differentiable in turn, at the price of as many steps for every tile as the longest needs.
+      differentiable: in turn, at the price of as many steps for every tile as the longest needs.
     """
     # A row that reads nothing has no weights: exp(logit - inf) is zero.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse).swapaxes(1, 2)
     delta = delta.swapaxes(1, 2)
-    dquery = query_gradient(_row_pass(problem, operands), dout, lse, delta, bounded=bounded)
+    dquery = query_gradient(_row_pass(problem, operands), dout, lse, delta, bounded=differentiable)
     tiles, selection = problem.tiles or XlaTiles(), operands.selection
     if selection is None:
         walks, row_size, block_size = operands.tables[1], problem.schedule.block_size, problem.schedule.block_size
@@ -100,7 +115,9 @@ def backward(
         walks = transposed_selection_walks(selection, num_kv_heads, -(-operands.key.shape[1] // block_size))
     layout = Layout(problem, operands, walks, row_size, block_size)
     entries = _blocks(tiles.walked_queries, row_size * layout.group)
-    dkey, dvalue = key_value_gradients(layout, walks.members.shape[2], entries, dout, lse, delta, bounded=bounded)
+    dkey, dvalue = key_value_gradients(
+        layout, walks.members.shape[2], entries, dout, lse, delta, bounded=differentiable
+    )
     return dquery, dkey, dvalue
 
 

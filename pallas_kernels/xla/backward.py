@@ -28,7 +28,7 @@ def query_gradient(queries: RowPass, dout: Array, lse: Array, delta: Array, *, b
             dlogits = _logit_gradient(layout, logits, slope, allowed, lse, dweights, delta)
             return dquery + layout.product("umn,und->umd", dlogits.astype(key.dtype), key)
 
-        return fold(body, jnp.zeros(query.shape, layout.accumulate))
+        return fold(body, layout.full(query.shape))
 
     return layout.from_rows(grid, queries.run(tile, bounded=bounded))
 
@@ -81,7 +81,7 @@ def key_value_gradients(
             dlogits = dlogits if allowed is None else jnp.where(allowed, dlogits, 0)
             return dkey + layout.product("umn,und->umd", dlogits.astype(query.dtype), query), dvalue
 
-        start = tuple(jnp.zeros(array.shape, layout.accumulate) for array in (keys_here, values_here))
+        start = layout.full(keys_here.shape), layout.full(values_here.shape)
         return walk(layout.walks, layout.slices(units, tiles), entries_per_step, body, start, bounded=bounded)
 
     row_tokens = layout.group * layout.row_size

@@ -69,12 +69,12 @@ def attend(queries: RowPass, *, bounded: bool = False) -> tuple[Array, Array]:
     """
     layout = queries.layout
     tiles = layout.query_tiles(queries.grid, layout.operands.query)
-    dtype, features = layout.accumulate, layout.operands.value.shape[-1]
+    features = layout.operands.value.shape[-1]
 
     def tile(units, fold):
         query = tiles[units]
         rows = query.shape[:2]
-        start = jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, features), dtype)
+        start = layout.full(rows, -jnp.inf), layout.full(rows), layout.full((*rows, features))
 
         def body(carry, step):
             most, total, out = carry

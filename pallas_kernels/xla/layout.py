@@ -170,6 +170,14 @@ class Layout:
             allowed &= key.position <= query.position
         return allowed
 
+    def full(self, shape: tuple[int, ...], value: float = 0) -> Array:
+        """A constant to start a loop with; inside a `shard_map` it varies over whatever the operands vary over."""
+        array = jnp.full(shape, value, self.accumulate)
+        axes = frozenset().union(
+            *(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(self.operands))
+        )
+        return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+
     def product(self, equation: str, first: Array, second: Array) -> Array:
         """A batched matrix product in the accumulation dtype."""
         return jnp.einsum(

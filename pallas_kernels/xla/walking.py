@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.xla.walks import Walks, entries
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 2 << 20
 """Logits computed at a time: large enough to keep the cores busy, small enough to stay in a cache."""
 
 
