@@ -21,9 +21,9 @@ from training.command_line import parse
 from training.config import Config
 from training.corpus import Corpus, hold_out, load_corpus, standard_library
 from training.data import process_share, to_devices, training_batches
-from training.mesh import batch_sharding, join_cluster, make_mesh
+from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_size
 from training.metrics import MetricsLog, Progress, mfu
-from training.packing import PackedRows, empty_row
+from training.packing import PackedRows, arrays, empty_row
 from training.report import final_report, resume_command
 from training.step import Metrics, Trainer, TrainState
 
@@ -92,6 +92,7 @@ def prepare(config: Config) -> Run:
         ValueError: in one line, what was expected and what came.
     """
     mesh = make_mesh(config)
+    config = with_batch_size(config, mesh)
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"{jax.device_count()} × {jax.devices()[0].device_kind} as {shape}; {jax.process_count()} process(es)")
 
@@ -175,7 +176,10 @@ def compile_step(trainer: Trainer) -> jax.stages.Compiled:
     """Compiles before the loop, so that the speed is the loop's, and unfit options end the run here."""
     sharding = batch_sharding(trainer.mesh)
     shape = (trainer.config.input.batch_size, trainer.config.input.seq_len)
-    batch = {name: jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding) for name, array in empty_row(1).items()}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
+        for name, array in arrays(empty_row(1)).items()
+    }
     return trainer.step.lower(trainer.abstract_state, batch).compile()
 
 

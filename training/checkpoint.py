@@ -47,9 +47,10 @@ class Checkpoints:
         self.directory = directory.resolve()
         self._say = say
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
+        newest: Any = ocp.training.preservation_policies.LatestN(keep)  # its annotation is not the one asked for
         self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            str(self.directory),
+            preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
 

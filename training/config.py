@@ -36,8 +36,8 @@ class DataOptions:
 
     seq_len: int = 1024
     """Tokens in a row: documents are packed into rows of this length, and attention sees no further."""
-    batch_size: int = 4
-    """Rows in a step, over all devices."""
+    batch_size: int = 0
+    """Rows in a step, over all devices; 0 is the fewest that fill them: data × fsdp × --accumulate."""
     heldout: float = 0.02
     """Share of the text that is held out of training, by document, for the report at the end."""
     heldout_tokens: int = 250_000
@@ -50,7 +50,8 @@ class DataOptions:
     """Token id that closes a document in a token file; None takes each file as one document."""
 
     def __post_init__(self):
-        _require_counts(self, "batch_size", "heldout_tokens")
+        _require_counts(self, "batch_size", least=0)
+        _require_counts(self, "heldout_tokens")
         _require_counts(self, "seq_len", least=2)
         require(0 < self.heldout < 1, "--heldout", "a share between 0 and 1", self.heldout)
         if self.end_token is not None:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from training.packing import PackedRows, Row, empty_row
+from training.packing import PackedRows, Row, arrays, empty_row
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def process_share(sharding: NamedSharding, batch_size: int) -> Share:
     Raises:
         ValueError: the rows of this process are no equal part of the batch.
     """
-    slices = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values() if index]
     low = min(s.start or 0 for s in slices)
     high = max(batch_size if s.stop is None else s.stop for s in slices)
     held = {row for s in slices for row in range(*s.indices(batch_size))}
@@ -76,5 +76,5 @@ def to_devices(batch: Row, sharding: NamedSharding, batch_size: int) -> dict[str
     """Assembles the shares of all processes to global arrays `[b, t]`."""
     return {
         name: jax.make_array_from_process_local_data(sharding, array, (batch_size, array.shape[1]))
-        for name, array in batch.items()
+        for name, array in arrays(batch).items()
     }

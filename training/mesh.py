@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -48,7 +49,7 @@ def make_mesh(config: Config) -> Mesh:
     """The mesh that --mesh describes, over all devices of all processes.
 
     Raises:
-        ValueError: it does not match the devices, or the batch or the heads do not divide over it.
+        ValueError: it does not match the devices, or the heads do not divide over it.
     """
     sizes, devices = list(config.devices.mesh), jax.device_count()
     named = math.prod(size for size in sizes if size != -1)
@@ -59,17 +60,22 @@ def make_mesh(config: Config) -> Mesh:
     shown = " × ".join(map(str, sizes))
     asked = math.prod(sizes)
     require(asked == devices, "--mesh", f"counts for the {devices} devices there are", f"{shown} = {asked}")
-    data, fsdp, tensor = sizes
-    rows = config.input.batch_size // config.optimizer.accumulate
-    require(
-        rows % (data * fsdp) == 0,
-        "--batch-size",
-        f"a multiple of data × fsdp × --accumulate = {data} × {fsdp} × {config.optimizer.accumulate}",
-        config.input.batch_size,
-    )
-    heads = config.model.num_kv_heads
+    heads, tensor = config.model.num_kv_heads, sizes[2]
     require(heads % tensor == 0, "--mesh", f"a tensor axis that divides the {heads} KV heads", tensor)
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def with_batch_size(config: Config, mesh: Mesh) -> Config:
+    """The config with a --batch-size of 0 filled in.
+
+    Raises:
+        ValueError: the batch does not divide over the mesh.
+    """
+    groups, parts = mesh.shape["data"] * mesh.shape["fsdp"], config.optimizer.accumulate
+    rows = config.input.batch_size or groups * parts
+    expected = f"a multiple of data × fsdp × --accumulate = {mesh.shape['data']} × {mesh.shape['fsdp']} × {parts}"
+    require(rows % (groups * parts) == 0, "--batch-size", expected, rows)
+    return dataclasses.replace(config, input=dataclasses.replace(config.input, batch_size=rows))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -49,7 +49,7 @@ def test_the_rate_follows_the_optimizer():
         ("--clip-norm 0", "--clip-norm: expected a positive number"),
         ("--heldout 1", "--heldout: expected a share between 0 and 1"),
         ("--temperature -1", "--temperature: expected a number from 0 up"),
-        ("--accumulate 3", "--accumulate: expected a divisor of the"),
+        ("--batch-size 8 --accumulate 3", "--accumulate: expected a divisor of the 8 rows of a batch, got 3"),
         ("--optimizer sgd", "invalid choice 'sgd' .* 'adamw'"),
         ("--dtype float8", "invalid choice 'float8' .*'bfloat16'"),
         ("--remat some", "invalid choice 'some' .* 'attention'"),

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from training.config import Config, DeviceOptions, ModelOptions
 from training.data import to_devices
-from training.mesh import batch_sharding, make_mesh
+from training.mesh import batch_sharding, make_mesh, with_batch_size
 from training.step import Trainer, accumulated_gradient
 
 EIGHT = DeviceOptions((2, 2, 2))
@@ -132,22 +132,36 @@ def test_only_counted_targets_weigh(small_config, one_device, random_batch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("mesh", "message"),
     [
-        ({"devices": DeviceOptions((3, 1, 1))}, "counts for the 8 devices there are, got 3 × 1 × 1 = 3"),
-        ({"devices": DeviceOptions((3, -1, 1))}, "whose product divides the 8 devices, got 3"),
-        ({"devices": DeviceOptions((1, 2, 4))}, "tensor axis that divides the 2 KV heads, got 4"),
-        ({"batch": 6}, "multiple of data × fsdp × --accumulate = 2 × 2 × 1, got 6"),
+        ((3, 1, 1), "counts for the 8 devices there are, got 3 × 1 × 1 = 3"),
+        ((3, -1, 1), "whose product divides the 8 devices, got 3"),
+        ((1, 2, 4), "tensor axis that divides the 2 KV heads, got 4"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(small_config, changes, message):
-    config = dataclasses.replace(
-        small_config,
-        devices=changes.get("devices", EIGHT),
-        input=dataclasses.replace(small_config.input, batch_size=changes.get("batch", 8)),
-    )
+def test_a_mesh_that_does_not_fit_is_refused(small_config, mesh, message):
     with pytest.raises(ValueError, match=message):
-        make_mesh(config)
+        make_mesh(dataclasses.replace(small_config, devices=DeviceOptions(mesh)))
+
+
+@pytest.mark.parametrize("mesh", [(2, -1, 2), (-1, 2, 2), (2, 2, -1)])
+def test_one_axis_takes_the_devices_that_are_left(small_config, mesh):
+    made = make_mesh(dataclasses.replace(small_config, devices=DeviceOptions(mesh)))
+    assert dict(made.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_the_batch_fills_the_mesh(small_config, eight_devices, one_device):
+    def rows(asked: int, mesh, accumulate: int = 1) -> int:
+        options = dataclasses.replace(small_config.input, batch_size=asked)
+        config = changed(dataclasses.replace(small_config, input=options), accumulate=accumulate)
+        return with_batch_size(config, mesh).input.batch_size
+
+    assert rows(0, one_device) == 1
+    assert rows(0, eight_devices) == 4
+    assert rows(0, eight_devices, accumulate=3) == 12
+    assert rows(8, eight_devices, accumulate=2) == 8
+    with pytest.raises(ValueError, match="multiple of data × fsdp × --accumulate = 2 × 2 × 1, got 6"):
+        rows(6, eight_devices)
 
 
 def test_a_width_that_does_not_divide_is_refused(small_config):

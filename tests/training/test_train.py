@@ -169,24 +169,19 @@ def test_two_processes_give_the_losses_of_one(straight, text, tmp_path):
     flags = [*SMALL.split(), "--data", text, "--steps", 30, "--run-dir", run_dir, "--mesh", 2, -1, 1]
     cluster = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id"]
     env = {**environment(), "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "train.py", *map(str, [*flags, *cluster, i])],
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    first, second = processes
+    commands = [[sys.executable, "train.py", *map(str, [*flags, *cluster, i])] for i in range(2)]
+    options = {"cwd": ROOT, "env": env, "text": True}
     said = ""
-    assert first.stdout is not None
-    for line in first.stdout:
-        said += line
-        if line.startswith("step 10/"):
-            second.send_signal(signal.SIGTERM)
-    assert [process.wait(timeout=120) for process in processes] == [0, 0], said
+    with (
+        subprocess.Popen(commands[0], stdout=subprocess.PIPE, **options) as first,
+        subprocess.Popen(commands[1], stdout=subprocess.DEVNULL, **options) as second,
+    ):
+        assert first.stdout is not None
+        for line in first.stdout:
+            said += line
+            if line.startswith("step 10/"):
+                second.send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=120) for process in (first, second)] == [0, 0], said
     assert "Stopped after step" in said
     train("--run-dir", run_dir, "--mesh", 1, 1, 1)
     expected = dict(losses(straight[0]))
