@@ -87,6 +87,21 @@ def test_block_mask_reads_nothing_beyond_itself():
     np.testing.assert_array_equal(read, (position < 32)[:, None] & (position < 32))
 
 
+def test_per_head_gives_each_query_head_or_each_group_its_own():
+    parts = [p.FirstTokens(1), p.FirstTokens(2), p.FirstTokens(3)]
+    by_kv_head = p.PerHead(parts).token_mask(6, 3, 9, 9)[:, 8].sum(1)
+    np.testing.assert_array_equal(by_kv_head, [1, 1, 2, 2, 3, 3])
+    by_query_head = p.PerHead(parts + parts).token_mask(6, 3, 9, 9)[:, 8].sum(1)
+    np.testing.assert_array_equal(by_query_head, [1, 2, 3, 1, 2, 3])
+
+
+def test_causality_of_compositions():
+    both = p.Dense(causal=False)
+    assert (both & p.Dense()).causal
+    assert not (both | p.Dense()).causal
+    assert not p.PerHead([both, p.Dense()]).causal
+
+
 def test_composition_takes_the_smallest_block():
     assert (p.LocalStride(64) | p.LocalStride(16) | p.FirstTokens(3)).schedule_block_size() == 16
     assert (p.Local(tokens=3) & p.Dense()).own_block_size() is None

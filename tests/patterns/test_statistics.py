@@ -122,6 +122,11 @@ def test_group_residues_keep_an_eighth_where_phi3_keeps_half():
     np.testing.assert_array_equal(phi3.kv_blocks_kept(32, 8, 1 << 17), [1032] * 8)
 
 
+def test_a_kv_head_keeps_what_any_head_of_its_group_reads():
+    pattern = p.PerHead([p.Local(1), p.Local(1), p.Local(1), p.Local(5)])
+    np.testing.assert_array_equal(pattern.kv_blocks_kept(4, 2, 64 * 20), [1, 5])
+
+
 @pytest.mark.parametrize(
     ("ranges", "efficient"),
     [
