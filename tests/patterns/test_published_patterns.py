@@ -95,13 +95,10 @@ def test_dkernel_bidirectional_absolute(sides, stride, num_dense):
     assert_blocks(composed, 4, 2, expected, causal=False)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("sides", [1, 3, (2, 4)])
+@pytest.mark.parametrize(("causal", "sides"), [(True, 1), (True, 3), (False, 1), (False, 3), (False, (2, 4))])
 @pytest.mark.parametrize("stride", [1, 3, 8, 200])
 @pytest.mark.parametrize("num_dense", [0, 1])
 def test_dkernel_relative(causal, sides, stride, num_dense):
-    if causal and isinstance(sides, tuple):
-        pytest.skip("a causal window has no right side")
     left, right = sides if isinstance(sides, tuple) else (sides, sides)
     block = np.arange(24)
     expected = dkernel(4, 2, block, block, left, right, stride, None, None, num_dense, causal, True)

@@ -178,13 +178,13 @@ def test_local_stride_is_a_case_of_ranges():
     ids=["stripes", "composition", "mixed block sizes"],
 )
 def test_statistics_are_quick_at_long_lengths(pattern, length):
-    begin = time.perf_counter()
+    begin = time.process_time()
     counts = (32, 8, length)
     assert 0 < pattern.density(*counts) < 0.5
     assert pattern.coverage(*counts) > 0.1
     pattern.is_kv_efficient(*counts)
     assert (pattern.kv_blocks_kept(*counts) > 0).all()
-    assert time.perf_counter() - begin < (2 if length <= 1 << 17 else 20)
+    assert time.process_time() - begin < (2 if length <= 1 << 17 else 20)
 
 
 def warning_of(pattern, *counts):
