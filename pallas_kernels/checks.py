@@ -85,6 +85,10 @@ def _check_schedule(schedule: BlockSchedule, query, key, has_offset: bool) -> No
 
 
 def _check_selection(selection: BlockSelection, batch: int, query_length: int, num_heads: int, num_kv_heads: int):
+    for name in ("block_size", "query_block"):
+        size = getattr(selection, name)
+        if not isinstance(size, (int, np.integer)) or size < 1:
+            raise ValueError(f"a BlockSelection's {name} must be an integer of at least 1, got {size!r}")
     blocks, counts = jnp.shape(selection.kv_blocks), jnp.shape(selection.counts)
     rows = -(-query_length // selection.query_block)
     if len(blocks) != 4 or blocks[:3] != counts:

@@ -93,6 +93,8 @@ class Call:
 def _choose(problem: Problem, operands: Operands, implementation) -> str:
     names = ("xla",) if implementation is None else implementation
     names = (names,) if isinstance(names, str) else tuple(names)
+    if not names:
+        raise ValueError(f"implementation must name at least one of {', '.join(BACKENDS)}, got {implementation!r}")
     reasons = []
     for name in names:
         if name not in BACKENDS:
