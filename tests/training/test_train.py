@@ -1,5 +1,6 @@
 """train.py as it is run: stopped and resumed, diverging, wrongly asked."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,9 +8,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from train import Diverged, Recorder
+from training.step import Metrics
 
 ROOT = Path(__file__).parents[2]
 # Two small layers; short rows of a text that is soon read.
@@ -135,6 +140,20 @@ def test_a_loss_that_is_no_number_stops_the_run(text, tmp_path):
     recorded = losses(tmp_path / "run")
     assert len(recorded) == int(message[3]) - 1
     assert all(np.isfinite(loss) for _, loss in recorded)
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(np.nan, 1.0), (np.inf, 1.0), (2.0, np.nan), (2.0, np.inf)])
+def test_a_gradient_that_is_no_number_stops_the_run_too(small_config, tmp_path, loss, grad_norm):
+    """Before its state is saved: the loss is of the weights before the step, and may be finite still."""
+    config = dataclasses.replace(small_config, run_dir=str(tmp_path))
+    model = SimpleNamespace(model_config=config.model.transformer())
+    run = SimpleNamespace(config=config, trainer=model, heldout=SimpleNamespace(byte_level=True), first_step=0)
+    recorder = Recorder(run, tokens_per_step=1)
+    recorder.add(1, Metrics(2.0, 1.0, 0.1))
+    recorder.add(2, Metrics(loss, grad_norm, 0.1))
+    with pytest.raises(Diverged, match=f"the loss is {loss} and the gradient's norm {grad_norm} at step 2"):
+        recorder.flush()
+    assert losses(tmp_path) == [(1, 2.0)]
 
 
 @pytest.mark.parametrize(
