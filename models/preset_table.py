@@ -1,13 +1,12 @@
 """Models by name: one that trains on two CPU cores, and the shapes of the S2-Attention paper.
 
-The paper is arXiv 2407.17678. It measures attention of 16, 32 and 64 heads of width 128 and calls them the 1.3B, 7B
-and 70B models; each head reads its diagonal block and one in 16, 32 or 64 of the blocks before, so that the heads
-together read all of them. Its models have the architecture of Llama 2, with 24 (1.3B) and 32 (7B) layers, the first
-of them dense; it trained no 70B, for which the 80 layers of Llama 2 70B stand.
+The paper, arXiv 2407.17678, trains models of 1.3B and 7B parameters, hybrids of sparse and dense layers, and times the
+attention of 1.3B, 7B and 70B models: 16, 32 and 64 heads of width 128. As in its timings, each head here reads its own
+block and one in 16, 32 or 64 of the blocks before, so that the heads together read all of them.
 
-Chosen here: the vocabulary of Llama 2 (32,000); feed-forward widths of Llama 1 and 2 for 1.3B and 7B, and 24,576 for
-70B, which brings it to 70 billion parameters with as many KV heads as query heads (Llama 2 70B has 8 and a wider
-feed-forward; 8 KV heads at stride 64 would read an eighth of the context); two dense layers in each.
+Chosen here: all else after Llama 2, with 24, 32 and 80 layers and a vocabulary of 32,000; the first two layers dense;
+as many KV heads as query heads. For 70B that takes a feed-forward of 24,576 to come to 70 billion parameters; Llama 2
+70B has 28,672 and 8 KV heads, of which stride 64 would let the heads read an eighth of the context.
 """
 
 import types

@@ -64,7 +64,7 @@ from models import Transformer, partition_specs, presets
 
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 spec = P(("data", "fsdp"), None, "tensor", None)
-config = dataclasses.replace(presets["tiny"], num_layers=2, d_ff=96, implementation="reference")
+config = dataclasses.replace(presets["tiny"], num_layers=2, d_ff=96)
 tokens = jax.random.randint(jax.random.key(0), (4, 64), 0, 272)
 graph, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
 expected = nnx.merge(graph, state)(tokens)
