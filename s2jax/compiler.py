@@ -1,14 +1,15 @@
 """From a pattern and shapes to what the kernels walk."""
 
-import dataclasses
 import functools
 import itertools
 import math
+import typing
 
 import numpy as np
 
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule, ListTable
 from s2jax.bands import Band, with_period
+from s2jax.patterns import Heads, Pattern
 
 PAIRS_AT_ONCE = 1 << 22
 """Pairs of blocks, or of tokens, looked at together where a pattern has no closed form."""
@@ -19,12 +20,12 @@ Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @functools.lru_cache(maxsize=256)
 def compile_schedule(
-    pattern, *, num_heads: int, num_kv_heads: int, query_length: int, kv_length: int, query_offset: int = 0
+    pattern: Pattern, *, num_heads: int, num_kv_heads: int, query_length: int, kv_length: int, query_offset: int = 0
 ) -> BlockSchedule:
     """Compiles a pattern for given heads and lengths. Cached, so that all layers of a model share one schedule.
 
     Args:
-      pattern: an `s2jax.patterns.Pattern`.
+      pattern: who reads whom.
       query_length, kv_length: tokens.
       query_offset: absolute position of the first query among the keys.
 
@@ -34,8 +35,6 @@ def compile_schedule(
     Raises:
       ValueError: the pattern does not fit these heads or lengths.
     """
-    from s2jax.patterns import Heads  # patterns compile themselves for their statistics
-
     heads = Heads(num_heads, num_kv_heads)
     for name, value, least in (
         ("query_length", query_length, 1),
@@ -53,28 +52,22 @@ def compile_schedule(
         rows=np.arange(query_offset // size, -(-(query_offset + query_length) // size)),
         num_columns=-(-kv_length // size),
     )
-    walkers: dict[tuple, int] = {}
+    walkers: dict[typing.Hashable, int] = {}
     head_index, parts = [], []
     for head in range(num_heads):
-        bands = pattern.bands(heads, head, size, int(compiler.rows[-1]) + 1, compiler.num_columns)
-        if bands is None:
-            entries = compiler.entries(pattern, heads, head)
-            key = tuple(array.tobytes() for kind in entries for array in kind)
-        else:
-            key = tuple(_band_key(band) for band in bands)
+        key = pattern.head_key(heads, head)
         if key not in walkers:
             walkers[key] = len(parts)
-            parts.append(compiler.list_per_row(entries) if bands is None else compiler.closed_form(bands))
+            bands = pattern.bands(heads, head, size, int(compiler.rows[-1]) + 1, compiler.num_columns)
+            if bands is None:
+                parts.append(compiler.list_per_row(*compiler.entries(pattern, heads, head)))
+            else:
+                parts.append(compiler.closed_form(bands))
         head_index.append(walkers[key])
     return BlockSchedule(
         size, num_heads, num_kv_heads, query_length, kv_length, query_offset,
         compiler.lists(parts), np.asarray(head_index, np.int32), compiler.token_masks(),
     )  # fmt: skip
-
-
-def _band_key(band: Band) -> tuple:
-    values = [getattr(band, field.name) for field in dataclasses.fields(band) if field.name != "columns"]
-    return (band.columns.shape, band.columns.tobytes(), *values)
 
 
 class _Compiler:
@@ -192,7 +185,7 @@ class _Compiler:
 
     # Everything else: one list per row.
 
-    def entries(self, pattern, heads, head: int) -> tuple[Entries, Entries]:
+    def entries(self, pattern: Pattern, heads: Heads, head: int) -> tuple[Entries, Entries]:
         """What a head reads whole and in part, known only by its block states and its rule."""
         groups = max(1, len(self.rows) * self.num_columns // PAIRS_AT_ONCE)
         found = [self._entries_of(pattern, heads, head, rows) for rows in np.array_split(self.rows, groups)]
@@ -201,7 +194,7 @@ class _Compiler:
         )
         return full, partial
 
-    def _entries_of(self, pattern, heads, head: int, rows: np.ndarray) -> list[Entries]:
+    def _entries_of(self, pattern: Pattern, heads: Heads, head: int, rows: np.ndarray) -> list[Entries]:
         states = pattern.block_states(heads, head, self.block_size, rows, self.num_columns)
         row, column = np.nonzero(states)
         partly = np.flatnonzero(states[row, column] != 2)
@@ -210,14 +203,14 @@ class _Compiler:
             ids[some] = self._mask_ids(pattern, heads, head, row[some], column[some])
         return [(row[each], column[each], ids[each]) for each in (ids == WHOLE, ids > NOTHING)]
 
-    def _mask_ids(self, pattern, heads, head: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def _mask_ids(self, pattern: Pattern, heads: Heads, head: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         token = np.arange(self.block_size)
         query = rows[:, None, None] * self.block_size + token[:, None]
         key = columns[:, None, None] * self.block_size + token
         masks = np.broadcast_to(pattern.reads(heads, head, query, key), (len(rows), len(token), len(token)))
         return np.array([self.mask_id(mask) for mask in masks], np.int32)
 
-    def list_per_row(self, entries: tuple[Entries, Entries]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    def list_per_row(self, *entries: Entries) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Full and partial parts, each int32 [rows, 2]."""
         parts = []
         for rows, columns, ids in entries:

@@ -1,0 +1,73 @@
+"""Writes the README's tables from benchmarks/results/*.json, between its `results` marks.
+
+python benchmarks/report.py
+"""
+
+import json
+import pathlib
+import re
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+README = RESULTS.parent.parent / "README.md"
+
+
+def main() -> None:
+    text = README.read_text()
+    for name, make in (("schedules", schedules), ("attention_cpu", attention), ("train_tiny", training)):
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        mark = re.compile(rf"(<!-- results: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not mark.search(text):
+            raise SystemExit(f"README.md has no place for {path.name}: expected `<!-- results: {name} -->`")
+        text = mark.sub(
+            lambda found, path=path, make=make: f"{found[1]}{make(json.loads(path.read_text()))}\n{found[2]}", text
+        )
+    README.write_text(text)
+
+
+def origin(record: dict, name: str) -> str:
+    return (
+        f"[{name}.json](benchmarks/results/{name}.json): {record['date']}, jax {record['jax']}, {record['processor']}."
+    )
+
+
+def schedules(record: dict) -> str:
+    lines = [
+        "| point | block | density | ideal speedup | executed/ideal, forward | backward | compiled in |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        executed = [
+            f"{row[key]:.2f}" if key in row else "–"
+            for key in (f"{way} executed/ideal" for way in ("forward", "backward"))
+        ]
+        lines.append(
+            f"| {row['point']} | {row['block']} | {row['density']:.4f} | {row['ideal speedup']:.1f}× "
+            f"| {executed[0]} | {executed[1]} | {row['compile s']:.2f} s, {row['peak MB']:.0f} MB |"
+        )
+    return "\n".join([*lines, "", origin(record, "schedules")])
+
+
+def attention(record: dict) -> str:
+    lines = ["| point | density | ideal | forward | backward | temporaries, dense's |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {row['point']} | {row['density']:.3f} | {row['ideal speedup']:.1f}× "
+        f"| {row['forward speedup']:.1f}× ({row['forward of ideal']:.0%} of ideal) "
+        f"| {row['backward speedup']:.1f}× ({row['backward of ideal']:.0%}) "
+        f"| {row['temporaries MB']:.0f} MB, {row['dense temporaries MB']:.0f} MB |"
+        for row in record["rows"]
+    ]
+    return "\n".join([*lines, "", origin(record, "attention_cpu")])
+
+
+def training(record: dict) -> str:
+    row = record["rows"][0]
+    lines = ["| held-out bits per byte | |", "|---|---|"]
+    lines += [f"| {name} | {value:.3f} |" for name, value in row["bits per byte"].items()]
+    lines += ["", f"{row['summary']}", "", origin(record, "train_tiny")]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
