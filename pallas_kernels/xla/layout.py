@@ -77,7 +77,7 @@ class Layout:
             array = jnp.pad(array, ((0, 0), (grid.shift, after), (0, 0), (0, 0)), constant_values=fill)
         else:
             room = jnp.full((self.batch, length, *array.shape[2:]), fill, array.dtype)
-            array = jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice(r, a, (at, 0, 0)))(room, array, grid.shift)
+            array = jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice_in_dim(r, a, at, 0))(room, array, grid.shift)
         parts = grid.size // self.row_size
         array = array.reshape(self.batch, grid.rows, parts, self.row_size, self.walkers, self.group, array.shape[-1])
         return array.transpose(0, 4, 1, 2, 5, 3, 6)
