@@ -74,14 +74,14 @@ FAULTS = [
         case("window of tokens"),
     ),
     Fault(
-        "a mask that is forgotten where blocks are cut", COMPILER,
+        "one token mask for all blocks at a distance", COMPILER,
         "ids[rest] = named[which.reshape(-1)]", "ids[rest] = named[0]",
-        COMPILED + "a_schedule_reads_what_its_pattern_reads",
+        COMPILED + "a_schedule_of_the_case_table",
     ),
     Fault(
-        "the phase of a coarse block off by one", BANDS,
-        "column % ratio < phase", "column % ratio <= phase",
-        COMPILED + "a_schedule_reads_what_its_pattern_reads",
+        "the edge of a coarse block cut short", BANDS,
+        "core[1], core[1] + ratio - 1", "core[1], core[1] + ratio - 2",
+        COMPILED + "a_schedule_of_the_case_table",
     ),
     Fault(
         "a schedule for every layer", COMPILER,
@@ -110,8 +110,8 @@ FAULTS = [
         COMPILED + "merged_neighbours_read_what_each_reads",
     ),
     Fault(
-        "a tile reads whole what only some of its rows do", TILES,
-        "slices[..., 1]).min(1)", "slices[..., 1]).max(1)",
+        "a tile loses a block where its rows begin apart", TILES,
+        "np.where(shared[:, None], low[:, None], stop)", "np.where(shared[:, None], low[:, None] - 1, stop)",
         COMPILED + "merged_packs_read_what_each_reads",
     ),
     Fault(

@@ -64,8 +64,9 @@ def unread(mask: np.ndarray, num_kv_heads: int) -> np.ndarray:
     return ~mask.reshape(batch, num_kv_heads, -1, length).any(2).swapaxes(1, 2)
 
 
-def attention(case: Case, given: Arrays, mask: np.ndarray) -> tuple[Results, Results]:
-    """The truth, and the magnitude of every result: what it would be if no two terms of its sums cancelled.
+def attention(case: Case, given: Arrays, mask: np.ndarray) -> tuple[Results, Results, Results]:
+    """The truth, and two magnitudes of every result: its sums if no two terms cancelled, and how far such a sum moves
+    when all logits do by their own size (a logit's rounding is a factor of its weight).
 
     float64 inputs are computed in what longer type the machine has, for the truth to be better than what is tested.
     """
@@ -90,7 +91,14 @@ def attention(case: Case, given: Arrays, mask: np.ndarray) -> tuple[Results, Res
         None if sinks is None else -(sink_weights * delta).sum((0, 2)),
     )  # fmt: skip
     sizes = [np.abs(array) for array in (q, k, v, dout, dlse)]
-    return found, _magnitudes(case, weights, sink_weights, lse, slope, sinks, *sizes)
+    raw = _einsum("bthd,bshd->bhts", *sizes[:2]) * abs(case.logit_scale)
+    far = np.where(np.isneginf(lse), 0, np.abs(lse))
+    extra = far if sinks is None else far + np.abs(sinks[None, :, None])
+    return (
+        found,
+        _magnitudes(case, weights, sink_weights, far + (weights * raw).sum(-1), slope, *sizes),
+        _magnitudes(case, weights * (raw + far[..., None]), sink_weights * extra, 0 * far, slope, *sizes),
+    )
 
 
 def _softmax(logits, mask, sinks):
@@ -107,18 +115,17 @@ def _softmax(logits, mask, sinks):
     return terms / total[..., None], lse, extra / total
 
 
-def _magnitudes(case: Case, weights, sink_weights, lse, slope, sinks, q, k, v, dout, dlse) -> Results:
-    raw = _einsum("bthd,bshd->bhts", q, k) * abs(case.logit_scale)
+def _magnitudes(case: Case, weights, sink_weights, lse, slope, q, k, v, dout, dlse) -> Results:
     out = _einsum("bhts,bshe->bthe", weights, v)
     delta = np.einsum("bthe,bthe->bht", out, dout) + dlse
     dlogits = weights * (_einsum("bthe,bshe->bhts", dout, v) + delta[..., None]) * slope * abs(case.logit_scale)
     return Results(
         out,
-        np.where(np.isneginf(lse), 0, np.abs(lse) + (weights * raw).sum(-1)),
+        lse,
         _einsum("bhts,bshd->bthd", dlogits, k),
         _per_kv_head(case, _einsum("bhts,bthd->bshd", dlogits, q)),
         _per_kv_head(case, _einsum("bhts,bthe->bshe", weights, dout)),
-        None if sinks is None else (sink_weights * delta).sum((0, 2)),
+        (sink_weights * delta).sum((0, 2)) if case.sinks else None,
     )
 
 

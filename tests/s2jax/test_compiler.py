@@ -8,6 +8,8 @@ from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule
 from pallas_kernels.tiles import Tiles, alike, merge, neighbours
 from s2jax import BlockMask, Dense, FirstTokens, Local, LocalStride, PerHead, Ranges, compile_schedule
 from s2jax import patterns as p
+from s2jax.patterns import Pattern
+from tests.kernels.cases import CASES
 from tests.patterns.families import cases, examples
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
@@ -67,6 +69,16 @@ def test_a_schedule_reads_what_its_pattern_reads(case):
     np.testing.assert_array_equal(schedule.token_mask(), mask)
     assert_parts_are_what_they_say(schedule.lists)
     written_out(schedule.lists, schedule.num_columns)
+
+
+@pytest.mark.parametrize(
+    "case", [each for each in CASES if isinstance(each.pattern, Pattern)], ids=lambda each: each.name
+)
+def test_a_schedule_of_the_case_table(case):
+    offset = case.offset_of[0]
+    shape = case.num_heads, case.num_kv_heads, case.query_length, case.kv_length, offset
+    schedule = compiled(case.pattern, shape[:2], *shape[2:])
+    np.testing.assert_array_equal(schedule.token_mask(), case.pattern.token_mask(*shape))
 
 
 @examples(3)
