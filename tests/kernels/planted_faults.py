@@ -133,7 +133,7 @@ FAULTS = [
     Fault(
         "queries of a selection do not see themselves", LAYOUT,
         "allowed &= key.position <= query.position", "allowed &= key.position < query.position",
-        case("selection"),
+        case("selection for each"),
     ),
     Fault(
         "a selection that forgets the offset", LAYOUT,

@@ -178,6 +178,23 @@ class TransformationContract:
         for found, expected in zip(jax.jit(function)(*inputs), jax.jit(self.gradients)(*inputs), strict=True):
             assert_near(np.asarray(expected), found)
 
+    @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+    def test_over_a_mesh(self, kind):
+        """Batch and heads split over four devices, each with its own heads' lists; nothing is communicated."""
+        mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
+        spec = P("data", None, "tensor", None)
+        inputs = self.inputs()
+        expected = jax.jit(self.gradients)(*inputs)
+        with jax.set_mesh(mesh):
+            options = {"query_spec": spec} if kind is AxisType.Auto else {}
+            sharded = [jax.device_put(array, jax.NamedSharding(mesh, spec)) for array in inputs]
+            function = jax.jit(functools.partial(self.gradients, **options)).lower(*sharded).compile()
+            found = function(*sharded)
+        for one, other in zip(found, expected, strict=True):
+            assert_near(np.asarray(other), one)
+        for collective in ("all-gather", "all-to-all", "collective-permute"):
+            assert collective not in function.as_text()
+
 
 def assert_near(expected: np.ndarray, found) -> None:
     """Equal but for the order of sums over at most 40 keys."""
