@@ -221,7 +221,7 @@ FAULTS = [
     Fault(
         "unread keys not zeroed, forward", FORWARD,
         "return jnp.where(read, key, 0), jnp.where(read, value, 0), allowed", "return key, value, allowed",
-        case("first tokens and a window"),
+        case("first tokens both ways"),
     ),
     Fault(
         "unread keys not zeroed, backward", BACKWARD,
@@ -231,7 +231,7 @@ FAULTS = [
     Fault(
         "rows without a query count as readers", BACKWARD,
         "(rows < used)", "(rows < grid.rows)",
-        case("offset at run time"),
+        case("an offset both ways"),
     ),
     Fault(
         "keys that nobody reads get another's gradient", BACKWARD,
@@ -239,17 +239,12 @@ FAULTS = [
         case("strided"),
     ),
     Fault(
-        "an empty row's weights are infinite", XLA,
+        "an empty row's weights are infinite, and so their gradient", XLA,
         "jnp.where(jnp.isneginf(lse), jnp.inf, lse)", "lse",
-        case("empty rows"),
-    ),
-    Fault(
-        "an empty row's lse has a gradient", OP,
-        "dlse = jnp.where(jnp.isneginf(lse), 0, dlse)", "dlse = dlse",
-        case("empty rows"),
+        CHANGED + "gradient_of_the_gradient",
     ),
     # Loops.
-    Fault("the last step left out", WALKING, "-(-most // count)", "most // count", case("block by block")),
+    Fault("the last step left out", WALKING, "-(-most // count)", "most // count", case("ranges")),
     Fault(
         "the order of chunks not undone", WALKING,
         "array.reshape(-1, *array.shape[2:])[back]", "array.reshape(-1, *array.shape[2:])[:units]",

@@ -1,5 +1,6 @@
 """How an implementation gets along with JAX's transformations, as one class of tests for every backend."""
 
+import dataclasses
 import functools
 import importlib.util
 import typing
@@ -21,6 +22,7 @@ from tests.kernels.plain import error, plain
 
 PATTERN = LocalStride(16, 1, 2) | FirstTokens(3)
 CASE = Case("transformed", PATTERN, query_length=40, kv_length=40, features=8, value_features=8, sinks=True)
+EMPTY_ROWS = dataclasses.replace(CASE, name="empty rows", pattern=LocalStride(16, 0, 4, head_offset=1), sinks=False)
 
 
 def dots(jaxpr) -> int:
@@ -117,13 +119,15 @@ class TransformationContract:
 
     # grad of grad
 
-    def test_gradient_of_the_gradient(self):
+    @pytest.mark.parametrize("case", [CASE, EMPTY_ROWS], ids=lambda case: case.name)
+    def test_gradient_of_the_gradient(self, case):
         """Reverse over reverse, against the plain computation in float64, by the same rule as the gradient itself."""
         if not self.differentiates_twice:
             pytest.skip("first derivatives only")
-        given = arrays(CASE)
-        mask = truth.token_mask(CASE, given)
-        inputs = given.query, given.key, given.value, given.sinks
+        given = arrays(case)
+        mask = truth.token_mask(case, given)
+        inputs = given.query, given.key, given.value, *([given.sinks] if case.sinks else [])
+        places = tuple(range(len(inputs)))
 
         def second(function, dtype, *inputs):
             """The gradient of a product of the gradient with fixed numbers."""
@@ -134,19 +138,23 @@ class TransformationContract:
                 return (out * given.dout.astype(dtype)).sum() + (lse * given.dlse.astype(dtype)).sum()
 
             def product(*inputs):
-                gradients = jax.grad(total, (0, 1, 2, 3))(*inputs)
+                gradients = jax.grad(total, places)(*inputs)
                 return sum((each * weight).sum() for each, weight in zip(gradients, weights, strict=True))
 
-            return jax.jit(jax.grad(product, (0, 1, 2, 3)))(*(array.astype(dtype) for array in inputs))
+            return jax.jit(jax.grad(product, places))(*(array.astype(dtype) for array in inputs))
 
-        naive = functools.partial(plain, CASE.logit_scale, None, mask)
-        ours = second(lambda q, k, v, s: self.attention(q, k, v, sinks=s, return_lse=True), np.float32, *inputs)
+        def naive(query, key, value, sinks=None):
+            return plain(case.logit_scale, None, mask, query, key, value, sinks)
+
+        ours = second(
+            lambda q, k, v, s=None: self.attention(q, k, v, case.pattern, sinks=s, return_lse=True), np.float32, *inputs
+        )
         rough = second(naive, np.float32, *inputs)
         with jax.enable_x64(True):
             exact = second(naive, np.float64, *inputs)
         for found, near, far in zip(ours, exact, rough, strict=True):
             # A rounding for each term of the sums over keys: the first gradient's cancellations are not known here.
-            floor = CASE.kv_length * EPS["float32"] * float(np.abs(near).max())
+            floor = case.kv_length * EPS["float32"] * float(np.abs(near).max())
             assert error(np.asarray(near), found) <= 2 * error(np.asarray(near), far) + floor
 
     # export and shard_map
