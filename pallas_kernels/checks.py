@@ -1,5 +1,6 @@
 """Checks of the op's arguments: one clear error each, that says what was expected, what came and how to mend it."""
 
+import math
 import numbers
 
 import jax.numpy as jnp
@@ -16,10 +17,11 @@ def check_number(name: str, value, above: float | None = None) -> float:
     """The value as a float; raises ValueError unless it is a finite number, greater than `above`."""
     if not isinstance(value, numbers.Real) and not (isinstance(value, np.ndarray) and value.ndim == 0):
         raise ValueError(f"{name} must be a number known while tracing, got {type(value).__name__}")
-    if not np.isfinite(value) or (above is not None and value <= above):
+    number = float(value)
+    if not math.isfinite(number) or (above is not None and number <= above):
         bound = "a finite number" if above is None else f"a finite number greater than {above:g}"
         raise ValueError(f"{name} must be {bound}, got {value!r}")
-    return float(value)
+    return number
 
 
 def check_operands(
@@ -39,7 +41,7 @@ def check_operands(
     else:
         raise ValueError(f"schedule must be a BlockSchedule or a BlockSelection, got {type(schedule).__name__}")
     segments = _segments(query_segment_ids, kv_segment_ids, (batch, query_length), (batch, kv_length))
-    return Operands(query, key, value, _sinks(sinks, num_heads), *segments, offset, selection)
+    return Operands(query, key, value, _sinks(sinks, num_heads), segments[0], segments[1], offset, selection)
 
 
 def _check_tensors(query, key, value) -> None:
@@ -77,8 +79,9 @@ def _check_schedule(schedule: BlockSchedule, query, key, has_offset: bool) -> No
         )
     if has_offset and (schedule.query_offset or query.shape[1] > schedule.query_length):
         raise ValueError(
-            "a query_offset at run time needs a schedule compiled with query_offset=0 for every position that may come, "
-            f"got one for {schedule.query_length} positions from {schedule.query_offset} on, and {query.shape[1]} queries"
+            "a query_offset at run time needs a schedule compiled with query_offset=0 for all positions that may come; "
+            f"got one for {schedule.query_length} positions from {schedule.query_offset} on, "
+            f"and {query.shape[1]} queries"
         )
     if not has_offset and query.shape[1] != schedule.query_length:
         raise ValueError(f"the schedule was compiled for {schedule.query_length} queries, got {query.shape[1]}")
@@ -133,6 +136,7 @@ def _sinks(sinks, num_heads: int):
         return None
     if jnp.shape(sinks) != (num_heads,) or not jnp.issubdtype(jnp.result_type(sinks), jnp.floating):
         raise ValueError(
-            f"sinks must be floats ({num_heads},), one for each query head, got {jnp.result_type(sinks)} {jnp.shape(sinks)}"
+            f"sinks must be floats ({num_heads},), one for each query head, "
+            f"got {jnp.result_type(sinks)} {jnp.shape(sinks)}"
         )
     return jnp.asarray(sinks)

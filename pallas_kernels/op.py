@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from pallas_kernels.sharding import over_shards
 OUT_NAME, LSE_NAME = "s2jax_out", "s2jax_lse"
 """`checkpoint_name`s of the two residuals that are worth keeping when a layer is rematerialised."""
 
+with_own_gradient: typing.Any = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+
 BACKENDS: dict[str, types.ModuleType] = {"xla": xla, "reference": reference}
 
 
@@ -30,7 +33,7 @@ def block_sparse_attention(
     schedule: BlockSchedule | BlockSelection,
     *,
     scale: float | None = None,
-    query_offset: Int32[Array, "#b"] | None = None,
+    query_offset: int | Int32[Array, "#b"] | None = None,
     query_segment_ids: Int32[Array, "b t"] | None = None,
     kv_segment_ids: Int32[Array, "b s"] | None = None,
     logits_soft_cap: float | None = None,
@@ -39,7 +42,7 @@ def block_sparse_attention(
     query_spec: PartitionSpec | None = None,
     implementation: str | list[str] | tuple[str, ...] | None = None,
     tiles=None,
-):
+) -> typing.Any:
     """Attention in which every query reads the blocks of keys that a schedule lists for its head.
 
     Query head i reads KV head i // (h / k). Softmax and sums are in float32, or float64 for float64 inputs.
@@ -114,7 +117,7 @@ def _choose(problem: Problem, operands: Operands, implementation) -> str:
 # inside it needs to know nothing of the other pass.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@with_own_gradient
 def _attention(call: Call, query, key, value, sinks, rest: Operands):
     backend = BACKENDS[call.backend]
 
@@ -144,7 +147,7 @@ def _backward(call: Call, residuals, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@with_own_gradient
 def _gradients(call: Call, query, key, value, sinks, out, lse, dout, dlse, rest: Operands):
     return _all_gradients(call, query, key, value, sinks, out, lse, dout, dlse, rest)
 
@@ -155,10 +158,7 @@ def _gradients_forward(call: Call, *arguments):
 
 def _gradients_backward(call: Call, arguments, cotangents):
     *arrays, rest = arguments
-
-    def again(*arrays):
-        return _all_gradients(call, *arrays, rest, differentiable=True)
-
+    again = functools.partial(_all_gradients, call, rest=rest, differentiable=True)
     return (*jax.vjp(again, *arrays)[1](cotangents), None)
 
 

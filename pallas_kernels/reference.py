@@ -54,13 +54,13 @@ def masked_attention(
         logits = cap * jnp.tanh(logits / cap)
     logits = jnp.where(mask, logits, -jnp.inf)
     most = logits.max(-1, initial=-jnp.inf)
-    if sinks is not None:
-        sink = jnp.broadcast_to(sinks.astype(compute)[None, :, None], most.shape)
+    sink = None if sinks is None else jnp.broadcast_to(sinks.astype(compute)[None, :, None], most.shape)
+    if sink is not None:
         most = jnp.maximum(most, sink)
     most = jax.lax.stop_gradient(jnp.where(jnp.isneginf(most), 0, most))
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits, 0) - most[..., None]), 0)
     total = weights.sum(-1)
-    if sinks is not None:
+    if sink is not None:
         total = total + jnp.exp(sink - most)
     reads = total > 0
     safe = jnp.where(reads, total, 1)
@@ -105,7 +105,7 @@ def backward(
     inputs = operands.query, operands.key, operands.value
     (out, alone), pull = jax.vjp(functools.partial(_attend, problem, operands), *inputs)
     # With sinks, and whatever else stands in lse, the weights are smaller by a factor, and so are their gradients:
-    # out' = share · out, so that the pull-back of (share · dout, dlse') has to give share · (dP - delta) for dP - delta'.
+    # out' = share · out, so that the pull-back of (share · dout, dlse') has to give share · (dP - delta).
     share = jnp.where(jnp.isneginf(alone), 0, jnp.exp(alone - jnp.where(jnp.isneginf(lse), 0, lse)))
     spread = share.swapaxes(1, 2)[..., None] * dout.astype(out.dtype)
     dlse = jnp.einsum("bthe,bthe->bht", out, spread) - share * delta

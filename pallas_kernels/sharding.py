@@ -5,6 +5,7 @@ the forward and in the backward pass each, says what belongs to whom.
 """
 
 import dataclasses
+import typing
 
 import jax
 from jax.sharding import AxisType
@@ -40,8 +41,8 @@ def over_shards(function, backend, operands: Operands, query_spec: P | None, res
     Args:
       backend: whose `table_specs` says how its tables are split.
       query_spec: the query's PartitionSpec, for meshes with Auto axes.
-      results, extra: what comes out, and what the arrays are: one letter each, "q" for [batch, length, heads, features],
-        "l" for [batch, heads, length], "b" for [batch, heads] and "-" for None.
+      results, extra: what comes out, and what the arrays are: one letter each, "q" for [batch, length, heads,
+        features], "l" for [batch, heads, length], "b" for [batch, heads] and "-" for None.
     """
     sharding = find_sharding(operands, query_spec)
     if sharding is None:
@@ -60,7 +61,7 @@ def over_shards(function, backend, operands: Operands, query_spec: P | None, res
     return mapped(*arguments)
 
 
-def _operand_specs(sharding: Sharding, backend, operands: Operands) -> Operands:
+def _operand_specs(sharding: Sharding, backend, operands: Operands) -> typing.Any:
     tokens = sharding.of(0, 2)
     each = {
         "query": tokens,
@@ -71,7 +72,9 @@ def _operand_specs(sharding: Sharding, backend, operands: Operands) -> Operands:
         "kv_segment_ids": sharding.of(0, ndim=2),
         "query_offset": sharding.of(0, ndim=1),
     }
-    specs = {name: None if getattr(operands, name) is None else spec for name, spec in each.items()}
+    specs: dict[str, typing.Any] = {
+        name: None if getattr(operands, name) is None else spec for name, spec in each.items()
+    }
     if operands.selection is not None:
         batch, heads = (None if size == 1 else axis for axis, size in enumerate(operands.selection.counts.shape[:2]))
         specs["selection"] = dataclasses.replace(
@@ -104,8 +107,8 @@ def find_sharding(operands: Operands, query_spec: P | None) -> Sharding | None:
     unknown = [name for name in free if kinds[name] is AxisType.Auto and sizes[name] > 1]
     if query_spec is None and unknown:
         raise ValueError(
-            f"the mesh has the Auto axes {', '.join(unknown)}, and how the query is split over them cannot be known while "
-            "tracing; pass query_spec, such as P('data', None, 'tensor', None), or P() if it is replicated"
+            f"the mesh has the Auto axes {', '.join(unknown)}, and how the query is split over them cannot be known "
+            "while tracing; pass query_spec, such as P('data', None, 'tensor', None), or P() if it is replicated"
         )
     batch, length, heads, features = ([*map(_names, spec)] + [()] * 4)[:4]
     if len(spec) > 4 or length or features:

@@ -14,8 +14,13 @@ from s2jax.patterns import Heads, Pattern
 PAIRS_AT_ONCE = 1 << 22
 """Pairs of blocks, or of tokens, looked at together where a pattern has no closed form."""
 
-Entries = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Query blocks (ascending), key blocks and token mask ids, each int [entries]."""
+
+class Entries(typing.NamedTuple):
+    """Query blocks (ascending), key blocks and token mask ids, each int [entries]."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    masks: np.ndarray
 
 
 @functools.lru_cache(maxsize=256)
@@ -185,14 +190,14 @@ class _Compiler:
 
     # Everything else: one list per row.
 
-    def entries(self, pattern: Pattern, heads: Heads, head: int) -> tuple[Entries, Entries]:
+    def entries(self, pattern: Pattern, heads: Heads, head: int) -> list[Entries]:
         """What a head reads whole and in part, known only by its block states and its rule."""
         groups = max(1, len(self.rows) * self.num_columns // PAIRS_AT_ONCE)
         found = [self._entries_of(pattern, heads, head, rows) for rows in np.array_split(self.rows, groups)]
-        full, partial = (
-            tuple(np.concatenate(arrays) for arrays in zip(*kind, strict=True)) for kind in zip(*found, strict=True)
-        )
-        return full, partial
+        return [
+            Entries(*(np.concatenate(arrays) for arrays in zip(*kind, strict=True)))
+            for kind in zip(*found, strict=True)
+        ]
 
     def _entries_of(self, pattern: Pattern, heads: Heads, head: int, rows: np.ndarray) -> list[Entries]:
         states = pattern.block_states(heads, head, self.block_size, rows, self.num_columns)
@@ -201,7 +206,7 @@ class _Compiler:
         row, ids = rows[row], np.zeros(len(row), np.int32)
         for some in np.array_split(partly, max(1, len(partly) * self.block_size**2 // PAIRS_AT_ONCE)):
             ids[some] = self._mask_ids(pattern, heads, head, row[some], column[some])
-        return [(row[each], column[each], ids[each]) for each in (ids == WHOLE, ids > NOTHING)]
+        return [Entries(row[each], column[each], ids[each]) for each in (ids == WHOLE, ids > NOTHING)]
 
     def _mask_ids(self, pattern: Pattern, heads: Heads, head: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         token = np.arange(self.block_size)

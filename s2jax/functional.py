@@ -1,5 +1,8 @@
 """Attention by a pattern, and the merging of partial results."""
 
+import functools
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +30,7 @@ def attention(
     query_spec: PartitionSpec | None = None,
     implementation: str | list[str] | tuple[str, ...] | None = None,
     tiles=None,
-):
+) -> typing.Any:
     """Attention in which every query head reads the keys that a pattern gives it.
 
     Query head i reads KV head i // (h / k). Softmax and sums are in float32, or float64 for float64 inputs.
@@ -64,10 +67,12 @@ def attention(
             if getattr(array, "ndim", None) != 4:
                 came = getattr(array, "shape", type(array).__name__)
                 raise ValueError(f"{name} must be an array [batch, length, heads, features], got {came}")
-        query_length, kv_length, offset = query.shape[1], key.shape[1], query_offset
-        if not _is_static(query_offset):
+        query_length, kv_length, offset = query.shape[1], key.shape[1], 0
+        if _is_static(query_offset):
+            offset = int(typing.cast(int, query_offset))
+        else:
             # Whatever position comes, its rows are there.
-            at_run_time, offset, query_length = query_offset, 0, kv_length + query_length
+            at_run_time, query_length = query_offset, kv_length + query_length
         schedule = compile_schedule(
             pattern,
             num_heads=query.shape[2],
@@ -131,6 +136,7 @@ def combine(outs: list[Float[Array, "b t h e"]], lses: list[Float[Array, "b h t"
     weights = jnp.where(known, jnp.exp(jnp.where(known, stacked, 0) - jnp.where(reads, most, 0)), 0)
     total = jnp.where(reads, weights.sum(0), 1)
     shares = (weights / total).swapaxes(2, 3)[..., None]
-    out = sum(out.astype(share.dtype) * share for out, share in zip(outs, shares, strict=True))
+    parts = [out.astype(share.dtype) * share for out, share in zip(outs, shares, strict=True)]
+    out = functools.reduce(jnp.add, parts)
     lse = jnp.where(reads, jnp.log(total) + most, -jnp.inf)
     return out.astype(outs[0].dtype), lse

@@ -57,7 +57,7 @@ def refuse(problem: Problem, operands: Operands) -> str | None:
 
 def tables(problem: Problem) -> tuple[Walks, Walks] | None:
     """What the passes over queries and over keys walk, the walkers of all heads in order; None for a selection."""
-    schedule, tiles = problem.schedule, problem.tiles or XlaTiles()
+    schedule, tiles = problem.schedule, _tiles(problem)
     if schedule is None:
         return None
     group = schedule.num_heads // schedule.num_kv_heads // walkers_per_kv_head(schedule)
@@ -106,26 +106,30 @@ def backward(
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse).swapaxes(1, 2)
     delta = delta.swapaxes(1, 2)
     dquery = query_gradient(_row_pass(problem, operands), dout, lse, delta, bounded=differentiable)
-    tiles, selection = problem.tiles or XlaTiles(), operands.selection
-    if selection is None:
-        walks, row_size, block_size = operands.tables[1], problem.schedule.block_size, problem.schedule.block_size
-    else:
-        row_size, block_size = selection.query_block, selection.block_size
-        num_kv_heads = operands.key.shape[2]
-        walks = transposed_selection_walks(selection, num_kv_heads, -(-operands.key.shape[1] // block_size))
-    layout = Layout(problem, operands, walks, row_size, block_size)
-    entries = _blocks(tiles.walked_queries, row_size * layout.group)
-    dkey, dvalue = key_value_gradients(
-        layout, walks.members.shape[2], entries, dout, lse, delta, bounded=differentiable
-    )
+    layout = _layout(problem, operands, of_keys=True)
+    entries = _blocks(_tiles(problem).walked_queries, layout.row_size * layout.group)
+    dkey, dvalue = key_value_gradients(layout, entries, dout, lse, delta, bounded=differentiable)
     return dquery, dkey, dvalue
 
 
+def _tiles(problem: Problem) -> XlaTiles:
+    return problem.tiles or XlaTiles()
+
+
 def _row_pass(problem: Problem, operands: Operands) -> RowPass:
-    tiles, selection = problem.tiles or XlaTiles(), operands.selection
+    layout = _layout(problem, operands, of_keys=False)
+    return RowPass(layout, _blocks(_tiles(problem).keys, layout.block_size))
+
+
+def _layout(problem: Problem, operands: Operands, *, of_keys: bool) -> Layout:
+    """The call arranged for a pass over the queries, or over the keys."""
+    selection, (kv_length, num_kv_heads) = operands.selection, operands.key.shape[1:3]
     if selection is None:
-        walks, size = operands.tables[0], problem.schedule.block_size
-        return RowPass(Layout(problem, operands, walks, size, size), walks.kinds.shape[1], _blocks(tiles.keys, size))
-    walks = selection_walks(selection, operands.key.shape[2])
-    layout = Layout(problem, operands, walks, selection.query_block, selection.block_size)
-    return RowPass(layout, 1, _blocks(tiles.keys, selection.block_size))
+        assert problem.schedule is not None  # one of the two says what is read
+        size = problem.schedule.block_size
+        return Layout(problem, operands, operands.tables[of_keys], size, size)
+    if of_keys:
+        walks = transposed_selection_walks(selection, num_kv_heads, -(-kv_length // selection.block_size))
+    else:
+        walks = selection_walks(selection, num_kv_heads)
+    return Layout(problem, operands, walks, selection.query_block, selection.block_size)

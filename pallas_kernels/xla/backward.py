@@ -42,7 +42,7 @@ def _logit_gradient(layout: Layout, logits, slope, allowed, lse, dweights, delta
 
 
 def key_value_gradients(
-    layout: Layout, keys_per_tile: int, entries_per_step: int, dout: Array, lse: Array, delta: Array, *, bounded=False
+    layout: Layout, entries_per_step: int, dout: Array, lse: Array, delta: Array, *, bounded=False
 ) -> tuple[Array, Array]:
     """dk [b, s, k, d] and dv [b, s, k, e] in the accumulation dtype; the arguments are those of `query_gradient`."""
     walks, grid = layout.walks, layout.grid(1)
@@ -85,9 +85,10 @@ def key_value_gradients(
         return walk(layout.walks, layout.slices(units, tiles), entries_per_step, body, start, bounded=bounded)
 
     row_tokens = layout.group * layout.row_size
-    unit_bytes = keys_per_tile * layout.block_size * entries_per_step * row_tokens * layout.accumulate.itemsize
+    keys_per_tile = walks.rows_per_tile * layout.block_size
+    unit_bytes = keys_per_tile * entries_per_step * row_tokens * layout.accumulate.itemsize
     gradients = in_chunks(tile, layout.lengths(tiles), unit_bytes)
-    return tuple(_in_place(layout, array) for array in gradients)
+    return _in_place(layout, gradients[0]), _in_place(layout, gradients[1])
 
 
 def _local_rows(layout: Layout, grid, batch: Array, step: Step) -> tuple[Array, Step]:

@@ -10,9 +10,10 @@ from pallas_kernels.xla.walking import Step, in_chunks, walk
 class RowPass:
     """A pass over tiles of queries: which units there are, what they gather, and what they may see."""
 
-    def __init__(self, layout: Layout, rows_per_tile: int, entries_per_step: int):
-        self.layout, self.rows_per_tile, self.entries_per_step = layout, rows_per_tile, entries_per_step
-        self.grid: Grid = layout.grid(rows_per_tile)
+    def __init__(self, layout: Layout, entries_per_step: int):
+        self.layout, self.entries_per_step = layout, entries_per_step
+        self.rows_per_tile = layout.walks.rows_per_tile
+        self.grid: Grid = layout.grid(self.rows_per_tile)
         self.keys, self.values = (layout.key_blocks(array) for array in (layout.operands.key, layout.operands.value))
 
     def run(self, tile, *, bounded: bool):

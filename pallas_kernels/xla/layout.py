@@ -161,7 +161,7 @@ class Layout:
         return self.operands.query_segment_ids is not None or self.problem.schedule is None
 
     def pairs(self, query: "Tokens", key: "Tokens") -> Array:
-        """Which queries may see which keys, as far as existence, segments and a selection's causality say; broadcasts."""
+        """Which queries may see which keys, by existence, segments and a selection's causality; broadcasts."""
         allowed = query.exists & key.exists
         if query.segment is not None:
             allowed &= query.segment == key.segment

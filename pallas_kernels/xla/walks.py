@@ -30,15 +30,20 @@ class Walks:
       longest: the most entries that a tile walks, without a mask and with one.
     """
 
-    blocks: Int32[Array, " entries"]
-    masks: Int32[Array, " entries"]
-    slices: Int32[Array, "#b walkers tiles parts 2"]
-    kinds: Int32[Array, "kinds rows"] | None
-    token_masks: Bool[Array, "masks block_size block_size"] | None
-    members: Int32[Array, "walkers tiles rows"] | None
-    places: Int32[Array, "walkers columns"] | None
+    blocks: Int32[Array | np.ndarray, " entries"]
+    masks: Int32[Array | np.ndarray, " entries"]
+    slices: Int32[Array | np.ndarray, "#b walkers tiles parts 2"]
+    kinds: Int32[Array | np.ndarray, "kinds rows"] | None
+    token_masks: Bool[Array | np.ndarray, "masks block_size block_size"] | None
+    members: Int32[Array | np.ndarray, "walkers tiles rows"] | None
+    places: Int32[Array | np.ndarray, "walkers columns"] | None
     num_full: int = dataclasses.field(metadata={"static": True})
     longest: tuple[int, int] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def rows_per_tile(self) -> int:
+        """Selections are walked row by row, and their keys block by block."""
+        return 1 if self.kinds is None else self.kinds.shape[1]
 
 
 def walkers_per_kv_head(schedule: BlockSchedule) -> int:
