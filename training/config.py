@@ -97,7 +97,7 @@ class ModelOptions:
     remat: Literal["none", "attention", "full"]
     """What the backward pass computes anew to save memory; attention's own output is always kept."""
     implementation: str = "auto"
-    """Attention backend: auto picks by platform; xla, mosaic_gpu, … ask for just that one."""
+    """Attention backend: auto picks by platform; xla or reference asks for just that one."""
 
     def __post_init__(self):
         for flag, value in (("--block-size", self.block_size), ("--local-blocks", self.local_blocks)):
