@@ -212,7 +212,11 @@ OPTIONS = [
 
 OFFSETS = [
     Case("offset at run time", WINDOW, query_length=40, offsets=33, traced=True),
-    Case("offset at run time, in step", WINDOW, query_length=32, kv_length=96, offsets=64, traced=True, slow=True),
+    Case(
+        "offsets in step",
+        LocalStride(BLOCK, 1, 2, causal=False),
+        query_length=32, kv_length=96, offsets=(16, 48), traced=True, tiling="small",
+    ),
     Case("an offset for each", WINDOW | FirstTokens(3), "bfloat16", query_length=33, offsets=(0, 57), traced=True),
     Case("offset up to the end", Local(tokens=30), "float64", query_length=20, offsets=(90, 71), traced=True),
     Case("an offset and documents", Dense(), query_length=21, offsets=(5, 69), traced=True, segments="strangers"),

@@ -231,7 +231,7 @@ FAULTS = [
     Fault(
         "rows without a query count as readers", BACKWARD,
         "(rows < used)", "(rows < grid.rows)",
-        case("an offset both ways"),
+        case("offsets in step"),
     ),
     Fault(
         "keys that nobody reads get another's gradient", BACKWARD,
