@@ -77,7 +77,8 @@ class Trainer:
         state = jax.tree.map(lambda leaf: leaf, self._param_shapes)  # a copy: replacing works in place
         nnx.replace_by_pure_dict(state, params)
         model = nnx.merge(self._graph, state, copy=True)  # without a copy, NNX refuses to merge within grad
-        return model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # the attention's shards are of this mesh
+            return model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
 
     def _token_nll(self, params: Any, batch: Batch) -> Float[Array, "b t"]:
         """Nats of each target, 0 where the pair does not count."""
