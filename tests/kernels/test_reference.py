@@ -5,3 +5,4 @@ from tests.kernels.contract import AttentionContract
 
 class TestReference(AttentionContract):
     implementation = "reference"
+    random_share = 6

@@ -226,7 +226,7 @@ class TestOneLevelDown:
         self.assert_raises(message, self.schedule(query_length=90, query_offset=3), query_offset=zeros(dtype="int32"))
 
     def test_too_few_positions(self):
-        message = "for every position that may come, got one for 30 positions .* 40 queries"
+        message = "for all positions that may come; got one for 30 positions .* 40 queries"
         self.assert_raises(message, self.schedule(query_length=30), query_offset=zeros(dtype="int32"))
 
     def test_a_pattern_for_a_schedule(self):
