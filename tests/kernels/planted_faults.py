@@ -320,7 +320,7 @@ def table(outcomes: dict[Fault, str]) -> str:
         "beside it, which passes without it, ran: `python tests/kernels/planted_faults.py --write` does it again and",
         "writes this page.",
         "",
-        "| fault | where | the test | it |",
+        "| fault | where | the test | the test then |",
         "|---|---|---|---|",
     ]
     for fault, result in outcomes.items():
