@@ -50,12 +50,15 @@ def schedules(record: dict) -> str:
 
 
 def attention(record: dict) -> str:
-    lines = ["| point | density | ideal | forward | backward | temporaries, dense's |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| point | dtype | density | ideal | forward | backward | temporaries, chunked dense's |",
+        "|---|---|---|---|---|---|---|",
+    ]
     lines += [
-        f"| {row['point']} | {row['density']:.3f} | {row['ideal speedup']:.1f}× "
+        f"| {row['point']} | {row['dtype']} | {row['density']:.3f} | {row['ideal speedup']:.1f}× "
         f"| {row['forward speedup']:.1f}× ({row['forward of ideal']:.0%} of ideal) "
         f"| {row['backward speedup']:.1f}× ({row['backward of ideal']:.0%}) "
-        f"| {row['temporaries MB']:.0f} MB, {row['dense temporaries MB']:.0f} MB |"
+        f"| {row['sparse temporaries MB']:.0f} MB, {row['chunked temporaries MB']:.0f} MB |"
         for row in record["rows"]
     ]
     return "\n".join([*lines, "", origin(record, "attention_cpu")])

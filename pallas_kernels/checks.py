@@ -111,7 +111,10 @@ def _check_selection(selection: BlockSelection, batch: int, query_length: int, n
 
 
 def _offsets(query_offset, batch: int):
-    offset = jnp.asarray(query_offset)
+    most = np.iinfo(np.int32).max
+    if isinstance(query_offset, int | np.integer | np.ndarray):
+        query_offset = np.clip(query_offset, -1, most)  # what JAX would cut off is out of range all the same
+    offset = jnp.clip(jnp.asarray(query_offset), -1, most)
     if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (batch,)):
         raise ValueError(
             f"query_offset must be an integer or integers [{batch}], one for each sequence, got {offset.dtype} "
@@ -126,8 +129,13 @@ def _segments(query_segment_ids, kv_segment_ids, query_shape, kv_shape):
     if len(missing) == 1:
         raise ValueError(f"query_segment_ids and kv_segment_ids go together, got no {missing[0]}")
     for name, (ids, shape) in given.items():
-        if ids is not None and (jnp.shape(ids) != shape or not jnp.issubdtype(jnp.result_type(ids), jnp.integer)):
-            raise ValueError(f"{name} must be integers {shape}, got {jnp.result_type(ids)} {jnp.shape(ids)}")
+        if ids is None:
+            continue
+        dtype = getattr(ids, "dtype", jnp.result_type(ids))
+        if jnp.shape(ids) != shape or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers {shape}, got {dtype} {jnp.shape(ids)}")
+        if not np.can_cast(dtype, np.int32):
+            raise ValueError(f"{name} must fit int32, got {dtype}, which would be cut off; cast with .astype(np.int32)")
     return [None if ids is None else jnp.asarray(ids).astype(jnp.int32) for ids, _ in given.values()]
 
 

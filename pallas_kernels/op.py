@@ -16,7 +16,7 @@ from pallas_kernels.checks import check_number, check_operands
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
-from pallas_kernels.sharding import over_shards
+from pallas_kernels.sharding import over_shards, sharded_like
 
 OUT_NAME, LSE_NAME = "s2jax_out", "s2jax_lse"
 """`checkpoint_name`s of the two residuals that are worth keeping when a layer is rematerialised."""
@@ -57,13 +57,15 @@ def block_sparse_attention(
       logits_soft_cap: logits become cap · tanh(logits / cap).
       sinks: one more logit per query head in the softmax's sum, neither scaled nor capped.
       return_lse: gives back (out, lse).
-      query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None).
+      query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None). The mesh must be
+        set, with `jax.set_mesh`: of a mesh that is not, nothing can be known here, and XLA gathers what is sharded.
       implementation: "xla" or "reference", or several names in order of preference; None picks.
       tiles: tile sizes of the one implementation asked for, such as `XlaTiles`.
 
     Returns:
-      out [b, t, h, e] in the query's dtype; lse float32 [b, h, t], the natural logarithm of the sum of exp(logit) over
-      what the row reads, sink included. A row that reads nothing gives zeros and the sink or -inf.
+      out [b, t, h, e] in the query's dtype; lse [b, h, t] in float32 (float64 for float64), the natural logarithm of
+      the sum of exp(logit) over what the row reads, sink included. A row that reads nothing gives zeros and the sink or
+      -inf.
 
     Raises:
       ValueError: an argument does not fit; the message says what was expected and what came.
@@ -80,7 +82,7 @@ def block_sparse_attention(
     )
     call = Call(_choose(problem, operands, implementation), problem, query_spec)
     rest = dataclasses.replace(operands, query=None, key=None, value=None, sinks=None)
-    out, lse = _attention(call, operands.query, operands.key, operands.value, operands.sinks, rest)
+    out, lse = _compiled(call, operands.query, operands.key, operands.value, operands.sinks, rest)
     return (out, lse) if return_lse else out
 
 
@@ -94,8 +96,10 @@ class Call:
 
 
 def _choose(problem: Problem, operands: Operands, implementation) -> str:
-    names = ("xla",) if implementation is None else implementation
-    names = (names,) if isinstance(names, str) else tuple(names)
+    names = "xla" if implementation is None else implementation
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"implementation must be a name, several names or None, got {implementation!r}")
     if not names:
         raise ValueError(f"implementation must name at least one of {', '.join(BACKENDS)}, got {implementation!r}")
     reasons = []
@@ -146,6 +150,9 @@ def _backward(call: Call, residuals, cotangents):
 
 _attention.defvjp(_forward, _backward)
 
+# Called outside of any `jit`, the loops would be traced and compiled anew every time.
+_compiled = jax.jit(_attention, static_argnums=0)
+
 
 @with_own_gradient
 def _gradients(call: Call, query, key, value, sinks, out, lse, dout, dlse, rest: Operands):
@@ -188,8 +195,11 @@ def _all_gradients(call: Call, query, key, value, sinks, out, lse, dout, dlse, r
     results = "qqq-" if sinks is None else "qqqb"
     arrays = out, lse, dout, dlse
     *gradients, dsinks = over_shards(local, backend, operands, call.query_spec, results, "qlql", *arrays)
-    # The one sum over sequences, and so over shards of the batch: left to XLA.
-    return *gradients, None if sinks is None else dsinks.sum(0).astype(sinks.dtype)
+    if sinks is not None:
+        # The one sum over sequences, and so over shards of the batch: left to XLA.
+        dsinks = dsinks.sum(0).astype(sinks.dtype)
+    primals = query, key, value, sinks
+    return tuple(sharded_like(*pair) for pair in zip((*gradients, dsinks), primals, strict=True))
 
 
 def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:

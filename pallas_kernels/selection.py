@@ -21,6 +21,7 @@ class BlockSelection:
       counts: int32 [b|1, h|k|1, rows], at most max_blocks.
       block_size: tokens in a key block.
       query_block: queries in a row.
+      causal: whether a query reads no key after its own position.
     """
 
     kv_blocks: Int32[Array, "#b #h rows max_blocks"]
@@ -50,9 +51,12 @@ class BlockSelection:
         Raises:
           ValueError: `k` is not between 1 and the number of blocks.
         """
+        if jnp.ndim(scores) != 4:
+            raise ValueError(f"scores must be [b|1, h|k|1, rows, blocks], got {jnp.shape(scores)}")
         rows, blocks = scores.shape[-2:]
-        if not 1 <= k <= blocks:
-            raise ValueError(f"k must be between 1 and the number of blocks, {blocks}, got {k}")
+        if not isinstance(k, int) or not 1 <= k <= blocks:
+            raise ValueError(f"k must be an integer between 1 and the number of blocks, {blocks}, got {k!r}")
+        scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
         if causal:
             last_query = query_offset + (jnp.arange(rows) + 1) * query_block - 1
             visible = jnp.arange(blocks) * block_size <= last_query[:, None]

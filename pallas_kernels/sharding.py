@@ -95,6 +95,8 @@ def find_sharding(operands: Operands, query_spec: P | None) -> Sharding | None:
     if query_spec is not None and not isinstance(query_spec, P):
         raise ValueError(f"query_spec must be a PartitionSpec, got {type(query_spec).__name__}")
     if mesh.empty:
+        if any(kind is AxisType.Explicit for kind in _own_mesh(operands.query).axis_types):
+            raise ValueError("the query is sharded over a mesh with Explicit axes; set it with jax.set_mesh(mesh)")
         if query_spec is not None and any(query_spec):
             raise ValueError(f"query_spec {query_spec} needs a mesh; set it with jax.set_mesh(mesh)")
         return None
@@ -119,6 +121,18 @@ def find_sharding(operands: Operands, query_spec: P | None) -> Sharding | None:
     _check_divides("sequences", operands.query.shape[0], batch, sizes)
     _check_divides("KV heads", operands.key.shape[2], heads, sizes)
     return Sharding(batch, heads, tuple(free), any(kinds[name] is AxisType.Explicit for name in free))
+
+
+def sharded_like(gradient: jax.Array | None, primal: jax.Array | None) -> jax.Array | None:
+    """The gradient, sharded as its primal: over Explicit axes that is part of the type."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if gradient is None or primal is None or AxisType.Explicit not in mesh.axis_types:
+        return gradient
+    return jax.sharding.reshard(gradient, jax.typeof(primal).sharding.spec)
+
+
+def _own_mesh(array: jax.Array) -> jax.sharding.AbstractMesh:
+    return jax.typeof(array).sharding.mesh
 
 
 def _names(axes) -> Axes:

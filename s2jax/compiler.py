@@ -46,8 +46,9 @@ def compile_schedule(
         ("kv_length", kv_length, 1),
         ("query_offset", query_offset, 0),
     ):
-        if not isinstance(value, (int, np.integer)) or value < least:
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    query_length, kv_length, query_offset = int(query_length), int(kv_length), int(query_offset)
     pattern.check(heads, query_length, kv_length, query_offset)
     pattern.warn_if_incomplete(num_heads, num_kv_heads, kv_length)
 

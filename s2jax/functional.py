@@ -40,18 +40,20 @@ def attention(
       pattern: who reads whom, such as `s2jax.LocalStride()`; or a `BlockSelection`, made under `jit`.
       scale: what the logits are multiplied with; d**-0.5 by default.
       query_offset: position of the first query among the keys. Known at run time only, it may be a scalar array or one
-        position for each sequence, each between 0 and s; the result of others is NaN.
+        position for each sequence, each between 0 and s; with a pattern, the result of others is NaN.
       query_segment_ids, kv_segment_ids: queries see keys with an equal id only; no id is special. Both or neither.
       logits_soft_cap: logits become cap · tanh(logits / cap).
       sinks: one more logit per query head in the softmax's sum, neither scaled nor capped.
       return_lse: gives back (out, lse).
-      query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None).
+      query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None). The mesh must be
+        set, with `jax.set_mesh`: of a mesh that is not, nothing can be known here, and XLA gathers what is sharded.
       implementation: "xla" or "reference", or several names in order of preference; None picks.
       tiles: tile sizes of the one implementation asked for, such as `pallas_kernels.XlaTiles`.
 
     Returns:
-      out [b, t, h, e] in the query's dtype; lse float32 [b, h, t], the natural logarithm of the sum of exp(logit) over
-      what the row reads, sink included. A row that reads nothing gives zeros and the sink or -inf.
+      out [b, t, h, e] in the query's dtype; lse [b, h, t] in float32 (float64 for float64), the natural logarithm of
+      the sum of exp(logit) over what the row reads, sink included. A row that reads nothing gives zeros and the sink or
+      -inf.
 
     Raises:
       ValueError: an argument does not fit; the message says what was expected and what came.
@@ -60,6 +62,8 @@ def attention(
     at_run_time = None
     if isinstance(pattern, BlockSelection):
         schedule = pattern
+        if _is_static(query_offset) and typing.cast(int, query_offset) < 0:
+            raise ValueError(f"query_offset must be an integer of at least 0, got {query_offset!r}")
         if not _is_static(query_offset) or query_offset:
             at_run_time = query_offset
     elif isinstance(pattern, Pattern):

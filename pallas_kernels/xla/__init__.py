@@ -27,7 +27,7 @@ from pallas_kernels.xla.walks import (
 
 @dataclasses.dataclass(frozen=True)
 class XlaTiles:
-    """Tile sizes of the XLA path, in tokens; each is rounded up to whole blocks.
+    """Tile sizes of the XLA path, in tokens; in whole blocks, at least one.
 
     Attributes:
       queries: rows of a tile of queries, the heads of a group counted.

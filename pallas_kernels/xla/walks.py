@@ -117,7 +117,7 @@ def transposed_selection_walks(selection: BlockSelection, num_kv_heads: int, num
     ends = ends + jnp.arange(batch * heads, dtype=jnp.int32)[:, None] * (rows * most)
     slices = jnp.stack([ends[:, :-1], ends[:, 1:]], -1).reshape(batch, heads, num_blocks, 1, 2)
     slices = jnp.broadcast_to(slices, (batch, max(heads, num_kv_heads), num_blocks, 1, 2))
-    return _unmasked(readers.reshape(-1), slices, longest=rows)
+    return _unmasked(readers.reshape(-1), slices, longest=rows if most else 0)
 
 
 def _unmasked(blocks: Array, slices: Array, longest: int) -> Walks:
