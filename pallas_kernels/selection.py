@@ -55,7 +55,7 @@ class BlockSelection:
             raise ValueError(f"scores must be [b|1, h|k|1, rows, blocks], got {jnp.shape(scores)}")
         rows, blocks = scores.shape[-2:]
         if not isinstance(k, int) or not 1 <= k <= blocks:
-            raise ValueError(f"k must be an integer between 1 and the number of blocks, {blocks}, got {k!r}")
+            raise ValueError(f"k must be between 1 and the number of blocks, {blocks}, got {k!r}")
         scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
         if causal:
             last_query = query_offset + (jnp.arange(rows) + 1) * query_block - 1
