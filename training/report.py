@@ -88,7 +88,7 @@ def final_report(trainer: Trainer, params: Any, heldout: Corpus, *, step: int, t
         (run_dir / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False, default=str) + "\n")
         plot_loss(run_dir / "metrics.jsonl", run_dir / "loss.png", unit=f"bits per {unit}", scale=1 / math.log(2))
     lines = [
-        f"Held out, never trained on: {len(heldout.documents)} documents, {heldout.num_tokens:,} {unit}s; "
+        f"Held out, never trained on: {len(heldout.documents)} document(s), {heldout.num_tokens:,} {unit}s; "
         f"each scored with {overlap:,} or more before it, where there are",
         *_table([("this model", bits), *_baseline_rows(baselines)], f"bits per {unit}"),
         "",
