@@ -43,8 +43,8 @@ format: .venv/.dev ## let ruff rewrite what it can
 	@$(PY) -m ruff format .
 
 bench: .venv/.train ## the benchmarks into benchmarks/results/, and the tables from them into the README
-	@for script in $(filter-out benchmarks/report.py,$(wildcard benchmarks/[a-z]*.py)); do \
-		echo "$$script"; $(PY) $$script $(ARGS) || exit; done
+	$(PY) benchmarks/schedules.py
+	$(PY) benchmarks/attention.py $(ARGS)
 	@$(PY) benchmarks/report.py
 
 docs: .venv/.train ## what is generated: pictures, the README's tables, docs/train-help.txt

@@ -66,9 +66,29 @@ def attention(record: dict) -> str:
 
 def training(record: dict) -> str:
     row = record["rows"][0]
-    lines = ["| held-out bits per byte | |", "|---|---|"]
-    lines += [f"| {name} | {value:.3f} |" for name, value in row["bits per byte"].items()]
-    lines += ["", f"{row['summary']}", "", origin(record, "train_tiny")]
+    bits = {
+        "the model": row["heldout_bits_per_byte"],
+        "gzip -9, file by file": row["baselines_bits_per_byte"]["gzip_9_per_file"],
+    }
+    bits["byte frequencies"] = row["baselines_bits_per_byte"]["byte_unigram"]
+    lines = [
+        "| held-out bits per byte | |",
+        "|---|---|",
+        *(f"| {name} | {value:.3f} |" for name, value in bits.items()),
+    ]
+    far = row["far_context"]
+    cut = ", ".join(
+        f"{each['context']} bytes {each['excess']:+.4f} ± {each['standard_error']:.4f}" for each in far[:-1]
+    )
+    lines += [
+        "",
+        f"{row['parameters']:,} parameters, {row['tokens_trained'] / 1e6:.1f} million bytes seen, "
+        f"{row['tokens_per_second']:,.0f} a second; {row['heldout_documents']} held-out files, "
+        f"{row['heldout_tokens']:,} bytes. Bits lost where the same bytes are scored with the context cut short: {cut} "
+        f"(whole: {far[-1]['context']} bytes).",
+        "",
+        origin(record, "train_tiny"),
+    ]
     return "\n".join(lines)
 
 

@@ -1,0 +1,25 @@
+"""Keeps the results of a finished training run as benchmarks/results/train_tiny.json.
+
+make train ARGS="--run-dir runs/tiny"
+python benchmarks/training.py runs/tiny
+"""
+
+import json
+import pathlib
+
+from points import parser, save
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("run_dir", type=pathlib.Path, help="directory of a finished run")
+    path = options.parse_args().run_dir / "results.json"
+    if not path.exists():
+        options.error(f"expected a finished run, with {path}")
+    results = json.loads(path.read_text())
+    results.pop("sample")
+    save("train_tiny", [results])
+
+
+if __name__ == "__main__":
+    main()
