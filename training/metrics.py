@@ -143,10 +143,12 @@ def plot_loss(metrics: Path, picture: Path, *, unit: str, scale: float) -> None:
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [record["step"] for record in records]
     losses = [record["loss"] * scale for record in records]
-    smooth: list[float] = []
     decay = 1 - 1 / max(len(losses) // 30, 1)
+    smooth: list[float] = []
+    total = weight = 0.0  # divided, so that the mean does not begin at the first loss
     for loss in losses:
-        smooth.append(loss if not smooth else decay * smooth[-1] + (1 - decay) * loss)
+        total, weight = decay * total + loss, decay * weight + 1
+        smooth.append(total / weight)
     figure = matplotlib.figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
