@@ -7,7 +7,8 @@
     print(kernel.registers, kernel.spill_bytes, [loop.instructions["HGMMA"] for loop in kernel.inner_loops()])
 
 The real compilers run, and nothing is executed. They come with `make compilers`; `missing` says whether they are here.
-NVIDIA chips are those that `chips/` describes; TPUs go by their topology ("v5e:2x2", "v5p:2x2x1", "v6e:2x2").
+NVIDIA chips are those that `chips/` describes; TPUs go by their topology ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"). Where
+there is no GPU, JAX_PLATFORMS=cpu must be set before jax starts, as `make` and the tests do.
 """
 
 import contextlib
@@ -38,17 +39,23 @@ def missing(chip: str) -> str | None:
     else:
         lacking = [] if importlib.util.find_spec("jax_cuda13_plugin") else ["jax-cuda13-plugin"]
         lacking += [tool for tool in ("ptxas", "nvdisasm") if _tool(tool) is None]
-    return f"{', '.join(lacking)} not found: `make compilers` installs the compilers" if lacking else None
+    if lacking:
+        return f"{', '.join(lacking)} not found: `make compilers` installs the compilers"
+    if not _is_tpu(chip) and not jax.config.jax_platforms and not os.path.exists("/dev/nvidia0"):
+        return "with no GPU here, the CUDA plugin loads only under JAX_PLATFORMS=cpu"
+    return None
 
 
 def ptxas_version() -> tuple[int, ...]:
-    """Of the ptxas that compiles here, as (13, 5, 37). Those from 12.8.0 to 12.9.0 miscompile masks on Hopper."""
+    """Of the ptxas that compiles here, as (13, 5, 37). CUDA 12.8.0 to 12.9.0 miscompile masks on Hopper."""
     told = subprocess.run([str(_tool("ptxas")), "--version"], capture_output=True, text=True, check=True).stdout
     return tuple(int(part) for part in _groups(r"\bV(\d+)\.(\d+)\.(\d+)", told))
 
 
 def devices(chip: str) -> list:
     """The devices of the chip or topology: nothing runs on them, but meshes and shardings can be made of them."""
+    if reason := missing(chip):
+        raise RuntimeError(reason)
     if _is_tpu(chip):
         # libtpu reads these when it is loaded: it is not to look for the TPU host that it is not on.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -64,7 +71,9 @@ def compile_for(chip: str, function: Callable, *shapes: jax.ShapeDtypeStruct) ->
     """`function` compiled for `chip`; shapes that bring no sharding are put on its first device."""
     first = jax.sharding.SingleDeviceSharding(devices(chip)[0])
     shapes = tuple(shape if shape.sharding else shape.update(sharding=first) for shape in shapes)
-    with _lowering_context(chip):
+    # XLA takes the first ptxas on the PATH, and stays with it: it is to be the one that came with the compilers.
+    path = os.pathsep.join([*_folders(), os.environ.get("PATH", "")])
+    with _environment("PATH", path), _lowering_context(chip):
         # A function of its own each time: jax would take a known one's kernel from its cache and dump nothing.
         return jax.jit(lambda *arguments: function(*arguments)).lower(*shapes).compile()
 
@@ -90,6 +99,7 @@ class KernelCode:
 
     Attributes:
         name: of the kernel's function.
+        ptx_version: of the PTX, which is what the ptxas at hand wants: 9.5 for that of CUDA 13.5.
         registers: that each thread is launched with; `set_max_registers` is honoured in the code and not shown here.
         stack_bytes, spill_store_bytes, spill_load_bytes: of a thread, as ptxas counts them.
         shared_bytes: dynamic shared memory of a thread block, barriers included.
@@ -99,6 +109,7 @@ class KernelCode:
     """
 
     name: str
+    ptx_version: str
     registers: int
     stack_bytes: int
     spill_store_bytes: int
@@ -206,7 +217,7 @@ def _innermost(loop: Loop, opcode: str) -> list[Loop]:
 
 
 def _kernel(report: pathlib.Path) -> KernelCode:
-    """From the files that Mosaic GPU dumps of one kernel: NAME.ptxas, NAME.sass_ctrl, NAME.mlir-passes.log."""
+    """From what Mosaic GPU dumps of one kernel: NAME.ptxas, NAME.ptx, NAME.sass_ctrl and NAME.mlir-passes.log."""
     told = report.read_text()
     entry = _groups(r"Compiling entry function '(\w+)'", told)[0]
     frame = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -214,6 +225,7 @@ def _kernel(report: pathlib.Path) -> KernelCode:
     sass = report.with_suffix(".sass_ctrl").read_text()
     return KernelCode(
         name=entry.removesuffix("_mosaic_gpu_kernel"),
+        ptx_version=_groups(r"\.version (\d+\.\d+)", report.with_suffix(".ptx").read_text())[0],
         registers=int(_groups(r"Used (\d+) registers", told)[0]),
         stack_bytes=int(stack),
         spill_store_bytes=int(stores),
@@ -262,10 +274,14 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def _tool(name: str) -> str | None:
-    """Where XLA finds one of CUDA's programs: in the wheels first, then on the PATH."""
+    """One of CUDA's programs, from the wheels or else the PATH."""
+    return shutil.which(name, path=os.pathsep.join(_folders())) or shutil.which(name)
+
+
+def _folders() -> list[str]:
+    """Where the wheels put CUDA's programs."""
     packages = importlib.util.find_spec("nvidia")
-    folders = [f"{folder}/cu13/bin" for folder in (packages.submodule_search_locations or [])] if packages else []
-    return shutil.which(name, path=os.pathsep.join(folders)) or shutil.which(name)
+    return [f"{folder}/cu13/bin" for folder in packages.submodule_search_locations or ()] if packages else []
 
 
 def _is_tpu(chip: str) -> bool:
