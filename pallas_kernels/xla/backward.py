@@ -9,17 +9,17 @@ from jaxtyping import Array
 
 from pallas_kernels.xla.forward import RowPass
 from pallas_kernels.xla.layout import Layout
-from pallas_kernels.xla.walking import Step, in_chunks, walk
+from pallas_kernels.xla.walking import Step, in_chunks, lengths, walk
 
 
 def query_gradient(queries: RowPass, dout: Array, lse: Array, delta: Array, *, bounded: bool = False) -> Array:
     """dq [b, t, h, d] in the accumulation dtype, from dout [b, t, h, e], lse and delta [b, t, h]."""
     layout, grid = queries.layout, queries.grid
-    tiles, douts = (layout.query_tiles(grid, array) for array in (layout.operands.query, dout))
-    lses, deltas = layout.query_tiles(grid, lse[..., None], jnp.inf), layout.query_tiles(grid, delta[..., None])
+    rows = tuple(layout.rows(grid, array) for array in (layout.operands.query, dout))
+    rows += layout.rows(grid, lse[..., None], jnp.inf), layout.rows(grid, delta[..., None])
 
     def tile(units, fold):
-        query, dout, lse, delta = (array[units] for array in (tiles, douts, lses, deltas))
+        query, dout, lse, delta = (layout.tiles_of(array, units) for array in rows)
 
         def body(dquery, step):
             key, value, allowed = queries.gather(units, step)
@@ -55,7 +55,8 @@ def key_value_gradients(
         batch, walker, pack = layout.split(units, tiles)
         members = walks.members[walker, pack]
         blocks = jnp.where(members < 0, layout.num_blocks, members)
-        where = layout.kv_head(batch, walker)[:, None] * (layout.num_blocks + 1) + blocks
+        head = batch * layout.num_kv_heads + layout.kv_head(walker)
+        where = head[:, None] * (layout.num_blocks + 1) + blocks
         keys_here, values_here = (array[where].reshape(len(units), -1, array.shape[-1]) for array in (keys, values))
         first_row = (batch * layout.walkers + walker) * (grid.rows + 1)
 
@@ -87,7 +88,7 @@ def key_value_gradients(
     row_tokens = layout.group * layout.row_size
     keys_per_tile = walks.rows_per_tile * layout.block_size
     unit_bytes = keys_per_tile * entries_per_step * row_tokens * layout.accumulate.itemsize
-    gradients = in_chunks(tile, layout.lengths(tiles), unit_bytes)
+    gradients = in_chunks(tile, lengths(layout.slices(layout.units(tiles), tiles)), unit_bytes)
     return _in_place(layout, gradients[0]), _in_place(layout, gradients[1])
 
 

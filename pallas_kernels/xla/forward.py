@@ -1,10 +1,11 @@
 """Forward attention by gathered blocks, in plain XLA."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.xla.layout import Grid, Layout
-from pallas_kernels.xla.walking import Step, in_chunks, walk
+from pallas_kernels.xla.walking import Step, fold_chunks, lengths, walk
 
 
 class RowPass:
@@ -14,22 +15,37 @@ class RowPass:
         self.layout, self.entries_per_step = layout, entries_per_step
         self.rows_per_tile = layout.walks.rows_per_tile
         self.grid: Grid = layout.grid(self.rows_per_tile)
-        self.keys, self.values = (layout.key_blocks(array) for array in (layout.operands.key, layout.operands.value))
+        self.keys, self.values = (layout.columns(array) for array in (layout.operands.key, layout.operands.value))
 
     def run(self, tile, *, bounded: bool):
         """`tile(units, fold)` for all units in chunks, where `fold(body, carry)` walks the units' lists."""
+        return self.run_carrying(lambda _, units, fold: ((), tile(units, fold)), (), bounded=bounded)[1]
+
+    def run_carrying(self, tile, carry, *, bounded: bool = False):
+        """`carry, results = tile(carry, units, fold)` for all units, chunk after chunk; as in `run`."""
         layout, grid = self.layout, self.grid
 
-        def chunk(units):
-            slices = layout.slices(units, grid.rows, grid.first)
+        def chunk(carry, units, counts):
+            slices = jnp.where(counts[:, None, None], layout.query_slices(grid, units), 0)
             return tile(
+                carry,
                 units,
                 lambda body, carry: walk(layout.walks, slices, self.entries_per_step, body, carry, bounded=bounded),
             )
 
         queries = grid.size * layout.group
         unit_bytes = queries * self.entries_per_step * layout.block_size * layout.accumulate.itemsize
-        return in_chunks(chunk, layout.lengths(grid.rows, grid.first), unit_bytes)
+        return fold_chunks(chunk, carry, lengths(layout.query_slices(grid, layout.units(grid.rows))), unit_bytes)
+
+    def places(self, units: Array, step: Step) -> tuple[Array, Array, Array]:
+        """Batch element and KV head, [units, 1], and block, [units, entries], of a step's entries.
+
+        What is no entry is the block after the last.
+        """
+        layout = self.layout
+        batch, walker, _ = layout.split(units, self.grid.rows)
+        valid = step.valid & (step.blocks >= 0) & (step.blocks < layout.num_blocks)
+        return batch[:, None], layout.kv_head(walker)[:, None], jnp.where(valid, step.blocks, layout.num_blocks)
 
     def gather(self, units: Array, step: Step) -> tuple[Array, Array, Array]:
         """Keys [units, n, d], values [units, n, e] and what may be seen, bool [units, m|1, n], of a step.
@@ -37,16 +53,21 @@ class RowPass:
         What no query of the tile may see is zero: else the zero weight of a NaN would be a NaN.
         """
         layout = self.layout
-        batch, walker, tile = layout.split(units, self.grid.rows)
-        first = layout.kv_head(batch, walker) * (layout.num_blocks + 1)
-        valid = step.valid & (step.blocks >= 0) & (step.blocks < layout.num_blocks)
-        where = first[:, None] + jnp.where(valid, step.blocks, layout.num_blocks)
-        key, value = (array[where].reshape(len(units), -1, array.shape[-1]) for array in (self.keys, self.values))
-        seen = layout.key_tokens(batch[:, None], jnp.where(valid, step.blocks, layout.num_blocks))
+        batch, head, blocks = self.places(units, step)
+        # Small arrays, which XLA would else work out anew for every logit.
+        blocks = jax.lax.optimization_barrier(blocks)
+        seen, inside = layout.key_tokens(batch, blocks), jnp.minimum(blocks, layout.num_blocks - 1)
+        key, value = (
+            array.at[batch, inside, :, head].get(mode="promise_in_bounds").reshape(len(units), -1, array.shape[-1])
+            for array in (self.keys, self.values)
+        )
         if step.kinds is None and not layout.masks_all:
-            return key, value, seen.exists.reshape(len(units), 1, -1)
-        allowed = self._allowed(batch, tile, seen, step).reshape(len(units), -1, key.shape[1])
-        read = allowed.any(1)[..., None]
+            read = allowed = jax.lax.optimization_barrier(seen.exists.reshape(len(units), 1, -1))
+        else:
+            tile = layout.split(units, self.grid.rows)[2]
+            allowed = self._allowed(batch[:, 0], tile, seen, step).reshape(len(units), -1, key.shape[1])
+            read = allowed.any(1, keepdims=True)
+        read = read.swapaxes(1, 2)
         return jnp.where(read, key, 0), jnp.where(read, value, 0), allowed
 
     def _allowed(self, batch: Array, tile: Array, seen, step: Step) -> Array:
@@ -69,13 +90,13 @@ def attend(queries: RowPass, *, bounded: bool = False) -> tuple[Array, Array]:
       out [b, t, h, e] and lse [b, t, h], in the accumulation dtype.
     """
     layout = queries.layout
-    tiles = layout.query_tiles(queries.grid, layout.operands.query)
+    rows = layout.rows(queries.grid, layout.operands.query)
     features = layout.operands.value.shape[-1]
 
     def tile(units, fold):
-        query = tiles[units]
-        rows = query.shape[:2]
-        start = layout.full(rows, -jnp.inf), layout.full(rows), layout.full((*rows, features))
+        query = layout.tiles_of(rows, units)
+        shape = query.shape[:2]
+        start = layout.full(shape, -jnp.inf), layout.full(shape), layout.full((*shape, features))
 
         def body(carry, step):
             most, total, out = carry

@@ -69,8 +69,8 @@ class Layout:
 
     # Arranging arrays.
 
-    def to_rows(self, grid: Grid, array: Array, fill: float = 0) -> Array:
-        """[b, t, h, f] -> [b, walkers, rows, size / row_size, group, row_size, f]."""
+    def rows(self, grid: Grid, array: Array, fill: float = 0) -> Array:
+        """[b, t, h, f] -> [b, rows, size / row_size, row_size, walkers, group, f], without moving anything."""
         length = grid.rows * grid.size
         if isinstance(grid.shift, int):
             after = length - self.query_length - grid.shift
@@ -79,8 +79,7 @@ class Layout:
             room = jnp.full((self.batch, length, *array.shape[2:]), fill, array.dtype)
             array = jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice_in_dim(r, a, at, 0))(room, array, grid.shift)
         parts = grid.size // self.row_size
-        array = array.reshape(self.batch, grid.rows, parts, self.row_size, self.walkers, self.group, array.shape[-1])
-        return array.transpose(0, 4, 1, 2, 5, 3, 6)
+        return array.reshape(self.batch, grid.rows, parts, self.row_size, self.walkers, self.group, array.shape[-1])
 
     def from_rows(self, grid: Grid, array: Array) -> Array:
         """The inverse: [units, size · group, f] -> [b, t, h, f]."""
@@ -92,17 +91,24 @@ class Layout:
         slice_ = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=self.query_length)
         return jax.vmap(slice_)(array, grid.shift)
 
-    def query_tiles(self, grid: Grid, array: Array, fill: float = 0) -> Array:
-        """[b, t, h, f] -> [units, size · group, f]."""
-        array = self.to_rows(grid, array, fill)
-        return array.reshape(-1, grid.size * self.group, array.shape[-1])
+    def tiles_of(self, rows: Array, units: Array) -> Array:
+        """Tiles of an array in rows: [units, size · group, f]."""
+        batch, walker, tile = self.split(units, rows.shape[1])
+        tiles = rows.at[batch, tile, :, :, walker].get(mode="promise_in_bounds")
+        return tiles.swapaxes(2, 3).reshape(len(units), -1, rows.shape[-1])
 
     def query_blocks(self, grid: Grid, array: Array, fill: float = 0) -> Array:
         """[b, t, h, f] -> [b · walkers · (rows + 1), group · row_size, f]; the last row of every walker is empty."""
-        array = self.to_rows(grid, array, fill)
+        array = self.rows(grid, array, fill).transpose(0, 4, 1, 2, 5, 3, 6)
         array = array.reshape(self.batch * self.walkers, grid.rows, -1, array.shape[-1])
         array = jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=fill)
         return array.reshape(-1, *array.shape[2:])
+
+    def columns(self, array: Array) -> Array:
+        """[b, s, k, f] -> [b, blocks, block_size, k, f], without moving anything."""
+        after = self.num_blocks * self.block_size - self.kv_length
+        array = jnp.pad(array, ((0, 0), (0, after), (0, 0), (0, 0)))
+        return array.reshape(self.batch, self.num_blocks, self.block_size, *array.shape[2:])
 
     def key_blocks(self, array: Array) -> Array:
         """[b, s, k, f] -> [b · k · (blocks + 1), block_size, f]; the last block of every head is zero."""
@@ -116,22 +122,31 @@ class Layout:
         """Batch element, walker and tile of each unit."""
         return units // (self.walkers * tiles), units // tiles % self.walkers, units % tiles
 
-    def kv_head(self, batch: Array, walker: Array) -> Array:
-        """The number of the unit's KV head among those of all batch elements."""
-        return batch * self.num_kv_heads + walker * self.num_kv_heads // self.walkers
+    def kv_head(self, walker: Array) -> Array:
+        """The KV head that a walker reads."""
+        return walker * self.num_kv_heads // self.walkers
 
-    def slices(self, units: Array, tiles: int, first: int | Array = 0) -> Array:
-        """Slices of each unit: int32 [units, parts, 2]."""
+    def slices(self, units: Array, tiles: int) -> Array:
+        """Slices of each unit of a pass over the keys: int32 [units, parts, 2]."""
         batch, walker, tile = self.split(units, tiles)
+        return self._slices(batch, walker, tile)
+
+    def query_slices(self, grid: Grid, units: Array) -> Array:
+        """Those of a pass over the queries; a tile that has no query walks nothing."""
+        batch, walker, tile = self.split(units, grid.rows)
+        if isinstance(grid.first, int):
+            return self._slices(batch, walker, tile)
+        first, shift = grid.first[batch], typing.cast(Array, grid.shift)[batch]
+        used = tile * grid.size < shift + self.query_length
+        return jnp.where(used[:, None, None], self._slices(batch, walker, first + tile), 0)
+
+    def _slices(self, batch: Array, walker: Array, tile: Array) -> Array:
         table = self.walks.slices
-        if not isinstance(first, int):
-            tile = tile + first[batch]
         tile = jnp.minimum(tile, table.shape[2] - 1)
         return table[batch if table.shape[0] > 1 else 0, walker, tile]
 
-    def lengths(self, tiles: int, first: int | Array = 0) -> Array:
-        slices = self.slices(jnp.arange(self.batch * self.walkers * tiles, dtype=jnp.int32), tiles, first)
-        return (slices[..., 1] - slices[..., 0]).sum(-1, dtype=jnp.int32)
+    def units(self, tiles: int) -> Array:
+        return jnp.arange(self.batch * self.walkers * tiles, dtype=jnp.int32)
 
     # What may see what.
 

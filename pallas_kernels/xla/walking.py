@@ -48,9 +48,14 @@ def walk(walks: Walks, slices: Int32[Array, "units parts 2"], per_step: int, bod
         if bounded:
             carry = jax.lax.fori_loop(0, -(-longest // count), jax.checkpoint(fold), carry)
         else:
-            most = jnp.maximum(parts[..., 1] - parts[..., 0], 0).sum(-1).max()
+            most = lengths(parts).max()
             carry = jax.lax.fori_loop(0, -(-most // count), fold, carry)
     return carry
+
+
+def lengths(slices: Int32[Array, "units parts 2"]) -> Int32[Array, " units"]:
+    """How many entries units walk."""
+    return jnp.maximum(slices[..., 1] - slices[..., 0], 0).sum(-1, dtype=jnp.int32)
 
 
 def in_chunks(function, lengths: Int32[Array, " units"], unit_bytes: int):
@@ -58,11 +63,21 @@ def in_chunks(function, lengths: Int32[Array, " units"], unit_bytes: int):
 
     Units of like length are put in one chunk, so that none waits for a longer one.
     """
+    return fold_chunks(lambda carry, units, _: (carry, function(units)), (), lengths, unit_bytes)[1]
+
+
+def fold_chunks(function, carry, lengths: Int32[Array, " units"], unit_bytes: int):
+    """`carry, results = function(carry, unit numbers [chunk], counts [chunk])` for all units, as in `in_chunks`.
+
+    `counts` is False where a unit came before: the last chunk is filled up with the shortest one.
+    """
     units = lengths.shape[0]
     size = max(1, min(units, CHUNK_BYTES // unit_bytes))
     chunks = -(-units // size)
     order = jnp.argsort(-jax.lax.optimization_barrier(lengths), stable=True).astype(jnp.int32)
     padded = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (chunks * size - units,))])
-    results = jax.lax.map(function, padded.reshape(chunks, size))
+    counts = jnp.arange(chunks * size) < units
+    chunked = padded.reshape(chunks, size), counts.reshape(chunks, size)
+    carry, results = jax.lax.scan(lambda carry, chunk: function(carry, *chunk), carry, chunked)
     back = jnp.argsort(order)
-    return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[back], results)
+    return carry, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[back], results)
