@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import types
 import typing
 
@@ -11,19 +12,27 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import reference, xla
+from pallas_kernels import mosaic_gpu, reference, xla
 from pallas_kernels.checks import check_number, check_operands
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
-from pallas_kernels.sharding import over_shards, sharded_like
+from pallas_kernels.sharding import Sharding, over_shards, sharded_like
+from pallas_kernels.sinks import sink_gradients
+
+LOG = logging.getLogger("s2jax")
 
 OUT_NAME, LSE_NAME = "s2jax_out", "s2jax_lse"
 """`checkpoint_name`s of the two residuals that are worth keeping when a layer is rematerialised."""
 
 with_own_gradient: typing.Any = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 
-BACKENDS: dict[str, types.ModuleType] = {"xla": xla, "reference": reference}
+FORWARD: dict[str, types.ModuleType] = {"xla": xla, "mosaic_gpu": mosaic_gpu, "reference": reference}
+BACKWARD: dict[str, types.ModuleType] = {"xla": xla, "mosaic_gpu": xla, "reference": reference}
+"""Which module computes the passes of each implementation."""
+
+PLATFORMS = {"cuda": "mosaic_gpu"}
+"""The implementation that is taken on a platform, if it can do what is asked for; "xla" everywhere else."""
 
 
 def block_sparse_attention(
@@ -59,8 +68,9 @@ def block_sparse_attention(
       return_lse: gives back (out, lse).
       query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None). The mesh must be
         set, with `jax.set_mesh`: of a mesh that is not, nothing can be known here, and XLA gathers what is sharded.
-      implementation: "xla" or "reference", or several names in order of preference; None picks.
-      tiles: tile sizes of the one implementation asked for, such as `XlaTiles`.
+      implementation: "mosaic_gpu", "xla" or "reference", or several names in order of preference; None picks by the
+        platform that is lowered for.
+      tiles: tile sizes of the one implementation asked for, `HopperTiles` or `XlaTiles`.
 
     Returns:
       out [b, t, h, e] in the query's dtype; lse [b, h, t] in float32 (float64 for float64), the natural logarithm of
@@ -80,7 +90,7 @@ def block_sparse_attention(
         logits_soft_cap=None if logits_soft_cap is None else check_number("logits_soft_cap", logits_soft_cap, above=0),
         tiles=tiles,
     )
-    call = Call(_choose(problem, operands, implementation), problem, query_spec)
+    call = Call(*_choose(problem, operands, implementation), problem, query_spec)
     rest = dataclasses.replace(operands, query=None, key=None, value=None, sinks=None)
     out, lse = _compiled(call, operands.query, operands.key, operands.value, operands.sinks, rest)
     return (out, lse) if return_lse else out
@@ -88,33 +98,95 @@ def block_sparse_attention(
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The static half of a call."""
+    """The static half of a call.
 
-    backend: str
+    Attributes:
+      implementation: a name.
+      on: platforms that take another, and its name.
+    """
+
+    implementation: str
+    on: tuple[tuple[str, str], ...]
     problem: Problem
     query_spec: PartitionSpec | None
 
 
-def _choose(problem: Problem, operands: Operands, implementation) -> str:
-    names = "xla" if implementation is None else implementation
-    names = (names,) if isinstance(names, str) else names
+def _choose(problem: Problem, operands: Operands, implementation) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The implementation, and those of platforms that take another."""
+    if implementation is None and problem.tiles is None:
+        on = []
+        for platform, name in PLATFORMS.items():
+            reason = FORWARD[name].refuse(problem, operands)
+            if reason is None:
+                on.append((platform, name))
+            else:
+                _log_once(f"{name} cannot do it, xla takes over: {reason}")
+        return "xla", tuple(on)
+    if implementation is None:
+        implementation = [name for name in FORWARD if isinstance(problem.tiles, FORWARD[name].TILES)] or "xla"
+    names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"implementation must be a name, several names or None, got {implementation!r}")
     if not names:
-        raise ValueError(f"implementation must name at least one of {', '.join(BACKENDS)}, got {implementation!r}")
+        raise ValueError(f"implementation must name at least one of {', '.join(FORWARD)}, got {implementation!r}")
     reasons = []
     for name in names:
-        if name not in BACKENDS:
-            raise ValueError(f"implementation must be among {', '.join(BACKENDS)}, got {name!r}")
-        if problem.tiles is not None and not isinstance(problem.tiles, BACKENDS[name].TILES):
+        if name not in FORWARD:
+            raise ValueError(f"implementation must be among {', '.join(FORWARD)}, got {name!r}")
+        if problem.tiles is not None and not isinstance(problem.tiles, FORWARD[name].TILES):
             raise ValueError(
-                f"tiles for {name!r} must be {BACKENDS[name].TILES.__name__}, got {type(problem.tiles).__name__}"
+                f"tiles for {name!r} must be {FORWARD[name].TILES.__name__}, got {type(problem.tiles).__name__}"
             )
-        reason = BACKENDS[name].refuse(problem, operands)
+        reason = FORWARD[name].refuse(problem, operands)
         if reason is None:
-            return name
+            return name, ()
         reasons.append(f"{name}: {reason}")
     raise NotImplementedError("; ".join(reasons))
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    LOG.info(message)
+
+
+class Pass:
+    """The forward or the backward pass of a call, by whichever modules compute it."""
+
+    def __init__(self, modules: dict[str, types.ModuleType], name: str, call: Call, operands: Operands):
+        self.name, self.call = name, call
+        self.modules = {each: modules[each] for each in (call.implementation, *(other for _, other in call.on))}
+        self.tables = {
+            module.__name__: getattr(module, f"{name}_tables")(self._problem(module), operands)
+            for module in self.modules.values()
+        }
+
+    def _problem(self, module: types.ModuleType) -> Problem:
+        """Without the tiles of another module."""
+        tiles = self.call.problem.tiles
+        return dataclasses.replace(self.call.problem, tiles=tiles if isinstance(tiles, module.TILES) else None)
+
+    def __call__(self, operands: Operands, *arrays, **options):
+        """Computes it, `operands.tables` being those of all modules."""
+
+        def by(module: types.ModuleType):
+            def function(operands: Operands, *arrays):
+                mine = dataclasses.replace(operands, tables=operands.tables[module.__name__])
+                return getattr(module, self.name)(self._problem(module), mine, *arrays, **options)
+
+            return function
+
+        default = self.modules[self.call.implementation]
+        others = {platform: self.modules[name] for platform, name in self.call.on if self.modules[name] is not default}
+        if not others:
+            return by(default)(operands, *arrays)
+        branches = {platform: by(module) for platform, module in others.items()}
+        return jax.lax.platform_dependent(operands, *arrays, default=by(default), **branches)
+
+    def table_specs(self, tables: dict, sharding: Sharding) -> dict:
+        modules = {module.__name__: module for module in self.modules.values()}
+        return {
+            name: None if each is None else modules[name].table_specs(each, sharding) for name, each in tables.items()
+        }
 
 
 # Both passes are sharded each by itself: a `shard_map` around the `custom_vjp` would be transposed by JAX, and one
@@ -123,17 +195,14 @@ def _choose(problem: Problem, operands: Operands, implementation) -> str:
 
 @with_own_gradient
 def _attention(call: Call, query, key, value, sinks, rest: Operands):
-    backend = BACKENDS[call.backend]
+    operands = dataclasses.replace(rest, query=query, key=key, value=value, sinks=sinks)
+    forward = Pass(FORWARD, "forward", call, operands)
 
     def local(operands: Operands):
-        out, lse = backend.forward(call.problem, operands)
-        if operands.sinks is not None:
-            out, lse = add_sinks(out, lse, operands.sinks)
-        return _nan_beyond(call.problem, operands, out.astype(operands.query.dtype), lse)
+        return _nan_beyond(call.problem, operands, *forward(operands))
 
-    tables = backend.tables(call.problem)
-    operands = dataclasses.replace(rest, query=query, key=key, value=value, sinks=sinks, tables=tables)
-    return over_shards(local, backend, operands, call.query_spec, "ql")
+    operands = dataclasses.replace(operands, tables=forward.tables)
+    return over_shards(local, forward.table_specs, operands, call.query_spec, "ql")
 
 
 def _forward(call: Call, query, key, value, sinks, rest: Operands):
@@ -174,39 +243,27 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 
 def _all_gradients(call: Call, query, key, value, sinks, out, lse, dout, dlse, rest: Operands, *, differentiable=False):
     """dq, dk, dv and dsinks."""
-    backend = BACKENDS[call.backend]
+    operands = dataclasses.replace(rest, query=query, key=key, value=value, sinks=sinks)
+    backward = Pass(BACKWARD, "backward", call, operands)
 
     def local(operands: Operands, out, lse, dout, dlse):
         # The gradient of an empty row's lse, -inf, means nothing.
         dlse = jnp.where(jnp.isneginf(lse), 0, dlse)
         delta = jnp.einsum("bthe,bthe->bht", out.astype(lse.dtype), dout.astype(lse.dtype)) - dlse
-        gradients = backend.backward(call.problem, operands, dout, lse, delta, differentiable=differentiable)
+        gradients = backward(operands, dout, lse, delta, differentiable=differentiable)
         inputs = operands.query, operands.key, operands.value
         gradients = tuple(g.astype(array.dtype) for g, array in zip(gradients, inputs, strict=True))
-        if operands.sinks is None:
-            return *gradients, None
-        reads = ~jnp.isneginf(lse)
-        logits = operands.sinks.astype(lse.dtype)[:, None] - jnp.where(reads, lse, 0)
-        weights = jnp.where(reads, jnp.exp(jnp.where(reads, logits, 0)), 0)
-        return *gradients, (-weights * delta).sum(2)
+        return *gradients, None if operands.sinks is None else sink_gradients(operands.sinks, lse, delta)
 
-    tables = backend.tables(call.problem)
-    operands = dataclasses.replace(rest, query=query, key=key, value=value, sinks=sinks, tables=tables)
+    operands = dataclasses.replace(operands, tables=backward.tables)
     results = "qqq-" if sinks is None else "qqqb"
     arrays = out, lse, dout, dlse
-    *gradients, dsinks = over_shards(local, backend, operands, call.query_spec, results, "qlql", *arrays)
+    *gradients, dsinks = over_shards(local, backward.table_specs, operands, call.query_spec, results, "qlql", *arrays)
     if sinks is not None:
         # The one sum over sequences, and so over shards of the batch: left to XLA.
         dsinks = dsinks.sum(0).astype(sinks.dtype)
     primals = query, key, value, sinks
     return tuple(sharded_like(*pair) for pair in zip((*gradients, dsinks), primals, strict=True))
-
-
-def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
-    """Adds exp(sink) to every row's sum: out [b, t, h, e], lse [b, h, t], sinks [h]."""
-    total = jnp.logaddexp(lse, sinks.astype(lse.dtype)[:, None])
-    kept = jnp.exp(lse - jnp.where(jnp.isneginf(total), 0, total))
-    return out * kept.swapaxes(1, 2)[..., None].astype(out.dtype), total
 
 
 def _nan_beyond(problem: Problem, operands: Operands, out: Array, lse: Array) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ from pallas_kernels.problem import Operands, Problem, accumulation_dtype
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import Sharding
+from pallas_kernels.sinks import add_sinks
 
 TILES = type(None)
 """There are no tiles to choose."""
@@ -75,9 +76,12 @@ def refuse(problem: Problem, operands: Operands) -> str | None:
     return None
 
 
-def tables(problem: Problem) -> Bool[np.ndarray, "h t s"] | None:
+def forward_tables(problem: Problem, operands: Operands) -> Bool[np.ndarray, "h t s"] | None:
     """The token mask of every head; None for a selection."""
     return None if problem.schedule is None else _token_mask(problem.schedule)
+
+
+backward_tables = forward_tables
 
 
 @functools.lru_cache(maxsize=8)
@@ -86,8 +90,10 @@ def _token_mask(schedule: BlockSchedule) -> np.ndarray:
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
-    """out [b, t, h, e] and lse [b, h, t] without sinks, both in the accumulation dtype."""
-    return _attend(problem, operands, operands.query, operands.key, operands.value)
+    """out [b, t, h, e] in the query's dtype and lse [b, h, t] in the accumulation dtype, sinks included."""
+    out, lse = _attend(problem, operands, operands.query, operands.key, operands.value)
+    out, lse = add_sinks(out, lse, operands.sinks)
+    return out.astype(operands.query.dtype), lse
 
 
 def table_specs(tables: Array, sharding: Sharding) -> PartitionSpec:

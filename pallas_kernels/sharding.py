@@ -35,11 +35,13 @@ class Sharding:
         return P(*axes)
 
 
-def over_shards(function, backend, operands: Operands, query_spec: P | None, results: str, extra: str = "", *arrays):
+def over_shards(
+    function, table_specs, operands: Operands, query_spec: P | None, results: str, extra: str = "", *arrays
+):
     """`function(operands, *arrays)` on every shard of the mesh that is set, or as it is where there is none.
 
     Args:
-      backend: whose `table_specs` says how its tables are split.
+      table_specs: `table_specs(operands.tables, sharding)` says how they are split.
       query_spec: the query's PartitionSpec, for meshes with Auto axes.
       results, extra: what comes out, and what the arrays are: one letter each, "q" for [batch, length, heads,
         features], "l" for [batch, heads, length], "b" for [batch, heads] and "-" for None.
@@ -48,7 +50,7 @@ def over_shards(function, backend, operands: Operands, query_spec: P | None, res
     if sharding is None:
         return function(operands, *arrays)
     kinds = {"q": sharding.of(0, 2), "l": sharding.of(0, 1, 3), "b": sharding.of(0, 1, 2), "-": None}
-    in_specs = (_operand_specs(sharding, backend, operands), *(kinds[kind] for kind in extra))
+    in_specs = (_operand_specs(sharding, table_specs, operands), *(kinds[kind] for kind in extra))
     arguments = (operands, *arrays)
     if sharding.explicit:
         arguments = jax.tree.map(jax.sharding.reshard, arguments, in_specs)
@@ -61,7 +63,7 @@ def over_shards(function, backend, operands: Operands, query_spec: P | None, res
     return mapped(*arguments)
 
 
-def _operand_specs(sharding: Sharding, backend, operands: Operands) -> typing.Any:
+def _operand_specs(sharding: Sharding, table_specs, operands: Operands) -> typing.Any:
     tokens = sharding.of(0, 2)
     each = {
         "query": tokens,
@@ -81,7 +83,7 @@ def _operand_specs(sharding: Sharding, backend, operands: Operands) -> typing.An
             operands.selection, kv_blocks=sharding.of(batch, heads), counts=sharding.of(batch, heads, 3)
         )
     if operands.tables is not None:
-        specs["tables"] = backend.table_specs(operands.tables, sharding)
+        specs["tables"] = table_specs(operands.tables, sharding)
     return Operands(**specs)
 
 

@@ -4,6 +4,7 @@ Time grows with the blocks that are read, memory with the tokens, plus a bounded
 """
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array
 
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.sharding import Sharding
+from pallas_kernels.sinks import add_sinks
 from pallas_kernels.xla.backward import key_value_gradients, query_gradient
 from pallas_kernels.xla.forward import RowPass, attend
 from pallas_kernels.xla.layout import Layout
@@ -55,40 +57,45 @@ def refuse(problem: Problem, operands: Operands) -> str | None:
     return None
 
 
-def tables(problem: Problem) -> tuple[Walks, Walks] | None:
-    """What the passes over queries and over keys walk, the walkers of all heads in order; None for a selection."""
-    schedule, tiles = problem.schedule, _tiles(problem)
+def forward_tables(problem: Problem, operands: Operands) -> Walks | None:
+    """What the pass over the queries walks, the walkers of all heads in order; None for a selection."""
+    schedule = problem.schedule
     if schedule is None:
         return None
     group = schedule.num_heads // schedule.num_kv_heads // walkers_per_kv_head(schedule)
-    size = schedule.block_size
-    return (
-        forward_walks(schedule, _blocks(tiles.queries, size * group)),
-        backward_walks(schedule, _blocks(tiles.packed_keys, size)),
-    )
+    return forward_walks(schedule, _blocks(_tiles(problem).queries, schedule.block_size * group))
+
+
+def backward_tables(problem: Problem, operands: Operands) -> tuple[Walks, Walks] | None:
+    """What the passes over queries and over keys walk; None for a selection."""
+    forward = forward_tables(problem, operands)
+    if problem.schedule is None or forward is None:
+        return None
+    packed = _blocks(_tiles(problem).packed_keys, problem.schedule.block_size)
+    return forward, backward_walks(problem.schedule, packed)
 
 
 def _blocks(tokens: int, size: int) -> int:
     return max(1, tokens // size)
 
 
-def table_specs(tables: tuple[Walks, Walks], sharding: Sharding) -> tuple[Walks, Walks]:
+def table_specs(tables: Walks | tuple[Walks, Walks], sharding: Sharding) -> typing.Any:
     """How the tables are split over a mesh: walkers with their heads, the lists that they share not at all."""
-    return tuple(
-        dataclasses.replace(
-            jax.tree.map(lambda array: PartitionSpec(), walks),
-            slices=sharding.of(heads=1, ndim=5),
-            members=None if walks.members is None else sharding.of(heads=0, ndim=3),
-            places=None if walks.places is None else sharding.of(heads=0, ndim=2),
-        )
-        for walks in tables
+    if isinstance(tables, tuple):
+        return tuple(table_specs(each, sharding) for each in tables)
+    return dataclasses.replace(
+        jax.tree.map(lambda array: PartitionSpec(), tables),
+        slices=sharding.of(heads=1, ndim=5),
+        members=None if tables.members is None else sharding.of(heads=0, ndim=3),
+        places=None if tables.places is None else sharding.of(heads=0, ndim=2),
     )
 
 
 def forward(problem: Problem, operands: Operands, *, bounded: bool = False) -> tuple[Array, Array]:
-    """out [b, t, h, e] and lse [b, h, t] without sinks, both in the accumulation dtype."""
-    out, lse = attend(_row_pass(problem, operands), bounded=bounded)
-    return out, lse.swapaxes(1, 2)
+    """out [b, t, h, e] in the query's dtype and lse [b, h, t] in the accumulation dtype, sinks included."""
+    out, lse = attend(_row_pass(problem, operands, operands.tables), bounded=bounded)
+    out, lse = add_sinks(out, lse.swapaxes(1, 2), operands.sinks)
+    return out.astype(operands.query.dtype), lse
 
 
 def backward(
@@ -105,8 +112,9 @@ def backward(
     # A row that reads nothing has no weights: exp(logit - inf) is zero.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse).swapaxes(1, 2)
     delta = delta.swapaxes(1, 2)
-    dquery = query_gradient(_row_pass(problem, operands), dout, lse, delta, bounded=differentiable)
-    layout = _layout(problem, operands, of_keys=True)
+    over_queries, over_keys = (None, None) if operands.tables is None else operands.tables
+    dquery = query_gradient(_row_pass(problem, operands, over_queries), dout, lse, delta, bounded=differentiable)
+    layout = _layout(problem, operands, over_keys, of_keys=True)
     entries = _blocks(_tiles(problem).walked_queries, layout.row_size * layout.group)
     dkey, dvalue = key_value_gradients(layout, entries, dout, lse, delta, bounded=differentiable)
     return dquery, dkey, dvalue
@@ -116,18 +124,18 @@ def _tiles(problem: Problem) -> XlaTiles:
     return problem.tiles or XlaTiles()
 
 
-def _row_pass(problem: Problem, operands: Operands) -> RowPass:
-    layout = _layout(problem, operands, of_keys=False)
+def _row_pass(problem: Problem, operands: Operands, walks: Walks | None) -> RowPass:
+    layout = _layout(problem, operands, walks, of_keys=False)
     return RowPass(layout, _blocks(_tiles(problem).keys, layout.block_size))
 
 
-def _layout(problem: Problem, operands: Operands, *, of_keys: bool) -> Layout:
+def _layout(problem: Problem, operands: Operands, walks: Walks | None, *, of_keys: bool) -> Layout:
     """The call arranged for a pass over the queries, or over the keys."""
     selection, (kv_length, num_kv_heads) = operands.selection, operands.key.shape[1:3]
     if selection is None:
         assert problem.schedule is not None  # one of the two says what is read
-        size = problem.schedule.block_size
-        return Layout(problem, operands, operands.tables[of_keys], size, size)
+        assert walks is not None
+        return Layout(problem, operands, walks, problem.schedule.block_size, problem.schedule.block_size)
     if of_keys:
         walks = transposed_selection_walks(selection, num_kv_heads, -(-kv_length // selection.block_size))
     else:

@@ -27,8 +27,8 @@ from tests.kernels.truth import Results
 POISON = (np.nan, np.inf, -np.inf)
 
 
-def traced(case: Case, implementation: str, tiles=None):
-    """The computation of a case: `arguments(case, given)` -> out, lse and gradients."""
+def traced_forward(case: Case, implementation: str, tiles=None):
+    """The forward pass of a case: query, key, value, sinks and the rest of `arguments(case, given)` -> out and lse."""
 
     def forward(query, key, value, sinks, rest):
         pattern, offset = case.pattern, rest.get("offset", case.offsets)
@@ -41,6 +41,13 @@ def traced(case: Case, implementation: str, tiles=None):
             query_segment_ids=rest.get("query_segment_ids"), kv_segment_ids=rest.get("kv_segment_ids"),
             logits_soft_cap=case.soft_cap, sinks=sinks, return_lse=True, implementation=implementation, tiles=tiles,
         )  # fmt: skip
+
+    return forward
+
+
+def traced(case: Case, implementation: str, tiles=None):
+    """The computation of a case: `arguments(case, given)` -> out, lse and gradients."""
+    forward = traced_forward(case, implementation, tiles)
 
     def forward_and_backward(query, key, value, sinks, rest, dout, dlse):
         results, pull = jax.vjp(lambda *inputs: forward(*inputs, rest), query, key, value, sinks)
@@ -105,6 +112,10 @@ class AttentionContract:
         """The reason that the backend gives for what it cannot do."""
         return None
 
+    def adapted(self, case: Case) -> Case:
+        """The case in a form that the backend computes, where only a dtype is in the way."""
+        return case
+
     def compiled(self, case: Case):
         """`function(*arguments)` of a case, compiled."""
         return jax.jit(traced(case, self.implementation, self.tilings.get(case.tiling)))
@@ -114,6 +125,7 @@ class AttentionContract:
 
     def check(self, case: Case) -> None:
         """The results are right, what is unread reaches nothing, and empty rows are empty."""
+        case = self.adapted(case)
         with precision_of(case):
             given = arrays(case)
             mask, function = truth.token_mask(case, given), self.compiled(case)
@@ -149,7 +161,7 @@ class AttentionContract:
     @pytest.mark.parametrize("name", ["blocks of 64", "soft cap, low precision", "an offset for each"])
     def test_optimised(self, name: str):
         """What XLA's optimisations might spoil: twice compiled, the same bits; what is unread reaches nothing."""
-        case = BY_NAME[name]
+        case = self.adapted(BY_NAME[name])
         given = arrays(case)
         mask = truth.token_mask(case, given)
         found = self.run(case, given)
@@ -193,7 +205,7 @@ class AttentionContract:
     @pytest.mark.usefixtures("quick_compilation")
     def test_offsets_beyond_the_keys_give_nan(self):
         """Positions for which nothing was compiled: no number is better than a wrong one."""
-        case = dataclasses.replace(BY_NAME["an offset for each"], batch=3, offsets=(-1, 91, 90))
+        case = dataclasses.replace(self.adapted(BY_NAME["an offset for each"]), batch=3, offsets=(-1, 91, 90))
         found = self.run(case, arrays(case))
         assert np.isnan(found.out[:2].astype(np.float32)).all()
         assert np.isnan(found.lse[:2]).all()
@@ -205,5 +217,6 @@ def check_empty_rows(found: Results, mask: np.ndarray, given: Arrays) -> None:
     empty = ~mask.any(-1)
     lse = np.float32(-np.inf) if given.sinks is None else given.sinks[None, :, None]
     np.testing.assert_array_equal(found.lse[empty], np.broadcast_to(lse, empty.shape)[empty])
-    for array in (found.out, found.dquery):
-        assert not array.swapaxes(1, 2)[empty].any()
+    for name, array in found.items():
+        if name in ("out", "dquery"):
+            assert not array.swapaxes(1, 2)[empty].any()

@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "planted_faults.md"
 
 OP, CHECKS, PROBLEM = "pallas_kernels/op.py", "pallas_kernels/checks.py", "pallas_kernels/problem.py"
+SINKS = "pallas_kernels/sinks.py"
 SCHEDULE, TILES = "pallas_kernels/schedule.py", "pallas_kernels/tiles.py"
 FORWARD, BACKWARD, LAYOUT, WALKING, WALKS = (
     f"pallas_kernels/xla/{name}.py" for name in ("forward", "backward", "layout", "walking", "walks")
@@ -169,8 +170,12 @@ FAULTS = [
         case("soft cap"),
     ),
     Fault("delta without dlse", OP, "dout.astype(lse.dtype)) - dlse", "dout.astype(lse.dtype))", case("local stride")),
-    Fault("sinks dropped", OP, "out, lse = add_sinks(out, lse, operands.sinks)", "pass", case("sinks")),
-    Fault("the gradient of sinks with the wrong sign", OP, "(-weights * delta)", "(weights * delta)", case("sinks")),
+    Fault(
+        "sinks dropped", SINKS,
+        "return out * kept.swapaxes(1, 2)[..., None].astype(out.dtype), total", "return out, lse",
+        case("sinks"),
+    ),
+    Fault("the gradient of sinks with the wrong sign", SINKS, "(-weights * delta)", "(weights * delta)", case("sinks")),
     Fault(
         "sums in the inputs' own precision", PROBLEM,
         "np.promote_types(dtype, np.float32)", "np.dtype(dtype)",

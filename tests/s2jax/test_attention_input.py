@@ -100,7 +100,10 @@ OPTIONS = {
         "implementation must be among…xla…reference…got 'triton'",
     ),
     "an unknown backend in a list": ({"implementation": ["cuda", "xla"]}, "implementation must be among…got 'cuda'"),
-    "no backend at all": ({"implementation": []}, "implementation must name at least one of xla, reference, got []"),
+    "no backend at all": (
+        {"implementation": []},
+        "implementation must name at least one of xla, mosaic_gpu, reference, got []",
+    ),
     "no features": ({"query": QUERY[..., :0], "key": KEY[..., :0]}, "query…length 0: (2, 40, 4, 0)…at least one"),
     "tiles of another backend": (
         {"implementation": "reference", "tiles": XlaTiles()},

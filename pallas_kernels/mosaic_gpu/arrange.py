@@ -1,0 +1,165 @@
+"""From a call of the op to a call of the kernel: padded arrays, attributes of rows and keys, and the way back."""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels.mosaic_gpu.plan import ROWS, Plan
+from pallas_kernels.mosaic_gpu.segments import narrow
+from pallas_kernels.mosaic_gpu.tables import Inputs, Tables
+from pallas_kernels.mosaic_gpu.tiles import HopperTiles
+from pallas_kernels.problem import Operands, Problem
+
+NOWHERE = np.iinfo(np.int32).max
+"""The position of a key that is not there: behind every query."""
+
+FEATURES = 16
+"""The tensor cores multiply so many features at a time."""
+
+LENGTH = 8
+"""Copies need lengths of a multiple of the rows that lie together in shared memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Queries in tiles: the first `shift` rows of the first tile are empty.
+
+    Attributes:
+      shift: int, or int32 [b].
+      first: int, or int32 [b], which tile of the tables the first one is.
+    """
+
+    queries: int
+    tiles: int
+    length: int
+    shift: int | Array
+    first: int | Array
+
+    def place(self, array: Array, length: int) -> Array:
+        """[b, t, ...] -> [b, length, ...], zero where there is no query."""
+        if isinstance(self.shift, int):
+            after = length - self.shift - self.length
+            return jnp.pad(array, ((0, 0), (self.shift, after), *((0, 0) for _ in array.shape[2:])))
+        room = jnp.zeros((array.shape[0], length, *array.shape[2:]), array.dtype)
+        return jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice_in_dim(r, a, at, 0))(room, array, self.shift)
+
+    def take_back(self, array: Array, axis: int) -> Array:
+        """The inverse, along an axis after the batch."""
+        if isinstance(self.shift, int):
+            return jax.lax.slice_in_dim(array, self.shift, self.shift + self.length, axis=axis)
+        return jax.vmap(lambda a, at: jax.lax.dynamic_slice_in_dim(a, at, self.length, axis - 1))(array, self.shift)
+
+    def rows(self, array: Array) -> Array:
+        """[b, t] -> [b, tiles, ROWS]: the rows of the tiles, the same queries once for every head."""
+        array = self.place(array, self.tiles * self.queries).reshape(array.shape[0], self.tiles, self.queries)
+        return jnp.tile(array, (1, 1, ROWS // self.queries))
+
+
+def make_grid(problem: Problem, operands: Operands, queries: int) -> Grid:
+    length, offset = operands.query.shape[1], operands.query_offset
+    if problem.schedule is None:
+        shift, first, most = 0, 0, 0
+    elif offset is None:
+        shift = problem.schedule.query_offset % problem.schedule.block_size
+        first, most = 0, shift
+    else:
+        shift, first, most = offset % queries, offset // queries, queries - 1
+    return Grid(queries, -(-(length + most) // queries), length, shift, first)
+
+
+def arrange(problem: Problem, operands: Operands, value: Array, tables: Tables, tiles: HopperTiles):
+    """The plan and the inputs of the kernel, and the function that makes out and lse of its results."""
+    grid = make_grid(problem, operands, tiles.queries)
+    query, scale = _positive_scale(operands.query, problem.scale)
+    batch, _, num_heads, _ = query.shape
+    _, kv_length, num_kv_heads, value_dim = value.shape
+    in_place = isinstance(grid.shift, int) and grid.shift == 0
+    query = grid.place(query, _up(grid.length, LENGTH) if in_place else grid.tiles * grid.queries)
+    query, key, value = (_pad(array, 3, FEATURES) for array in (query, operands.key, value))
+    key, value = (_pad(array, 1, LENGTH) for array in (key, value))
+    reads = problem.schedule or operands.selection
+    assert reads is not None  # one of the two says what is read
+    block_size = reads.block_size
+    num_blocks = -(-kv_length // block_size)
+    attributes = _attributes(problem, operands, grid, block_size, num_blocks)
+    slices, num_full = jnp.asarray(tables.slices), tables.num_full
+    if not isinstance(grid.first, int):
+        tile = jnp.minimum(grid.first[:, None] + jnp.arange(grid.tiles, dtype=jnp.int32), slices.shape[2] - 1)
+        slices = slices[0][:, tile].swapaxes(0, 1)
+    blocks = jnp.asarray(tables.blocks)
+    if "kv_segments" in attributes and problem.schedule is not None:
+        mine = attributes["query_segments"][..., : grid.queries]
+        slices = narrow(blocks, slices, num_full, mine, attributes["kv_segments"], block_size)
+    inputs = Inputs(
+        query, key, value, blocks, jnp.asarray(tables.masks), slices,
+        None if tables.words is None else jnp.asarray(tables.words),
+        sinks=_sinks(operands.sinks, tiles), **attributes,
+    )  # fmt: skip
+    plan = Plan(
+        batch, num_heads, num_kv_heads, query.shape[3], value.shape[3], np.dtype(query.dtype), grid.queries, grid.tiles,
+        tiles.keys, tiles.stages, block_size, slices.shape[3], num_full, scale, problem.logits_soft_cap,
+    )  # fmt: skip
+
+    def finish(out: Array, lse: Array) -> tuple[Array, Array]:
+        return grid.take_back(out, 1)[..., :value_dim], grid.take_back(lse, 2)
+
+    return plan, inputs, finish
+
+
+def _attributes(problem: Problem, operands: Operands, grid: Grid, block_size: int, num_blocks: int) -> dict:
+    """Segments and positions of rows and keys, those that are needed."""
+    found: dict[str, typing.Any] = {}
+    whole = num_blocks * block_size
+    if operands.query_segment_ids is not None:
+        kv_ids = operands.kv_segment_ids
+        assert kv_ids is not None  # both or neither
+        # Keys that are not there take the last one's id: a tile in one segment sees one segment in that block too.
+        found["kv_segments"] = jnp.pad(kv_ids, ((0, 0), (0, whole - kv_ids.shape[1])), mode="edge")
+        found["query_segments"] = _edge_ids(grid, operands.query_segment_ids)
+    if operands.selection is not None:
+        batch, length = operands.query.shape[:2]
+        position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        if operands.query_offset is not None:
+            position = position + operands.query_offset[:, None]
+        if not operands.selection.causal:
+            position = jnp.full_like(position, NOWHERE - 1)
+        keys = jnp.arange(whole + block_size, dtype=jnp.int32)
+        found["query_positions"] = grid.rows(position)
+        found["kv_positions"] = jnp.where(keys < operands.key.shape[1], keys, NOWHERE)
+    return found
+
+
+def _edge_ids(grid: Grid, ids: Array) -> Array:
+    """The segments of the rows; rows without a query take the nearest query's, so that they make no tile mixed."""
+    index = jnp.arange(grid.tiles * grid.queries, dtype=jnp.int32)
+    shift = jnp.full(ids.shape[0], grid.shift, jnp.int32) if isinstance(grid.shift, int) else grid.shift
+    index = jnp.clip(index - shift[:, None], 0, grid.length - 1)
+    ids = jnp.take_along_axis(ids, index, 1).reshape(ids.shape[0], grid.tiles, grid.queries)
+    return jnp.tile(ids, (1, 1, ROWS // grid.queries))
+
+
+def _positive_scale(query: Array, scale: float) -> tuple[Array, float]:
+    """The kernel takes the maximum before it scales, which needs a scale above 0."""
+    if scale > 0:
+        return query, scale
+    return (-query, -scale) if scale < 0 else (jnp.zeros_like(query), 1.0)
+
+
+def _sinks(sinks: Array | None, tiles: HopperTiles) -> Array | None:
+    if sinks is None:
+        return None
+    return jnp.repeat(sinks.astype(jnp.float32).reshape(-1, tiles.heads), tiles.queries, 1)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _pad(array: Array, axis: int, multiple: int) -> Array:
+    after = -array.shape[axis] % multiple
+    widths = [(0, after if each == axis else 0) for each in range(array.ndim)]
+    return jnp.pad(array, widths) if after else array

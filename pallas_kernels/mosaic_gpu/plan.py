@@ -1,0 +1,82 @@
+"""What the code of the kernels depends on."""
+
+import dataclasses
+
+import numpy as np
+
+from pallas_kernels.mosaic_gpu.untyped import plgpu
+
+WARPGROUPS, WARPGROUP_ROWS = 2, 64
+ROWS = WARPGROUPS * WARPGROUP_ROWS
+WORD = 32
+"""Bits of a word of a mask."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything about a call that is known while tracing and that the code of the kernel depends on.
+
+    Attributes:
+      queries: tokens of a tile, which has as many heads as make ROWS rows of them.
+      tiles: how many there are for every head.
+      keys: of a step.
+      stages: steps that are loaded ahead.
+      block_size: of the lists.
+      num_parts, num_full: of the slices, as in `BlockLists`.
+      scale: of the logits; above 0.
+    """
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: np.dtype
+    queries: int
+    tiles: int
+    keys: int
+    stages: int
+    block_size: int
+    num_parts: int
+    num_full: int
+    scale: float
+    soft_cap: float | None
+
+    @property
+    def heads(self) -> int:
+        """Query heads in a tile."""
+        return ROWS // self.queries
+
+    @property
+    def piece(self) -> int:
+        """Consecutive queries of one head in a warpgroup."""
+        return min(self.queries, WARPGROUP_ROWS)
+
+    @property
+    def pieces(self) -> int:
+        return WARPGROUP_ROWS // self.piece
+
+    @property
+    def slot(self) -> int:
+        """Keys that one copy brings: a block, or as much of it as a step holds."""
+        return min(self.block_size, self.keys)
+
+    @property
+    def slots(self) -> int:
+        return self.keys // self.slot
+
+    @property
+    def parts_of_block(self) -> int:
+        """Slots that a block fills."""
+        return self.block_size // self.slot
+
+    @property
+    def words(self) -> int:
+        """Words of mask bits for every row of a slot."""
+        return -(-self.slot // WORD)
+
+    def transforms(self, features: int) -> tuple:
+        """How rows of so many features lie in shared memory: in the widest swizzle that divides them."""
+        swizzle = next(size for size in (128, 64, 32) if features * self.dtype.itemsize % size == 0)
+        tiling = plgpu.TilingTransform((8, swizzle // self.dtype.itemsize))
+        return tiling, plgpu.SwizzleTransform(swizzle)

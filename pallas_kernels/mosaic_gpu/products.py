@@ -1,0 +1,40 @@
+"""Matrix products of a warpgroup, the one thing that the interpreter computes in another way than the chip."""
+
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax._src import config
+from jaxtyping import Array
+
+from pallas_kernels.mosaic_gpu.untyped import plgpu
+
+
+def product(first, second, shape: tuple[int, int], meanwhile) -> Array:
+    """first · second in float32, both in shared memory; `meanwhile` runs while the tensor cores are busy."""
+
+    def compute(accumulator):
+        plgpu.wgmma(accumulator, first, second)
+        meanwhile()
+        return accumulator[...]
+
+    return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
+
+
+def add_product(total: Array, first: Array, second, meanwhile) -> Array:
+    """total + first · second, `first` in registers and `second` in shared memory."""
+
+    def compute(accumulator):
+        plgpu.wgmma(accumulator, first, second)
+        meanwhile()
+
+    if not interpreted():
+        return pl.run_state(compute)(plgpu.ACC.init(total))
+    # The interpreter has no such product.
+    meanwhile()
+    result = total + jnp.dot(first, second[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()
+    return result
+
+
+def interpreted() -> bool:
+    """Whether kernels traced now run in the interpreter."""
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None

@@ -1,0 +1,70 @@
+"""Documents packed into a sequence: tiles skip the blocks of other documents, and need no mask inside their own."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int32
+
+
+def narrow(blocks: Array, slices: Array, num_full: int, query_ids: Array, kv_ids: Array, block_size: int) -> Array:
+    """The slices without the blocks that share no segment with the tile.
+
+    Every slice without a mask becomes three: the blocks that lie in the one segment of all the tile's queries, which
+    still need no mask, and those before and after, which do. What is skipped is exact for documents that stand one
+    after the other with ascending ids, and too little rather than too much for all others.
+
+    Args:
+      blocks: int32 [entries], ascending within a slice.
+      slices: int32 [b|1, heads, tiles, parts, 2].
+      num_full: the first so many parts need no mask.
+      query_ids: int32 [b, tiles, queries].
+      kv_ids: int32 [b, s], s a multiple of block_size.
+
+    Returns:
+      int32 [b, heads, tiles, parts + 2 · num_full, 2], of which the first `num_full` need no mask.
+    """
+    least, most = query_ids.min(-1)[..., None], query_ids.max(-1)[..., None]
+    by_block = kv_ids.reshape(kv_ids.shape[0], -1, block_size)
+    least_key, most_key = by_block.min(-1)[:, None], by_block.max(-1)[:, None]
+    shared = _first_run((least <= most_key) & (least_key <= most), whole=True)
+    own = _first_run((least == most) & (least_key == least) & (most_key == least), whole=False)
+    low, high = (edge[:, None, :, None] for edge in shared)
+    own_low, own_high = (edge[:, None, :, None] for edge in own)
+    own_low, own_high = jnp.where(own_low < own_high, own_low, high), jnp.where(own_low < own_high, own_high, high)
+    cuts = [find(blocks, slices, edge) for edge in (low, own_low, own_high, high)]
+
+    def part(which: slice, start: int, stop: int) -> Array:
+        return jnp.stack([cuts[start][..., which], cuts[stop][..., which]], -1)
+
+    full, partial = slice(0, num_full), slice(num_full, None)
+    return jnp.concatenate([part(full, 1, 2), part(full, 0, 1), part(full, 2, 3), part(partial, 0, 3)], -2)
+
+
+def _first_run(condition: Array, *, whole: bool) -> tuple[Array, Array]:
+    """First, and one past the last, of those for which it holds, or of their first run: int32 [...], 0 and 0 if none.
+
+    Args:
+      condition: bool [..., n].
+    """
+    count = condition.shape[-1]
+    first = jnp.argmax(condition, -1).astype(jnp.int32)
+    if whole:
+        end = count - jnp.argmax(condition[..., ::-1], -1).astype(jnp.int32)
+    else:
+        after = ~condition & (jnp.arange(count, dtype=jnp.int32) > first[..., None])
+        end = jnp.where(after.any(-1), jnp.argmax(after, -1).astype(jnp.int32), count)
+    some = condition.any(-1)
+    return jnp.where(some, first, 0), jnp.where(some, end, 0)
+
+
+def find(blocks: Int32[Array, " entries"], slices: Array, block: Array) -> Array:
+    """In every slice [..., 2], the position of the first entry that is at least `block`: int32 [...]."""
+    low, high = slices[..., 0], jnp.maximum(slices[..., 1], slices[..., 0])
+    low, high = (jnp.broadcast_to(edge, jnp.broadcast_shapes(edge.shape, block.shape)) for edge in (low, high))
+
+    def halve(_, edges):
+        low, high = edges
+        middle = (low + high) // 2
+        below = (low < high) & (blocks[jnp.minimum(middle, blocks.shape[0] - 1)] < block)
+        return jnp.where(below, middle + 1, low), jnp.where(below, high, jnp.minimum(high, middle))
+
+    return jax.lax.fori_loop(0, blocks.shape[0].bit_length(), halve, (low, high))[0]

@@ -1,0 +1,156 @@
+"""What the Hopper kernels read besides queries, keys and values: lists, bits of masks, segments and positions."""
+
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from pallas_kernels.mosaic_gpu.plan import ROWS, WORD
+from pallas_kernels.mosaic_gpu.tiles import HopperTiles
+from pallas_kernels.problem import Operands
+from pallas_kernels.schedule import NOTHING, WHOLE, BlockSchedule
+from pallas_kernels.tiles import Tiles, merge, neighbours
+
+EMPTY = NOTHING
+"""The kind of mask of a slot that holds no entry."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """Tiles of rows that walk lists of blocks.
+
+    Attributes:
+      blocks: int32 [entries], the lists.
+      masks: int32 [entries], the kind of mask of every entry: 0 masks nothing, EMPTY everything.
+      slices: int32 [b|1, h / heads of a tile, tiles, parts, 2]; the first `num_full` parts hold entries without a mask.
+      words: int32 [kinds, ⌈block_size / WORD⌉, ROWS], the bits of the keys that each row of a tile sees; None where
+        positions say it.
+    """
+
+    blocks: Int32[Array | np.ndarray, " entries"]
+    masks: Int32[Array | np.ndarray, " entries"]
+    slices: Int32[Array | np.ndarray, "#b heads tiles parts 2"]
+    words: Int32[Array | np.ndarray, "kinds words rows"] | None
+    num_full: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ForwardTables:
+    """What a call needs to know of its schedule.
+
+    Attributes:
+      walked: by its tiles.
+      unread: bool [k, s], keys that nobody reads in blocks that are loaded; None where there are none.
+      walks: XLA's tables, where it takes more than the schedule to know what is read; else None.
+    """
+
+    walked: Tables
+    unread: Bool[Array | np.ndarray, "k s"] | None
+    walks: typing.Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The arrays that a kernel is called with; what is absent is None.
+
+    Attributes:
+      blocks, masks, slices, words: see `Tables`.
+      query_segments, query_positions: int32 [b, tiles, ROWS], of every row of a tile.
+      kv_segments: int32 [b, s], s rounded up to blocks.
+      kv_positions: int32 [s + block_size], s rounded up to blocks; the greatest int32 where there is no key.
+      sinks: float32 [h / heads of a tile, ROWS], of every row.
+    """
+
+    query: Float[Array, "b t h d"]
+    key: Float[Array, "b s k d"]
+    value: Float[Array, "b s k e"]
+    blocks: Int32[Array, " entries"]
+    masks: Int32[Array, " entries"]
+    slices: Int32[Array, "#b heads tiles parts 2"]
+    words: Int32[Array, "kinds words rows"] | None = None
+    query_segments: Int32[Array, "b tiles rows"] | None = None
+    kv_segments: Int32[Array, "b s"] | None = None
+    query_positions: Int32[Array, "b tiles rows"] | None = None
+    kv_positions: Int32[Array, " s"] | None = None
+    sinks: Float[Array, "heads rows"] | None = None
+
+    @property
+    def num_mask_arrays(self) -> int:
+        """How many arrays say what a masked step may see, each copied once for every slot."""
+        return sum(array is not None for array in (self.words, self.kv_segments, self.kv_positions))
+
+
+@functools.lru_cache(maxsize=64)
+def schedule_tables(schedule: BlockSchedule, queries: int) -> Tables:
+    """The tables of a schedule for tiles of `queries` tokens, in numpy."""
+    lists, size = schedule.lists, schedule.block_size
+    tiles = merge(lists, neighbours(lists.num_walkers, lists.num_rows, queries // size))
+    blocks, masks, slices, kinds, short = _without_missing_keys(schedule, tiles)
+    heads = schedule.head_index[:: ROWS // queries]
+    return Tables(blocks, masks, slices[heads][None], _words(schedule, kinds, short), tiles.lists.num_full)
+
+
+def _without_missing_keys(schedule: BlockSchedule, tiles: Tiles):
+    """The lists where the last block, if it is not filled with keys, has masks of its own.
+
+    Returns:
+      blocks, masks and slices, with one more part and one more entry where needed; the token masks of every kind, and
+      whether it is for the last block.
+    """
+    lists, kinds, last = tiles.lists, tiles.masks, schedule.num_columns - 1
+    slices, short = lists.slices.astype(np.int32), np.zeros(len(kinds), bool)
+    if schedule.kv_length % schedule.block_size == 0:
+        return lists.blocks, lists.masks, slices, kinds, short
+    # Lists ascend: only the last entry of a slice without masks can be the last block.
+    full = slices[..., : lists.num_full, :].copy()
+    busy = full[..., 1] > full[..., 0]
+    ends = busy & (lists.blocks[np.where(busy, full[..., 1] - 1, 0)] == last)
+    full[..., 1] -= ends
+    entry = len(lists.blocks)
+    one = np.where(ends.any(-1)[..., None], np.array([entry, entry + 1], np.int32), np.int32(0))[..., None, :]
+    found, which = np.unique(lists.masks[lists.blocks == last], return_inverse=True)
+    masks = lists.masks.copy()
+    masks[lists.blocks == last] = len(kinds) + 1 + which
+    return (
+        np.append(lists.blocks, last).astype(np.int32),
+        np.append(masks, len(kinds)).astype(np.int32),
+        np.concatenate([full, slices[..., lists.num_full :, :], one], -2).astype(np.int32),
+        np.concatenate([kinds, np.full_like(kinds[:1], WHOLE), kinds[found]]),
+        np.append(short, np.ones(len(found) + 1, bool)),
+    )
+
+
+def _words(schedule: BlockSchedule, kinds: np.ndarray, short: np.ndarray) -> np.ndarray:
+    """int32 [kinds, words, ROWS]."""
+    size = schedule.block_size
+    bits = schedule.token_masks[kinds].reshape(len(kinds), -1, size)  # [kinds, queries, keys]
+    remaining = schedule.kv_length - (schedule.num_columns - 1) * size
+    bits = bits & (~short[:, None, None] | (np.arange(size) < remaining))
+    bits = np.tile(bits, (1, ROWS // bits.shape[1], 1))
+    bits = np.pad(bits, ((0, 0), (0, 0), (0, -size % WORD)))
+    packed = np.packbits(bits, axis=-1, bitorder="little").view("<i4")
+    return np.ascontiguousarray(packed.swapaxes(1, 2)).astype(np.int32)
+
+
+def selection_tables(operands: Operands, tiles: HopperTiles) -> Tables:
+    """The tables of a traced selection: a list for every row of queries, all of it with masks."""
+    selection = operands.selection
+    assert selection is not None
+    batch, heads, rows, most = selection.kv_blocks.shape
+    num_blocks = -(-operands.key.shape[1] // selection.block_size)
+    inside = (selection.kv_blocks >= 0) & (selection.kv_blocks < num_blocks)
+    blocks, masks = jnp.where(inside, selection.kv_blocks, 0), jnp.where(inside, WHOLE, EMPTY)
+    first = jnp.arange(batch * heads * rows, dtype=jnp.int32).reshape(batch, heads, rows) * most
+    slices = jnp.stack([first, first + jnp.clip(selection.counts, 0, most)], -1)
+    num_heads, length = operands.query.shape[2], operands.query.shape[1]
+    head = jnp.arange(0, num_heads, tiles.heads) * heads // num_heads
+    row = jnp.arange(-(-length // tiles.queries)) * tiles.queries // selection.query_block
+    slices = slices[:, head][:, :, row][:, :, :, None]
+    return Tables(blocks.reshape(-1), masks.reshape(-1).astype(jnp.int32), slices, None, 0)

@@ -1,0 +1,81 @@
+"""Tile sizes of the Hopper kernels, and which to take."""
+
+import dataclasses
+
+from pallas_kernels.mosaic_gpu.plan import ROWS, WORD
+from pallas_kernels.schedule import BlockSchedule
+from pallas_kernels.selection import BlockSelection
+
+SHARED_BYTES = 227 << 10
+"""Shared memory of a block of threads on Hopper."""
+
+BARRIER_BYTES = 1 << 10
+"""Room for barriers and alignment."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperTiles:
+    """Tile sizes of the Hopper kernels.
+
+    Attributes:
+      heads: query heads in a tile of 128 rows; they must read the same blocks.
+      keys: keys of a step.
+      stages: steps that are loaded ahead.
+    """
+
+    heads: int = 1
+    keys: int = 128
+    stages: int = 2
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("heads", self.heads, (1, 2, 4, 8)),
+            ("keys", self.keys, (16, 32, 64, 128, 256)),
+            ("stages", self.stages, range(2, 9)),
+        ):
+            if not isinstance(value, int) or value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+    @property
+    def queries(self) -> int:
+        """Queries of every head in a tile."""
+        return ROWS // self.heads
+
+    def shared_bytes(self, head_dim: int, value_dim: int, block_size: int, mask_arrays: int) -> int:
+        """Shared memory of the forward kernel, for 2-byte elements."""
+        query = ROWS * head_dim * 2 + (ROWS * value_dim * 2 if value_dim != head_dim else 0)
+        words = -(-min(block_size, self.keys) // WORD) * (self.keys // min(block_size, self.keys)) * ROWS * 4
+        masks = words + (mask_arrays - 1) * self.keys * 4
+        return query + self.stages * (self.keys * (head_dim + value_dim) * 2 + masks) + ROWS * 4 + BARRIER_BYTES
+
+
+def choose_tiles(head_dim: int, value_dim: int, block_size: int, kv_length: int, heads: int) -> HopperTiles:
+    """Tiles for a head dim and block size: the largest steps whose accumulators and buffers fit."""
+    keys = 128 if max(head_dim, value_dim) <= 128 else 64
+    while keys > 16 and keys >= 2 * kv_length:
+        keys //= 2
+    for stages in (4, 3, 2):
+        tiles = HopperTiles(heads, keys, stages)
+        if tiles.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES:
+            return tiles
+    raise AssertionError(f"no tiles for head dims {head_dim} and {value_dim}")
+
+
+def choose_heads(
+    schedule: BlockSchedule | None, selection: BlockSelection | None, num_heads: int, num_kv_heads: int
+) -> tuple[int, ...]:
+    """How many query heads a tile can have, the best last: the more there are, the fewer rows are merged."""
+    group = num_heads // num_kv_heads
+    if selection is not None:
+        shared = selection.counts.shape[1] != num_heads or group == 1
+        return tuple(
+            heads
+            for heads in (8, 4, 2, 1)
+            if group % heads == 0 and (shared or heads == 1) and selection.query_block % (ROWS // heads) == 0
+        )
+    assert schedule is not None
+    return tuple(
+        heads
+        for heads in (1, 2, 4, 8)
+        if heads == 1 or (group % heads == 0 and schedule.shares_groups and ROWS // heads >= schedule.block_size)
+    )

@@ -1,0 +1,21 @@
+"""Attention sinks: one learned logit for every head, which takes a share of the softmax and brings no value."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def add_sinks(out: Array, lse: Array, sinks: Array | None) -> tuple[Array, Array]:
+    """Adds exp(sink) to every row's sum: out [b, t, h, e], lse [b, h, t], sinks [h]."""
+    if sinks is None:
+        return out, lse
+    total = jnp.logaddexp(lse, sinks.astype(lse.dtype)[:, None])
+    kept = jnp.exp(lse - jnp.where(jnp.isneginf(total), 0, total))
+    return out * kept.swapaxes(1, 2)[..., None].astype(out.dtype), total
+
+
+def sink_gradients(sinks: Array, lse: Array, delta: Array) -> Array:
+    """The gradient of the sinks for every sequence, [b, h], from lse and delta [b, h, t]."""
+    reads = ~jnp.isneginf(lse)
+    logits = sinks.astype(lse.dtype)[:, None] - jnp.where(reads, lse, 0)
+    weights = jnp.where(reads, jnp.exp(jnp.where(reads, logits, 0)), 0)
+    return (-weights * delta).sum(2)

@@ -1,0 +1,62 @@
+"""The Hopper backend in the interpreter, which simulates warpgroups, copies and barriers and finds races.
+
+The backward pass is XLA's and has tests of its own: here it is left out.
+"""
+
+import dataclasses
+import typing
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+from pallas_kernels import HopperTiles
+from tests.kernels.cases import Case, Selected
+from tests.kernels.contract import AttentionContract, traced_forward
+
+INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NaN on purpose
+class TestInterpreted(AttentionContract):
+    implementation = "mosaic_gpu"
+    random_share = 8
+    tilings: typing.ClassVar = {"small": HopperTiles(heads=1, keys=16, stages=2)}
+
+    # Of gradients there are none yet.
+    test_gradients_show_the_pattern = None
+
+    @pytest.fixture(autouse=True)
+    def interpreted(self):
+        with plgpu.force_gpu_interpret_mode(INTERPRETER):
+            yield
+        assert not gpu_callbacks.get_races().races_found
+
+    def adapted(self, case: Case) -> Case:
+        if case.dtype == "float32":
+            case = dataclasses.replace(case, dtype="bfloat16")
+        if isinstance(case.pattern, Selected) and case.name != "selection, short rows":
+            # Rows of queries that fill a tile, with two heads or with one.
+            rows = 128 if case.pattern.heads == case.num_heads else 64
+            case = dataclasses.replace(case, pattern=dataclasses.replace(case.pattern, query_block=rows))
+        return case
+
+    def refusal(self, case: Case) -> str | None:
+        if case.dtype == "float64":
+            return "needs dtype bfloat16 or float16, got float64"
+        if isinstance(case.pattern, Selected) and case.pattern.block_size < 16:
+            return f"needs a block size of 16, 32, 64, 128, got {case.pattern.block_size}"
+        if isinstance(case.pattern, Selected) and case.pattern.query_block % 64:
+            return "needs query blocks that fill a tile of 128 rows"
+        return None
+
+    def compiled(self, case: Case):
+        tiles = None if isinstance(case.pattern, Selected) else self.tilings.get(case.tiling)
+        forward = jax.jit(traced_forward(case, self.implementation, tiles))
+
+        def function(query, key, value, sinks, rest, dout, dlse):
+            # One at a time: the interpreter's threads would wait for those that XLA needs.
+            return *jax.block_until_ready(forward(query, key, value, sinks, rest)), None, None, None, None
+
+        return function
