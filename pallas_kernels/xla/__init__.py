@@ -4,7 +4,11 @@ Time grows with the blocks that are read, memory with the tokens, plus a bounded
 """
 
 import dataclasses
+<<<<<<< Updated upstream
 import typing
+=======
+import functools
+>>>>>>> Stashed changes
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +21,7 @@ from pallas_kernels.sinks import add_sinks
 from pallas_kernels.xla.backward import key_value_gradients, query_gradient
 from pallas_kernels.xla.forward import RowPass, attend
 from pallas_kernels.xla.layout import Layout
+from pallas_kernels.xla.one_pass import all_gradients
 from pallas_kernels.xla.walks import (
     Walks,
     backward_walks,
@@ -33,9 +38,9 @@ class XlaTiles:
 
     Attributes:
       queries: rows of a tile of queries, the heads of a group counted.
-      keys: keys gathered in a step of the forward and dq passes.
-      packed_keys: keys whose gradients a tile computes.
-      walked_queries: queries gathered in a step of the dk/dv pass, the heads of a group counted.
+      keys: keys gathered in a step of a pass over queries, at most: fewer where lists are then walked with less rest.
+      packed_keys: keys whose gradients a tile computes, in a pass over keys.
+      walked_queries: queries gathered in a step of such a pass, the heads of a group counted, at most.
     """
 
     queries: int = 128
@@ -51,6 +56,9 @@ class XlaTiles:
 
 TILES = XlaTiles
 
+ONE_PASS = ("cpu",)
+"""Platforms whose scatters add in order, so that dk and dv have the same bits every time."""
+
 
 def refuse(problem: Problem, operands: Operands) -> str | None:
     """Why this backend cannot do it; it can do everything."""
@@ -63,6 +71,7 @@ def forward_tables(problem: Problem, operands: Operands) -> Walks | None:
     if schedule is None:
         return None
     group = schedule.num_heads // schedule.num_kv_heads // walkers_per_kv_head(schedule)
+<<<<<<< Updated upstream
     return forward_walks(schedule, _blocks(_tiles(problem).queries, schedule.block_size * group))
 
 
@@ -73,6 +82,13 @@ def backward_tables(problem: Problem, operands: Operands) -> tuple[Walks, Walks]
         return None
     packed = _blocks(_tiles(problem).packed_keys, problem.schedule.block_size)
     return forward, backward_walks(problem.schedule, packed)
+=======
+    size = schedule.block_size
+    return (
+        forward_walks(schedule, _blocks(tiles.queries, size * group), _blocks(tiles.keys, size)),
+        backward_walks(schedule, _blocks(tiles.packed_keys, size), _blocks(tiles.walked_queries, size * group)),
+    )
+>>>>>>> Stashed changes
 
 
 def _blocks(tokens: int, size: int) -> int:
@@ -112,21 +128,45 @@ def backward(
     # A row that reads nothing has no weights: exp(logit - inf) is zero.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse).swapaxes(1, 2)
     delta = delta.swapaxes(1, 2)
+<<<<<<< Updated upstream
     over_queries, over_keys = (None, None) if operands.tables is None else operands.tables
     dquery = query_gradient(_row_pass(problem, operands, over_queries), dout, lse, delta, bounded=differentiable)
     layout = _layout(problem, operands, over_keys, of_keys=True)
     entries = _blocks(_tiles(problem).walked_queries, layout.row_size * layout.group)
     dkey, dvalue = key_value_gradients(layout, entries, dout, lse, delta, bounded=differentiable)
     return dquery, dkey, dvalue
+=======
+    if differentiable:
+        return _two_passes(problem, operands, dout, lse, delta, bounded=True)
+    # By the platform that is lowered for, not the one that traces: what is exported may run anywhere.
+    one_pass = dict.fromkeys(ONE_PASS, functools.partial(_one_pass, problem))
+    two_passes = functools.partial(_two_passes, problem)
+    return jax.lax.platform_dependent(operands, dout, lse, delta, default=two_passes, **one_pass)
+
+
+def _one_pass(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array):
+    return all_gradients(_row_pass(problem, operands), dout, lse, delta)
+
+
+def _two_passes(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, *, bounded: bool = False):
+    dquery = query_gradient(_row_pass(problem, operands), dout, lse, delta, bounded=bounded)
+    layout = _layout(problem, operands, of_keys=True)
+    return dquery, *key_value_gradients(layout, dout, lse, delta, bounded=bounded)
+>>>>>>> Stashed changes
 
 
 def _tiles(problem: Problem) -> XlaTiles:
     return problem.tiles or XlaTiles()
 
 
+<<<<<<< Updated upstream
 def _row_pass(problem: Problem, operands: Operands, walks: Walks | None) -> RowPass:
     layout = _layout(problem, operands, walks, of_keys=False)
     return RowPass(layout, _blocks(_tiles(problem).keys, layout.block_size))
+=======
+def _row_pass(problem: Problem, operands: Operands) -> RowPass:
+    return RowPass(_layout(problem, operands, of_keys=False))
+>>>>>>> Stashed changes
 
 
 def _layout(problem: Problem, operands: Operands, walks: Walks | None, *, of_keys: bool) -> Layout:
@@ -137,7 +177,10 @@ def _layout(problem: Problem, operands: Operands, walks: Walks | None, *, of_key
         assert walks is not None
         return Layout(problem, operands, walks, problem.schedule.block_size, problem.schedule.block_size)
     if of_keys:
-        walks = transposed_selection_walks(selection, num_kv_heads, -(-kv_length // selection.block_size))
+        group = operands.query.shape[2] // max(selection.counts.shape[1], num_kv_heads)
+        per_step = _blocks(_tiles(problem).walked_queries, selection.query_block * group)
+        num_blocks = -(-kv_length // selection.block_size)
+        walks = transposed_selection_walks(selection, num_kv_heads, num_blocks, per_step)
     else:
-        walks = selection_walks(selection, num_kv_heads)
+        walks = selection_walks(selection, num_kv_heads, _blocks(_tiles(problem).keys, selection.block_size))
     return Layout(problem, operands, walks, selection.query_block, selection.block_size)

@@ -1,6 +1,7 @@
 """The gradients of attention by gathered blocks, in plain XLA: dq over queries' lists, dk and dv over keys' packs.
 
-Two passes, each of which writes every result once: nothing is scattered, and the bits are the same every time.
+Two passes, each of which writes every result once: nothing is scattered, and the bits are the same every time, wherever
+it runs. One pass, for CPUs, is in `one_pass`.
 With P the weights and dP = dO · Vᵀ, the gradient of the logits is dS = P ∘ (dP - delta), delta = Σ out · dout - dlse.
 """
 
@@ -23,9 +24,9 @@ def query_gradient(queries: RowPass, dout: Array, lse: Array, delta: Array, *, b
 
         def body(dquery, step):
             key, value, allowed = queries.gather(units, step)
-            logits, slope = layout.logits(layout.product("umd,und->umn", query, key))
+            products = layout.product("umd,und->umn", query, key)
             dweights = layout.product("ume,une->umn", dout, value)
-            dlogits = _logit_gradient(layout, logits, slope, allowed, lse, dweights, delta)
+            _, dlogits = weights_and_gradient(layout, products, allowed, lse, dweights, delta)
             return dquery + layout.product("umn,und->umd", dlogits.astype(key.dtype), key)
 
         return fold(body, layout.full(query.shape))
@@ -33,16 +34,27 @@ def query_gradient(queries: RowPass, dout: Array, lse: Array, delta: Array, *, b
     return layout.from_rows(grid, queries.run(tile, bounded=bounded))
 
 
-def _logit_gradient(layout: Layout, logits, slope, allowed, lse, dweights, delta) -> Array:
-    """dS times the scale. The mask goes on last: a hidden logit may be NaN."""
-    dlogits = jnp.exp(logits - lse) * (dweights - delta) * jnp.asarray(layout.problem.scale, logits.dtype)
+def weights_and_gradient(layout: Layout, products, allowed, lse, dweights, delta) -> tuple[Array, Array]:
+    """P, and the gradient of the products of queries and keys: dS times the slope of the cap and the scale.
+
+    Args:
+      products, dweights: query by key or key by query.
+      allowed: bool, broadcasts; None where nothing is hidden.
+      lse, delta: broadcast along the queries.
+    """
+    logits, slope = layout.logits(products)
+    weights = jnp.exp(logits - lse)
+    gradient = weights * (dweights - delta) * jnp.asarray(layout.problem.scale, logits.dtype)
     if slope is not None:
-        dlogits = dlogits * slope
-    return jnp.where(allowed, dlogits, 0)
+        gradient = gradient * slope
+    if allowed is None:
+        return weights, gradient
+    # The mask goes on last: a hidden logit may be NaN.
+    return jnp.where(allowed, weights, 0), jnp.where(allowed, gradient, 0)
 
 
 def key_value_gradients(
-    layout: Layout, entries_per_step: int, dout: Array, lse: Array, delta: Array, *, bounded=False
+    layout: Layout, dout: Array, lse: Array, delta: Array, *, bounded: bool = False
 ) -> tuple[Array, Array]:
     """dk [b, s, k, d] and dv [b, s, k, e] in the accumulation dtype; the arguments are those of `query_gradient`."""
     walks, grid = layout.walks, layout.grid(1)
@@ -71,23 +83,18 @@ def key_value_gradients(
             read = step.valid.any(-1)[:, None, None] if allowed is None else allowed.any(-1)[..., None]
             # As in the forward pass: the zero weight of a NaN would be a NaN.
             key, value = jnp.where(read, keys_here, 0), jnp.where(read, values_here, 0)
-            logits, slope = layout.logits(layout.product("umd,und->umn", key, query))
-            lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
-            weights = jnp.exp(logits - lse)
-            weights = weights if allowed is None else jnp.where(allowed, weights, 0)
-            dvalue = dvalue + layout.product("umn,une->ume", weights.astype(dout.dtype), dout)
+            products = layout.product("umd,und->umn", key, query)
             dweights = layout.product("ume,une->umn", value, dout)
-            dlogits = weights * (dweights - delta) * jnp.asarray(layout.problem.scale, weights.dtype)
-            dlogits = dlogits if slope is None else dlogits * slope
-            dlogits = dlogits if allowed is None else jnp.where(allowed, dlogits, 0)
+            lse, delta = lse.swapaxes(1, 2), delta.swapaxes(1, 2)
+            weights, dlogits = weights_and_gradient(layout, products, allowed, lse, dweights, delta)
+            dvalue = dvalue + layout.product("umn,une->ume", weights.astype(dout.dtype), dout)
             return dkey + layout.product("umn,und->umd", dlogits.astype(query.dtype), query), dvalue
 
         start = layout.full(keys_here.shape), layout.full(values_here.shape)
-        return walk(layout.walks, layout.slices(units, tiles), entries_per_step, body, start, bounded=bounded)
+        return walk(layout.walks, layout.slices(units, tiles), body, start, bounded=bounded)
 
-    row_tokens = layout.group * layout.row_size
-    keys_per_tile = walks.rows_per_tile * layout.block_size
-    unit_bytes = keys_per_tile * entries_per_step * row_tokens * layout.accumulate.itemsize
+    pairs = walks.rows_per_tile * layout.block_size * max(walks.per_step) * layout.group * layout.row_size
+    unit_bytes = pairs * layout.accumulate.itemsize
     gradients = in_chunks(tile, lengths(layout.slices(layout.units(tiles), tiles)), unit_bytes)
     return _in_place(layout, gradients[0]), _in_place(layout, gradients[1])
 

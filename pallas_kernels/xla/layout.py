@@ -70,7 +70,7 @@ class Layout:
     # Arranging arrays.
 
     def rows(self, grid: Grid, array: Array, fill: float = 0) -> Array:
-        """[b, t, h, f] -> [b, rows, size / row_size, row_size, walkers, group, f], without moving anything."""
+        """[b, t, h, f] -> [b, rows, size, h, f], without moving anything."""
         length = grid.rows * grid.size
         if isinstance(grid.shift, int):
             after = length - self.query_length - grid.shift
@@ -78,8 +78,7 @@ class Layout:
         else:
             room = jnp.full((self.batch, length, *array.shape[2:]), fill, array.dtype)
             array = jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice_in_dim(r, a, at, 0))(room, array, grid.shift)
-        parts = grid.size // self.row_size
-        return array.reshape(self.batch, grid.rows, parts, self.row_size, self.walkers, self.group, array.shape[-1])
+        return array.reshape(self.batch, grid.rows, grid.size, *array.shape[2:])
 
     def from_rows(self, grid: Grid, array: Array) -> Array:
         """The inverse: [units, size · group, f] -> [b, t, h, f]."""
@@ -93,14 +92,17 @@ class Layout:
 
     def tiles_of(self, rows: Array, units: Array) -> Array:
         """Tiles of an array in rows: [units, size · group, f]."""
-        batch, walker, tile = self.split(units, rows.shape[1])
-        tiles = rows.at[batch, tile, :, :, walker].get(mode="promise_in_bounds")
-        return tiles.swapaxes(2, 3).reshape(len(units), -1, rows.shape[-1])
+        batch, walker, tile = (index[:, None] for index in self.split(units, rows.shape[1]))
+        heads = walker * self.group + jnp.arange(self.group, dtype=jnp.int32)
+        tiles = rows.at[batch, tile, :, heads].get(mode="promise_in_bounds")
+        tiles = tiles.reshape(len(units), self.group, -1, self.row_size, rows.shape[-1])
+        return tiles.swapaxes(1, 2).reshape(len(units), -1, rows.shape[-1])
 
     def query_blocks(self, grid: Grid, array: Array, fill: float = 0) -> Array:
         """[b, t, h, f] -> [b · walkers · (rows + 1), group · row_size, f]; the last row of every walker is empty."""
-        array = self.rows(grid, array, fill).transpose(0, 4, 1, 2, 5, 3, 6)
-        array = array.reshape(self.batch * self.walkers, grid.rows, -1, array.shape[-1])
+        array = self.rows(grid, array, fill)
+        array = array.reshape(self.batch, -1, self.row_size, self.walkers, self.group, array.shape[-1])
+        array = array.transpose(0, 3, 1, 4, 2, 5).reshape(self.batch * self.walkers, grid.rows, -1, array.shape[-1])
         array = jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=fill)
         return array.reshape(-1, *array.shape[2:])
 
@@ -109,6 +111,10 @@ class Layout:
         after = self.num_blocks * self.block_size - self.kv_length
         array = jnp.pad(array, ((0, 0), (0, after), (0, 0), (0, 0)))
         return array.reshape(self.batch, self.num_blocks, self.block_size, *array.shape[2:])
+
+    def from_columns(self, array: Array) -> Array:
+        """The inverse: [b, blocks, block_size, k, f] -> [b, s, k, f]."""
+        return array.reshape(self.batch, -1, *array.shape[3:])[:, : self.kv_length]
 
     def key_blocks(self, array: Array) -> Array:
         """[b, s, k, f] -> [b · k · (blocks + 1), block_size, f]; the last block of every head is zero."""

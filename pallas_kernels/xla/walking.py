@@ -26,18 +26,17 @@ class Step(typing.NamedTuple):
     valid: Bool[Array, "units entries"]
 
 
-def walk(walks: Walks, slices: Int32[Array, "units parts 2"], per_step: int, body, carry, *, bounded: bool):
+def walk(walks: Walks, slices: Int32[Array, "units parts 2"], body, carry, *, bounded: bool):
     """Folds `body(carry, step)` over the lists of a chunk of units, entries without a mask first.
 
     Args:
       bounded: makes as many steps as the longest list of all needs, so that reverse-mode differentiation works. Else
         as many as this chunk needs.
     """
-    for full, longest in zip((True, False), walks.longest, strict=True):
+    for full, longest, count in zip((True, False), walks.longest, walks.per_step, strict=True):
         parts = slices[:, : walks.num_full] if full else slices[:, walks.num_full :]
         if not parts.shape[1] or not longest:
             continue
-        count = min(per_step, longest)
         masked = not full and walks.kinds is not None
 
         def fold(index, carry, parts=parts, masked=masked, count=count):

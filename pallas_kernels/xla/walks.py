@@ -28,6 +28,7 @@ class Walks:
       places: int32 [walkers, rows], where among all tiles' rows a row stands, -1 for nowhere; of backward walks only.
       num_full: see `slices`.
       longest: the most entries that a tile walks, without a mask and with one.
+      per_step: how many of them are walked at a time.
     """
 
     blocks: Int32[Array | np.ndarray, " entries"]
@@ -39,6 +40,7 @@ class Walks:
     places: Int32[Array | np.ndarray, "walkers columns"] | None
     num_full: int = dataclasses.field(metadata={"static": True})
     longest: tuple[int, int] = dataclasses.field(metadata={"static": True})
+    per_step: tuple[int, int] = dataclasses.field(metadata={"static": True})
 
     @property
     def rows_per_tile(self) -> int:
@@ -52,32 +54,50 @@ def walkers_per_kv_head(schedule: BlockSchedule) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def forward_walks(schedule: BlockSchedule, rows_per_tile: int) -> Walks:
-    """Tiles of consecutive query blocks, for every walker of every KV head (numpy arrays)."""
+def forward_walks(schedule: BlockSchedule, rows_per_tile: int, most: int) -> Walks:
+    """Tiles of consecutive query blocks, for every walker of every KV head, `most` entries a step (numpy arrays)."""
     lists = schedule.lists
     tiles = merge(lists, neighbours(lists.num_walkers, lists.num_rows, rows_per_tile))
-    return _of_heads(schedule, tiles, members=None, places=None)
+    return _of_heads(schedule, tiles, most, members=None, places=None)
 
 
 @functools.lru_cache(maxsize=64)
-def backward_walks(schedule: BlockSchedule, rows_per_tile: int) -> Walks:
-    """Packs of key blocks with like readers, for every walker of every KV head (numpy arrays)."""
+def backward_walks(schedule: BlockSchedule, rows_per_tile: int, most: int) -> Walks:
+    """Packs of key blocks with like readers, for every walker of every KV head, `most` a step (numpy arrays)."""
     lists = schedule.transposed
     tiles = merge(lists, alike(lists, rows_per_tile))
     places = np.full((lists.num_walkers, schedule.num_columns), -1, np.int32)
     walker, tile, row = np.nonzero(tiles.members >= 0)
     places[walker, tiles.members[walker, tile, row]] = tile * rows_per_tile + row
-    return _of_heads(schedule, tiles, tiles.members, places)
+    return _of_heads(schedule, tiles, most, tiles.members, places)
 
 
-def _of_heads(schedule: BlockSchedule, tiles: Tiles, members, places) -> Walks:
+def _of_heads(schedule: BlockSchedule, tiles: Tiles, most: int, members, places) -> Walks:
     heads = schedule.head_index[:: schedule.num_heads // schedule.num_kv_heads // walkers_per_kv_head(schedule)]
-    full, partial = tiles.lists.counts().max((0, 1), initial=0)
+    counts = [np.bincount(each.reshape(-1), minlength=1) for each in np.moveaxis(tiles.lists.counts(), -1, 0)]
+    full, partial = (len(tiles_by_length) - 1 for tiles_by_length in counts)
+    per_step = [entries_per_step(each, most, schedule.block_size) for each in counts]
     return Walks(
         tiles.lists.blocks, tiles.lists.masks, tiles.lists.slices[heads][None], tiles.masks, schedule.token_masks,
         None if members is None else members[heads], None if places is None else places[heads],
-        tiles.lists.num_full, (int(full), int(partial)),
+        tiles.lists.num_full, (full, partial), (per_step[0], per_step[1]),
     )  # fmt: skip
+
+
+STEP_TOKENS = 32
+"""What a step costs besides what it multiplies, in tokens of its entries."""
+
+
+def entries_per_step(tiles_by_length: np.ndarray, most: int, block_size: int) -> int:
+    """How many entries to walk at a time, at most so many, so that lists rounded up to whole steps cost the least.
+
+    Args:
+      tiles_by_length: how many tiles walk no entry, one, two, ….
+    """
+    longest = len(tiles_by_length) - 1
+    sizes = np.arange(1, max(1, min(most, longest)) + 1)
+    steps = tiles_by_length @ -(-np.arange(longest + 1)[:, None] // sizes)
+    return int(sizes[np.argmin(steps * (sizes * block_size + STEP_TOKENS))])
 
 
 def entries(slices: Int32[Array, "units parts 2"], first: Array, count: int) -> tuple[Array, Array]:
@@ -95,16 +115,16 @@ def entries(slices: Int32[Array, "units parts 2"], first: Array, count: int) -> 
     return jnp.where(valid, jnp.take_along_axis(shifts, part, 1) + entry, 0), valid
 
 
-def selection_walks(selection: BlockSelection, num_kv_heads: int) -> Walks:
+def selection_walks(selection: BlockSelection, num_kv_heads: int, per_step: int) -> Walks:
     """The lists of a traced selection, for every walker."""
     batch, heads, rows, most = selection.kv_blocks.shape
     first = jnp.arange(batch * heads * rows, dtype=jnp.int32).reshape(batch, heads, rows) * most
     slices = jnp.stack([first, first + jnp.clip(selection.counts, 0, most)], -1)[:, :, :, None]
     slices = jnp.broadcast_to(slices, (batch, max(heads, num_kv_heads), rows, 1, 2))
-    return _unmasked(selection.kv_blocks.reshape(-1), slices, longest=most)
+    return _unmasked(selection.kv_blocks.reshape(-1), slices, most, per_step)
 
 
-def transposed_selection_walks(selection: BlockSelection, num_kv_heads: int, num_blocks: int) -> Walks:
+def transposed_selection_walks(selection: BlockSelection, num_kv_heads: int, num_blocks: int, per_step: int) -> Walks:
     """Who reads each key block of a traced selection: one stable sort of its entries by head and block."""
     batch, heads, rows, most = selection.kv_blocks.shape
     blocks = selection.kv_blocks.reshape(batch * heads, rows * most)
@@ -117,10 +137,13 @@ def transposed_selection_walks(selection: BlockSelection, num_kv_heads: int, num
     ends = ends + jnp.arange(batch * heads, dtype=jnp.int32)[:, None] * (rows * most)
     slices = jnp.stack([ends[:, :-1], ends[:, 1:]], -1).reshape(batch, heads, num_blocks, 1, 2)
     slices = jnp.broadcast_to(slices, (batch, max(heads, num_kv_heads), num_blocks, 1, 2))
-    return _unmasked(readers.reshape(-1), slices, longest=rows if most else 0)
+    return _unmasked(readers.reshape(-1), slices, rows if most else 0, per_step)
 
 
-def _unmasked(blocks: Array, slices: Array, longest: int) -> Walks:
+def _unmasked(blocks: Array, slices: Array, longest: int, per_step: int) -> Walks:
     walkers, columns = slices.shape[1:3]
     every = jnp.broadcast_to(jnp.arange(columns, dtype=jnp.int32), (walkers, columns))
-    return Walks(blocks, jnp.zeros_like(blocks), slices, None, None, every[..., None], every, 0, (0, longest))
+    per_step = max(1, min(per_step, longest))
+    return Walks(
+        blocks, jnp.zeros_like(blocks), slices, None, None, every[..., None], every, 0, (0, longest), (1, per_step)
+    )  # fmt: skip

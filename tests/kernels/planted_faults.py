@@ -21,8 +21,8 @@ TABLE = ROOT / "docs" / "planted_faults.md"
 OP, CHECKS, PROBLEM = "pallas_kernels/op.py", "pallas_kernels/checks.py", "pallas_kernels/problem.py"
 SINKS = "pallas_kernels/sinks.py"
 SCHEDULE, TILES = "pallas_kernels/schedule.py", "pallas_kernels/tiles.py"
-FORWARD, BACKWARD, LAYOUT, WALKING, WALKS = (
-    f"pallas_kernels/xla/{name}.py" for name in ("forward", "backward", "layout", "walking", "walks")
+FORWARD, BACKWARD, ONE_PASS, LAYOUT, WALKING, WALKS = (
+    f"pallas_kernels/xla/{name}.py" for name in ("forward", "backward", "one_pass", "layout", "walking", "walks")
 )
 XLA, COMPILER, BANDS = "pallas_kernels/xla/__init__.py", "s2jax/compiler.py", "s2jax/bands.py"
 FUNCTIONAL = "s2jax/functional.py"
@@ -45,6 +45,11 @@ class Fault:
 
 def case(name: str) -> str:
     return f"{CASE}case[{name}]"
+
+
+def in_two_passes(name: str) -> str:
+    """The backward pass that is not for CPUs."""
+    return f"{CASE}two_passes[{name}]"
 
 
 FAULTS = [
@@ -118,7 +123,7 @@ FAULTS = [
     Fault(
         "a token mask not transposed for the keys", BACKWARD,
         "masks.transpose(0, 2, 4, 1, 3)", "masks.transpose(0, 2, 3, 1, 4)",
-        case("local stride"),
+        in_two_passes("local stride"),
     ),
     # Selections.
     Fault(
@@ -129,7 +134,7 @@ FAULTS = [
     Fault(
         "a selection transposed by entry, not by row", WALKS,
         "dtype=jnp.int32) // most)[None]", "dtype=jnp.int32) % most)[None]",
-        case("selection"),
+        in_two_passes("selection"),
     ),
     Fault(
         "queries of a selection do not see themselves", LAYOUT,
@@ -148,26 +153,61 @@ FAULTS = [
         case("block by block"),
     ),
     Fault(
-        "scale forgotten in dq", BACKWARD,
-        "jnp.exp(logits - lse) * (dweights - delta) * jnp.asarray(layout.problem.scale, logits.dtype)",
-        "jnp.exp(logits - lse) * (dweights - delta)",
+        "scale forgotten in dq and dk", BACKWARD,
+        "(dweights - delta) * jnp.asarray(layout.problem.scale, logits.dtype)", "(dweights - delta)",
         case("local stride"),
     ),
     Fault(
-        "scale forgotten in dk", BACKWARD,
-        "dlogits = weights * (dweights - delta) * jnp.asarray(layout.problem.scale, weights.dtype)",
-        "dlogits = weights * (dweights - delta)",
+        "the slope of the cap forgotten", BACKWARD,
+        "    if slope is not None:\n        gradient = gradient * slope\n", "",
+        case("soft cap"),
+    ),
+    Fault(
+        "the mask forgotten in dv", BACKWARD,
+        "return jnp.where(allowed, weights, 0), ", "return weights, ",
         case("local stride"),
     ),
     Fault(
-        "the slope of the cap forgotten in dq", BACKWARD,
-        "    if slope is not None:\n        dlogits = dlogits * slope\n", "",
-        case("soft cap"),
+        "the mask forgotten in dq and dk", BACKWARD,
+        "0), jnp.where(allowed, gradient, 0)", "0), gradient",
+        case("local stride"),
+    ),
+    # dk and dv added up in place.
+    Fault(
+        "units that fill the last chunk add once more", FORWARD,
+        "jnp.where(counts[:, None, None], layout.query_slices(grid, units), 0)", "layout.query_slices(grid, units)",
+        case("local stride"),
     ),
     Fault(
-        "the slope of the cap forgotten in dk", BACKWARD,
-        "dlogits = dlogits if slope is None else dlogits * slope\n", "dlogits = dlogits\n",
-        case("soft cap"),
+        "the last query to read a key has its gradient alone", FORWARD,
+        '.add(part, mode="drop")', '.set(part, mode="drop")',
+        case("local stride"),
+    ),
+    Fault(
+        "no entry counts as the first block", FORWARD,
+        "jnp.where(valid, step.blocks, layout.num_blocks)", "jnp.where(valid, step.blocks, 0)",
+        case("local stride"),
+    ),
+    Fault(
+        "gradients added to the block after the one that was read", FORWARD,
+        "total.at[batch, blocks, :, head]", "total.at[batch, blocks + 1, :, head]",
+        case("local stride"),
+    ),
+    Fault(
+        "gradients of keys from the queries of other chunks lost", ONE_PASS,
+        "return totals, dquery\n", "return [0 * total for total in totals], dquery\n",
+        case("local stride"),
+    ),
+    Fault(
+        "one pass on every platform", XLA,
+        "default=two_passes, **one_pass", "default=one_pass.get('cpu', two_passes)",
+        CASE + "one_pass_is_for_the_cpu_alone",
+    ),
+    Fault(
+        "tiles without a query read", LAYOUT,
+        "jnp.where(used[:, None, None], self._slices(batch, walker, first + tile), 0)",
+        "self._slices(batch, walker, first + tile)",
+        case("offsets in step"),
     ),
     Fault("delta without dlse", OP, "dout.astype(lse.dtype)) - dlse", "dout.astype(lse.dtype))", case("local stride")),
     Fault(
@@ -185,7 +225,7 @@ FAULTS = [
     Fault(
         "a group's other heads left out of dk and dv", BACKWARD,
         "groups, -1, gradient.shape[-1]).sum(2)", "groups, -1, gradient.shape[-1])[:, :, 0]",
-        case("stripes by query head"),
+        in_two_passes("stripes by query head"),
     ),
     Fault(
         "query head i reads KV head i mod k", LAYOUT,
@@ -205,7 +245,7 @@ FAULTS = [
     Fault(
         "rows of another call taken for one's own", BACKWARD,
         "rows = rows - grid.first[batch][:, None]", "rows = rows",
-        case("offset up to the end"),
+        in_two_passes("offset up to the end"),
     ),
     Fault(
         "numbers for positions beyond the keys", OP,
@@ -215,7 +255,7 @@ FAULTS = [
     Fault(
         "segments forgotten in the backward pass", BACKWARD,
         "if step.kinds is None and not layout.masks_all:", "if step.kinds is None:",
-        case("documents both ways"),
+        in_two_passes("documents both ways"),
     ),
     Fault(
         "segments forgotten in the forward pass", FORWARD,
@@ -231,17 +271,17 @@ FAULTS = [
     Fault(
         "unread keys not zeroed, backward", BACKWARD,
         "jnp.where(read, keys_here, 0), jnp.where(read, values_here, 0)", "keys_here, values_here",
-        case("first tokens both ways"),
+        in_two_passes("first tokens both ways"),
     ),
     Fault(
         "rows without a query count as readers", BACKWARD,
         "(rows < used)", "(rows < grid.rows)",
-        case("offsets in step"),
+        in_two_passes("offsets in step"),
     ),
     Fault(
         "keys that nobody reads get another's gradient", BACKWARD,
         "jnp.where((places >= 0)[None, :, :, None, None], blocks, 0)", "blocks",
-        case("strided"),
+        in_two_passes("strided"),
     ),
     Fault(
         "an empty row's weights are infinite, and so their gradient", XLA,
