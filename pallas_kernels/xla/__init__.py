@@ -4,11 +4,8 @@ Time grows with the blocks that are read, memory with the tokens, plus a bounded
 """
 
 import dataclasses
-<<<<<<< Updated upstream
-import typing
-=======
 import functools
->>>>>>> Stashed changes
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.sharding import Sharding
 from pallas_kernels.sinks import add_sinks
 from pallas_kernels.xla.backward import key_value_gradients, query_gradient
@@ -67,28 +65,26 @@ def refuse(problem: Problem, operands: Operands) -> str | None:
 
 def forward_tables(problem: Problem, operands: Operands) -> Walks | None:
     """What the pass over the queries walks, the walkers of all heads in order; None for a selection."""
-    schedule = problem.schedule
+    schedule, tiles = problem.schedule, _tiles(problem)
     if schedule is None:
         return None
-    group = schedule.num_heads // schedule.num_kv_heads // walkers_per_kv_head(schedule)
-<<<<<<< Updated upstream
-    return forward_walks(schedule, _blocks(_tiles(problem).queries, schedule.block_size * group))
+    size = schedule.block_size
+    return forward_walks(schedule, _blocks(tiles.queries, size * _group(schedule)), _blocks(tiles.keys, size))
 
 
 def backward_tables(problem: Problem, operands: Operands) -> tuple[Walks, Walks] | None:
     """What the passes over queries and over keys walk; None for a selection."""
-    forward = forward_tables(problem, operands)
-    if problem.schedule is None or forward is None:
+    schedule, tiles, forward = problem.schedule, _tiles(problem), forward_tables(problem, operands)
+    if schedule is None or forward is None:
         return None
-    packed = _blocks(_tiles(problem).packed_keys, problem.schedule.block_size)
-    return forward, backward_walks(problem.schedule, packed)
-=======
-    size = schedule.block_size
-    return (
-        forward_walks(schedule, _blocks(tiles.queries, size * group), _blocks(tiles.keys, size)),
-        backward_walks(schedule, _blocks(tiles.packed_keys, size), _blocks(tiles.walked_queries, size * group)),
-    )
->>>>>>> Stashed changes
+    size, group = schedule.block_size, _group(schedule)
+    packed, walked = _blocks(tiles.packed_keys, size), _blocks(tiles.walked_queries, size * group)
+    return forward, backward_walks(schedule, packed, walked)
+
+
+def _group(schedule: BlockSchedule) -> int:
+    """Query heads that walk as one."""
+    return schedule.num_heads // schedule.num_kv_heads // walkers_per_kv_head(schedule)
 
 
 def _blocks(tokens: int, size: int) -> int:
@@ -128,14 +124,6 @@ def backward(
     # A row that reads nothing has no weights: exp(logit - inf) is zero.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse).swapaxes(1, 2)
     delta = delta.swapaxes(1, 2)
-<<<<<<< Updated upstream
-    over_queries, over_keys = (None, None) if operands.tables is None else operands.tables
-    dquery = query_gradient(_row_pass(problem, operands, over_queries), dout, lse, delta, bounded=differentiable)
-    layout = _layout(problem, operands, over_keys, of_keys=True)
-    entries = _blocks(_tiles(problem).walked_queries, layout.row_size * layout.group)
-    dkey, dvalue = key_value_gradients(layout, entries, dout, lse, delta, bounded=differentiable)
-    return dquery, dkey, dvalue
-=======
     if differentiable:
         return _two_passes(problem, operands, dout, lse, delta, bounded=True)
     # By the platform that is lowered for, not the one that traces: what is exported may run anywhere.
@@ -145,28 +133,23 @@ def backward(
 
 
 def _one_pass(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array):
-    return all_gradients(_row_pass(problem, operands), dout, lse, delta)
+    over_queries = None if operands.tables is None else operands.tables[0]
+    return all_gradients(_row_pass(problem, operands, over_queries), dout, lse, delta)
 
 
 def _two_passes(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, *, bounded: bool = False):
-    dquery = query_gradient(_row_pass(problem, operands), dout, lse, delta, bounded=bounded)
-    layout = _layout(problem, operands, of_keys=True)
+    over_queries, over_keys = (None, None) if operands.tables is None else operands.tables
+    dquery = query_gradient(_row_pass(problem, operands, over_queries), dout, lse, delta, bounded=bounded)
+    layout = _layout(problem, operands, over_keys, of_keys=True)
     return dquery, *key_value_gradients(layout, dout, lse, delta, bounded=bounded)
->>>>>>> Stashed changes
 
 
 def _tiles(problem: Problem) -> XlaTiles:
     return problem.tiles or XlaTiles()
 
 
-<<<<<<< Updated upstream
 def _row_pass(problem: Problem, operands: Operands, walks: Walks | None) -> RowPass:
-    layout = _layout(problem, operands, walks, of_keys=False)
-    return RowPass(layout, _blocks(_tiles(problem).keys, layout.block_size))
-=======
-def _row_pass(problem: Problem, operands: Operands) -> RowPass:
-    return RowPass(_layout(problem, operands, of_keys=False))
->>>>>>> Stashed changes
+    return RowPass(_layout(problem, operands, walks, of_keys=False))
 
 
 def _layout(problem: Problem, operands: Operands, walks: Walks | None, *, of_keys: bool) -> Layout:
