@@ -31,7 +31,8 @@ class TestInterpreted(AttentionContract):
     def interpreted(self):
         with plgpu.force_gpu_interpret_mode(INTERPRETER):
             yield
-        assert not gpu_callbacks.get_races().races_found
+        # Where the backend refused, nothing ran.
+        assert gpu_callbacks._races is None or not gpu_callbacks.get_races().races_found
 
     def adapted(self, case: Case) -> Case:
         if case.dtype == "float32":
