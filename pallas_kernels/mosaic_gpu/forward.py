@@ -21,6 +21,7 @@ from pallas_kernels.mosaic_gpu.plan import ROWS, WARPGROUP_ROWS, WARPGROUPS, WOR
 from pallas_kernels.mosaic_gpu.products import add_product, product
 from pallas_kernels.mosaic_gpu.tables import EMPTY, Inputs
 from pallas_kernels.mosaic_gpu.untyped import plgpu
+from pallas_kernels.sharding import varying_like
 
 WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -51,7 +52,8 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    return kernel(*leaves)
+    out, lse = (varying_like(array, inputs.query) for array in kernel(*leaves))
+    return out, lse
 
 
 class Scratch(typing.NamedTuple):
