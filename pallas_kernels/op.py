@@ -89,6 +89,8 @@ def block_sparse_attention(
         scale=query.shape[-1] ** -0.5 if scale is None else check_number("scale", scale),
         logits_soft_cap=None if logits_soft_cap is None else check_number("logits_soft_cap", logits_soft_cap, above=0),
         tiles=tiles,
+        # One object, for whether two arrays are equal is not known while tracing.
+        same_segments=query_segment_ids is not None and query_segment_ids is kv_segment_ids,
     )
     operands = equally_varying(operands)
     call = Call(*_choose(problem, operands, implementation), problem, query_spec)
