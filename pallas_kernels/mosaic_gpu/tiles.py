@@ -54,11 +54,12 @@ def choose_tiles(head_dim: int, value_dim: int, block_size: int, kv_length: int,
     keys = 128 if max(head_dim, value_dim) <= 128 else 64
     while keys > 16 and keys >= 2 * kv_length:
         keys //= 2
-    for stages in (4, 3, 2):
-        tiles = HopperTiles(heads, keys, stages)
-        if tiles.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES:
-            return tiles
-    raise AssertionError(f"no tiles for head dims {head_dim} and {value_dim}")
+    while True:
+        for stages in (4, 3, 2):
+            tiles = HopperTiles(heads, keys, stages)
+            if tiles.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES:
+                return tiles
+        keys //= 2  # HopperTiles refuses what no kernel is for
 
 
 def choose_heads(

@@ -1,0 +1,414 @@
+"""The Hopper kernel itself: barriers and rings, the walk, masks, softmax."""
+
+from tests.kernels.faults.fault import Fault, hopper_shape, interpreted, machine_code
+
+FORWARD, PRODUCTS = "pallas_kernels/mosaic_gpu/forward.py", "pallas_kernels/mosaic_gpu/products.py"
+FOUR_HEADS, HALF_BLOCKS = hopper_shape("four heads a tile"), hopper_shape("half a block a step")
+SMALL = interpreted("groups of four")
+
+PIPELINE = [
+    # Barriers, stages and the ring.
+    Fault(
+        "keys and values loaded into buffers in use", FORWARD,
+        "            plgpu.barrier_wait(free.at[stage])\n", "",
+        SMALL,
+    ),
+    Fault(
+        "masks loaded into buffers in use", FORWARD,
+        "        plgpu.barrier_wait(scratch.mask_free.at[stage])\n        ready =", "        ready =",
+        SMALL,
+    ),
+    Fault(
+        "keys given back before they are multiplied", FORWARD,
+        "        logits = product(\n",
+        "        plgpu.barrier_arrive(scratch.key_free.at[stage])\n        logits = product(\n",
+        SMALL,
+    ),
+    Fault(
+        "keys given back while the tensor cores read them", FORWARD,
+        "            scratch.query.at[self.warpgroup], key.transpose((1, 0)), (WARPGROUP_ROWS, plan.keys), self._take_turns\n"
+        "        )\n"
+        "        plgpu.barrier_arrive(scratch.key_free.at[stage])\n",
+        "            scratch.query.at[self.warpgroup], key.transpose((1, 0)), (WARPGROUP_ROWS, plan.keys),\n"
+        "            lambda: (self._take_turns(), plgpu.barrier_arrive(scratch.key_free.at[stage])),\n"
+        "        )\n",
+        SMALL,
+    ),
+    Fault(
+        "values given back while the tensor cores read them", FORWARD,
+        "        out = add_product(out, weights, value, wait_for_next_key)\n"
+        "        plgpu.barrier_arrive(scratch.value_free.at[stage])\n",
+        "        out = add_product(\n"
+        "            out, weights, value,\n"
+        "            lambda: (wait_for_next_key(), plgpu.barrier_arrive(scratch.value_free.at[stage])),\n"
+        "        )\n",
+        SMALL,
+    ),
+    Fault(
+        "values waited for while the tensor cores read them", FORWARD,
+        "        plgpu.barrier_wait(scratch.value_ready.at[stage])\n"
+        "        plgpu.barrier_wait(scratch.turn)\n\n"
+        "        def wait_for_next_key():\n",
+        "        plgpu.barrier_wait(scratch.turn)\n\n"
+        "        def wait_for_next_key():\n"
+        "            plgpu.barrier_wait(scratch.value_ready.at[stage])\n\n",
+        SMALL,
+    ),
+    Fault(
+        "keys never given back", FORWARD,
+        "        plgpu.barrier_arrive(scratch.key_free.at[stage])\n        scale =", "        scale =",
+        SMALL,
+    ),
+    Fault(
+        "values never given back", FORWARD,
+        "        plgpu.barrier_arrive(scratch.value_free.at[stage])\n        return out, new, total",
+        "        return out, new, total",
+        SMALL,
+    ),
+    Fault(
+        "masks never given back", FORWARD,
+        "        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n        allowed =", "        allowed =",
+        SMALL,
+    ),
+    Fault(
+        "masks given back before they are read", FORWARD,
+        "        rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)\n        conditions = []\n",
+        "        rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)\n        conditions = []\n"
+        "        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n",
+        SMALL,
+    ),
+    Fault(
+        "the first keys not waited for", FORWARD,
+        "            plgpu.barrier_wait(scratch.key_ready.at[0])\n", "            pass\n",
+        SMALL,
+    ),
+    Fault(
+        "the next keys not waited for", FORWARD,
+        "                plgpu.barrier_wait(scratch.key_ready.at[jax.lax.rem(step + 1, plan.stages)])\n",
+        "                pass\n",
+        SMALL,
+    ),
+    Fault(
+        "keys waited for that do not come", FORWARD,
+        "@pl.when(step + 1 < steps)", "@pl.when(step < steps)",
+        SMALL,
+    ),
+    Fault(
+        "a wait for keys where a tile reads nothing", FORWARD,
+        "@pl.when(steps > 0)", "@pl.when(steps >= 0)",
+        interpreted("selection"),
+    ),
+    Fault(
+        "the stage of this step's keys waited for again", FORWARD,
+        "rem(step + 1, plan.stages)", "rem(step, plan.stages)",
+        SMALL,
+    ),
+    Fault(
+        "values not waited for", FORWARD,
+        "        plgpu.barrier_wait(scratch.value_ready.at[stage])\n        plgpu.barrier_wait(scratch.turn)\n",
+        "        plgpu.barrier_wait(scratch.turn)\n",
+        SMALL,
+    ),
+    Fault(
+        "masks not waited for", FORWARD,
+        "        plgpu.barrier_wait(scratch.mask_ready.at[stage])\n", "",
+        SMALL,
+    ),
+    Fault("queries not waited for", FORWARD, "        plgpu.barrier_wait(ready)\n", "", SMALL),
+    Fault(
+        "masks overwritten by the other way to shared memory", FORWARD,
+        "        plgpu.commit_smem()\n        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n",
+        "        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n",
+        SMALL,
+    ),
+    Fault(
+        "results copied before they are in shared memory", FORWARD,
+        "        plgpu.commit_smem()\n        for head", "        for head",
+        SMALL,
+    ),
+    Fault("the last copies not waited for", FORWARD, "        plgpu.wait_smem_to_gmem(0)\n", "", SMALL),
+    Fault(
+        "one copy of keys counts for all", FORWARD,
+        '"key_ready": barriers(stages, plan.slots)', '"key_ready": barriers(stages, 1)',
+        FOUR_HEADS,
+    ),
+    Fault(
+        "one copy of values counts for all", FORWARD,
+        '"value_ready": barriers(stages, plan.slots)', '"value_ready": barriers(stages, 1)',
+        FOUR_HEADS,
+    ),
+    Fault(
+        "one copy of queries counts for all", FORWARD,
+        "barriers(WARPGROUPS, plan.pieces)", "barriers(WARPGROUPS, 1)",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "segments count for the masks", FORWARD,
+        "barriers(stages, plan.slots * masks)", "barriers(stages, plan.slots)",
+        interpreted("strangers"),
+    ),
+    Fault(
+        "one warpgroup gives keys back for both", FORWARD,
+        '"key_free": barriers(stages, WARPGROUPS)', '"key_free": barriers(stages, 1)',
+        SMALL,
+    ),
+    Fault(
+        "one warpgroup gives masks back for both", FORWARD,
+        '"mask_free": barriers(stages, WARPGROUPS)', '"mask_free": barriers(stages, 1)',
+        SMALL,
+    ),
+    Fault("a turn taken alone", FORWARD, "barriers(1, WARPGROUPS)", "barriers(1, 1)", SMALL),
+    Fault(
+        "both warpgroups take the first turn", FORWARD,
+        "        pl.when(self.warpgroup == 1)(self._take_turns)\n", "",
+        SMALL,
+    ),
+    Fault("the last turn not taken", FORWARD, "        pl.when(self.warpgroup == 0)(self._take_turns)\n", "", SMALL),
+    Fault(
+        "a stage too few", FORWARD,
+        "        stage = jax.lax.rem(step, plan.stages)\n        kv_head",
+        "        stage = jax.lax.rem(step, plan.stages - 1)\n        kv_head",
+        SMALL,
+    ),
+    Fault(
+        "masks in the ring of the keys", FORWARD,
+        "self._allowed(masked_step)", "self._allowed(step)",
+        hopper_shape("four heads a tile"),
+    ),
+    Fault(
+        "two rings begin together", FORWARD,
+        "self._load_step(walk.full_steps + masked_step,", "self._load_step(masked_step,",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "results in the queries' buffer, whatever their width", FORWARD,
+        "plan.value_dim != plan.head_dim", "False",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "too few registers to compute", FORWARD,
+        "COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56", "COMPUTE_REGISTERS, LOAD_REGISTERS = 160, 56",
+        machine_code("d 256"),
+    ),
+    Fault(
+        "too few registers to load", FORWARD,
+        "COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56", "COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24",
+        machine_code("block 16"),
+    ),
+    Fault(
+        "exponentials wait for the other warpgroup's turn", FORWARD,
+        "        out, total, new, weights = jax.lax.optimization_barrier((out, total, new, weights))\n", "",
+        machine_code("d 64"),
+    ),
+    Fault(
+        "tensor cores waited for at once", PRODUCTS,
+        "        meanwhile()\n        if not", "        accumulator[...]\n        meanwhile()\n        if not",
+        machine_code("d 64"),
+    ),
+]  # fmt: skip
+
+WALK = [
+    # The lists.
+    Fault(
+        "left-over blocks left out", FORWARD,
+        "self.left = self.full - self.full_steps * plan.slots", "self.left = 0",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "left-over blocks taken from the first", FORWARD,
+        "first = self.full_steps * self.plan.slots\n", "first = 0\n",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "masked entries begin behind the left-over blocks", FORWARD,
+        "first = self.full_steps * self.plan.slots\n", "first = self.full\n",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "one entry more than there is", FORWARD,
+        "exists = entry < self.left", "exists = entry <= self.left",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "a slot that holds nothing holds what others read", FORWARD,
+        "        entry = jnp.minimum(entry, self.left + self.masked - 1)\n", "",
+        interpreted("stripes by query head"),
+    ),
+    Fault(
+        "a slot that holds nothing keeps its mask", FORWARD,
+        "return block, jnp.where(exists, kind, EMPTY)", "return block, kind",
+        FOUR_HEADS,
+    ),
+    Fault("the last entry of a part left out", FORWARD, "entry >= end, start", "entry >= end - 1, start", FOUR_HEADS),
+    Fault(
+        "the first entry of a part taken for the part before", FORWARD,
+        "entry >= end, start", "entry > end, start",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "the third part begins where the second does", FORWARD,
+        "end = end + stop - start", "end = stop - start",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "the last masked step left out", FORWARD,
+        "-(-(self.left + self.masked) // plan.slots)", "(self.left + self.masked) // plan.slots",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "parts of a block swapped for the next block's", FORWARD,
+        "* plan.parts_of_block + part_of_block, position", "* plan.parts_of_block, position",
+        HALF_BLOCKS,
+    ),
+    Fault(
+        "parts of a block not counted", FORWARD,
+        "_count(masked) * plan.parts_of_block", "_count(masked)",
+        HALF_BLOCKS,
+    ),
+    Fault(
+        "the mask of a block's first part for all", FORWARD,
+        "jax.lax.rem(block, plan.parts_of_block) * plan.words", "0 * block",
+        HALF_BLOCKS,
+    ),
+    Fault(
+        "the tables of the first sequence for all", FORWARD,
+        "batch if table.shape[0] > 1 else 0", "0 if table.shape[0] > 1 else 0",
+        interpreted("an offset for each"),
+    ),
+    # Heads and rows.
+    Fault(
+        "query head i reads KV head i mod k", FORWARD,
+        "self.heads * plan.heads // (plan.num_heads // plan.num_kv_heads)",
+        "jax.lax.rem(self.heads * plan.heads, plan.num_kv_heads)",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "all rows of a tile of one head", FORWARD,
+        "self.heads * plan.heads + first // plan.queries", "self.heads * plan.heads",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "heads of a tile one after the other in time", FORWARD,
+        "self.tile * plan.queries + jax.lax.rem(first, plan.queries)", "self.tile * plan.queries + first",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "the second warpgroup has the first one's masks", FORWARD,
+        "        rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)\n        conditions",
+        "        rows = pl.ds(0, WARPGROUP_ROWS)\n        conditions",
+        SMALL,
+    ),
+    Fault(
+        "the second warpgroup has the first one's sinks", FORWARD,
+        "        rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)\n        return",
+        "        rows = pl.ds(0, WARPGROUP_ROWS)\n        return",
+        FOUR_HEADS,
+    ),
+    # Masks.
+    Fault("bits of neighbouring columns swapped", FORWARD, "word >> (column & 6)", "word >> (column & 2)", SMALL),
+    Fault("a bit for two columns", FORWARD, "(column & (width - 1) & ~6)", "(column & (width - 1) & ~7)", SMALL),
+    Fault(
+        "the words of a row in the wrong order", FORWARD,
+        "column // width == index,", "column // width == len(words) - index,",
+        FOUR_HEADS,
+    ),
+    Fault("words as wide as a slot", FORWARD, "min(plan.slot, WORD)", "plan.slot", HALF_BLOCKS),
+    Fault(
+        "segments compared with nobody's", FORWARD,
+        "inputs.query_segments, jnp.equal)", "inputs.query_segments, jnp.greater_equal)",
+        interpreted("documents both ways"),
+    ),
+    Fault(
+        "a query does not see itself", FORWARD,
+        "inputs.query_positions, jnp.less_equal)", "inputs.query_positions, jnp.less)",
+        interpreted("selection"),
+    ),
+    Fault(
+        "slots that hold nothing stand where their block does", FORWARD,
+        "jnp.where(kind == EMPTY, inputs.kv_positions.shape[0] - plan.slot, block * plan.slot)", "block * plan.slot",
+        interpreted("selection"),
+    ),
+    Fault(
+        "one of two masks", FORWARD,
+        "allowed = allowed & condition", "allowed = condition",
+        interpreted("documents both ways"),
+    ),
+    Fault(
+        "masked steps without their masks", FORWARD,
+        "        if masked_step is not None:\n"
+        "            logits = jnp.where(self._allowed(masked_step), logits, -jnp.inf)\n",
+        "        if masked_step is not None:\n            self._allowed(masked_step)\n",
+        SMALL,
+    ),
+]  # fmt: skip
+
+SOFTMAX = [
+    Fault(
+        "the sum not rescaled when a larger logit comes", FORWARD,
+        "total = total * shrink + weights", "total = total + weights",
+        SMALL,
+    ),
+    Fault(
+        "the output not rescaled when a larger logit comes", FORWARD,
+        "        out = out * jax.lax.broadcast_in_dim(shrink, out.shape, [0])\n"
+        "        total = total * shrink + weights",
+        "        total = total * shrink + weights",
+        SMALL,
+    ),
+    Fault(
+        "the maximum of the last step alone", FORWARD,
+        "new = jnp.maximum(most, logits.max(axis=1) * scale)", "new = jnp.maximum(LOWEST, logits.max(axis=1) * scale)",
+        SMALL,
+    ),
+    Fault(
+        "the maximum not scaled", FORWARD,
+        "logits.max(axis=1) * scale)", "logits.max(axis=1))",
+        interpreted("empty rows"),
+    ),
+    Fault(
+        "the greatest of no logits is -inf", FORWARD,
+        "LOWEST = -0.5 * float(np.finfo(np.float32).max)", "LOWEST = -math.inf",
+        interpreted("empty rows"),
+    ),
+    Fault("logits in the wrong base", FORWARD, "scale = plan.scale * LOG2E", "scale = plan.scale", SMALL),
+    Fault("lse in the wrong base", FORWARD, "(most + jnp.log2(safe)) * (1 / LOG2E)", "most + jnp.log2(safe)", SMALL),
+    Fault("lse without the maximum", FORWARD, "(most + jnp.log2(safe))", "jnp.log2(safe)", SMALL),
+    Fault(
+        "soft cap before the scale", FORWARD,
+        "jnp.tanh(logits * (plan.scale / plan.soft_cap))", "jnp.tanh(logits / plan.soft_cap) * plan.scale",
+        interpreted("soft cap"),
+    ),
+    Fault(
+        "scale twice with a soft cap", FORWARD,
+        "plan.soft_cap * LOG2E", "plan.scale * plan.soft_cap * LOG2E",
+        interpreted("soft cap"),
+    ),
+    Fault("sinks in the wrong base", FORWARD, "nothing * LOG2E)", "nothing)", interpreted("sinks")),
+    Fault(
+        "the maximum without the sink", FORWARD,
+        "    return out, new, total * shrink", "    return out, most, total * shrink",
+        interpreted("sinks"),
+    ),
+    Fault(
+        "the output not rescaled when a larger sink comes", FORWARD,
+        "    out = out * jax.lax.broadcast_in_dim(shrink, out.shape, [0])\n    return", "    return",
+        interpreted("sinks"),
+    ),
+    Fault(
+        "the lse of an empty row rounded", FORWARD,
+        "reads, nothing = total != 0, -jnp.inf", "reads, nothing = total == total, -jnp.inf",
+        hopper_shape("two tiles a row"),
+    ),
+    Fault(
+        "the output of an empty row divided by zero", FORWARD,
+        "safe = jnp.where(total != 0, total, 1.0)", "safe = total",
+        interpreted("empty rows"),
+    ),
+    Fault(
+        "the output not divided by the sum", FORWARD,
+        "broadcast_in_dim(1 / safe,", "broadcast_in_dim(safe / safe,",
+        SMALL,
+    ),
+]  # fmt: skip
+
+FAULTS = [*PIPELINE, *WALK, *SOFTMAX]
