@@ -7,7 +7,9 @@ from hopper_code import CONFIGS, compiled
 import s2jax
 from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, choose_tiles
 
-QUICK = ("d 64", "d 256", "d 192, e 128", "block 16", "no groups", "odd length", "selection", "few keys", "all together")
+QUICK = (
+    "d 64", "d 256", "d 192, e 128", "block 16", "no groups", "odd length", "selection", "few keys", "all together",
+)  # fmt: skip
 
 
 @pytest.mark.skipif(missing("h100") is not None, reason=str(missing("h100")))

@@ -23,7 +23,7 @@ import tempfile
 import time
 import typing
 
-from tests.kernels.faults import mosaic_gpu_arrays, mosaic_gpu_kernel, schedules, xla
+from tests.kernels.faults import mosaic_gpu_arrays, mosaic_gpu_barriers, mosaic_gpu_kernel, schedules, xla
 from tests.kernels.faults.fault import Fault
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -32,8 +32,9 @@ TABLE = ROOT / "docs" / "planted_faults.md"
 SUBJECTS: dict[str, list[Fault]] = {
     "What is read": schedules.FAULTS,
     "XLA's backend and what all share": xla.FAULTS,
-    "The Hopper kernel": mosaic_gpu_kernel.FAULTS,
-    "The arrays of the Hopper kernel": mosaic_gpu_arrays.FAULTS,
+    "Barriers, buffers and registers of the Hopper kernel": mosaic_gpu_barriers.FAULTS,
+    "What the Hopper kernel computes": mosaic_gpu_kernel.FAULTS,
+    "What the Hopper kernel is given": mosaic_gpu_arrays.FAULTS,
 }
 FAULTS = [fault for faults in SUBJECTS.values() for fault in faults]
 
@@ -123,8 +124,9 @@ def table(outcomes: dict[Fault, Outcome]) -> str:
         "",
         "What tests are worth shows in what they find. Each of these was planted in a copy of the tree, and the test",
         "beside it, which passes without it, ran: `python -m tests.kernels.planted_faults --write` does it again and",
-        f"writes this page. Of {len(outcomes)}, the tests find {len(found)}. Of those, {hung} hang: a kernel that lacks",
-        f"a barrier waits for ever, and a test that takes {PATIENCE} times as long as it should counts as failing.",
+        f"writes this page. Of {len(outcomes)}, the tests find {len(found)}, {hung} of them by not coming to an end: a",
+        f"kernel without one of its barriers waits for ever, and a test that takes {PATIENCE} times as long as without the",
+        "fault counts as failing.",
     ]
     for subject, faults in SUBJECTS.items():
         lines += ["", f"## {subject}", "", "| fault | where | the test | the test then |", "|---|---|---|---|"]

@@ -61,10 +61,11 @@ class TestInterpreted(AttentionContract):
     def adapted(self, case: Case) -> Case:
         if case.dtype == "float32":
             case = dataclasses.replace(case, dtype="bfloat16")
-        if isinstance(case.pattern, Selected) and case.pattern.query_block % 64 and case.name != "selection, short rows":
+        chosen = case.pattern
+        if isinstance(chosen, Selected) and chosen.query_block % 64 and case.name != "selection, short rows":
             # Rows of queries that fill a tile, with two heads or with one.
-            rows = 128 if case.pattern.heads == case.num_heads else 64
-            case = dataclasses.replace(case, pattern=dataclasses.replace(case.pattern, query_block=rows))
+            rows = 128 if chosen.heads == case.num_heads else 64
+            case = dataclasses.replace(case, pattern=dataclasses.replace(chosen, query_block=rows))
         return case
 
     def refusal(self, case: Case) -> str | None:

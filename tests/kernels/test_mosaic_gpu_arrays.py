@@ -1,6 +1,6 @@
-"""What stands around the Hopper kernel: what is refused, tables over a mesh, segments, room for results. None of it runs
-the kernel."""
+"""What stands around the Hopper kernel: what is refused, tables over a mesh, segments, room for results."""
 
+import itertools
 import types
 
 import jax
@@ -132,8 +132,9 @@ def test_tables_over_a_mesh(monkeypatch, heads: int):
     arrays = inputs(heads=4 * heads, kv_heads=4, batch=2)
 
     def results(**options):
-        call = jax.jit(lambda *given: attention(*given, pattern, return_lse=True, implementation="mosaic_gpu", **options))
-        return [np.asarray(each, np.float32) for each in call(*arrays)]
+        options |= {"return_lse": True, "implementation": "mosaic_gpu"}
+        found = jax.jit(lambda *given: attention(*given, pattern, **options))(*arrays)
+        return [np.asarray(each, np.float32) for each in found]
 
     expected = results()
     assert np.ptp(expected[1], axis=1).any()  # or heads could not be told apart
@@ -151,7 +152,7 @@ class TestNarrow:
     block_size, queries = 4, 8
 
     def narrowed(self, query_ids, kv_ids):
-        """For every part of every tile, the blocks that are left of those that were there; and of how many were full."""
+        """The blocks that are left in every part of every tile, and those that were in the lists."""
         tiles, count = len(query_ids) // self.queries, len(kv_ids) // self.block_size
         blocks = np.concatenate([np.arange(count), np.arange(0, count, 2), np.arange(1, count, 2)]).astype(np.int32)
         starts = np.cumsum([0, count, len(range(0, count, 2)), len(range(1, count, 2))])
@@ -188,7 +189,7 @@ class TestNarrow:
                 mine = set(query_ids[tile * 8 : tile * 8 + 8].tolist())
                 of_block = [set(kv_ids[4 * block : 4 * block + 4].tolist()) for block in range(16)]
                 for number, some in enumerate((parts[0:6:2], parts[1:6:2], parts[6:])):
-                    read = sum(some, [])
+                    read, there = list(itertools.chain(*some)), set(before[number])
                     assert len(read) == len(set(read))
-                    assert {block for block in before[number] if mine & of_block[block]} <= set(read) <= set(before[number])
+                    assert {block for block in there if mine & of_block[block]} <= set(read) <= there
                 assert all(of_block[block] == mine and len(mine) == 1 for block in parts[0] + parts[1])

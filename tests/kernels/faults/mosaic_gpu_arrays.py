@@ -9,7 +9,8 @@ ARRANGE, TABLES, SEGMENTS, UNREAD, SIZES, PLAN, CHIP, BACKEND, FORWARD = (
 FOUR_HEADS, TWO_TILES = hopper_shape("four heads a tile"), hopper_shape("two tiles a row")
 ALONE = "tests/kernels/test_mosaic_gpu_arrays.py::"
 REFUSED, MESH = ALONE + "test_what_the_kernel_cannot_do_is_refused", ALONE + "test_tables_over_a_mesh"
-CHIPS, DOCUMENTS, ANY_IDS = ALONE + "test_only_hopper_is_lowered_for", ALONE + "TestNarrow::test_documents", ALONE + "TestNarrow::test_any_ids"
+CHIPS, ROOM = ALONE + "test_only_hopper_is_lowered_for", ALONE + "test_copies_of_lse_have_room"
+DOCUMENTS, ANY_IDS = ALONE + "TestNarrow::test_documents", ALONE + "TestNarrow::test_any_ids"
 
 ROWS_AND_KEYS = [
     Fault(
@@ -25,7 +26,7 @@ ROWS_AND_KEYS = [
     Fault(
         "lengths that no copy takes", ARRANGE,
         "LENGTH = 8\n", "LENGTH = 1\n",
-        ALONE + "test_copies_of_lse_have_room",
+        ROOM,
     ),
     Fault(
         "values in a wider swizzle than a step has keys", FORWARD,
@@ -35,7 +36,7 @@ ROWS_AND_KEYS = [
     Fault(
         "lse without room for whole tiles", FORWARD,
         "plan.num_heads, plan.tiles * plan.queries)", "plan.num_heads, inputs.query.shape[1])",
-        ALONE + "test_copies_of_lse_have_room",
+        ROOM,
     ),
     Fault(
         "the shift of an offset off by one", ARRANGE,

@@ -151,6 +151,11 @@ FAULTS = [
         "jnp.where(jnp.isneginf(lse), jnp.inf, lse)", "lse",
         CHANGED + "gradient_of_the_gradient",
     ),
+    Fault(
+        "a NaN taken for an empty row", FORWARD,
+        "reads = total != 0", "reads = total > 0",
+        CASE + "offsets_beyond",
+    ),
     # Loops.
     Fault("the last step left out", WALKING, "-(-most // count)", "most // count", case("ranges")),
     Fault(
