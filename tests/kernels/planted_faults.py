@@ -4,6 +4,7 @@
     python -m tests.kernels.planted_faults --write     # the same, and writes docs/planted_faults.md
     python -m tests.kernels.planted_faults -k scale    # those with "scale" in their names or files
     python -m tests.kernels.planted_faults --only NAME # that one
+    python -m tests.kernels.planted_faults --kept FILE # keeps results there, and takes from there what still holds
 
 Each is a piece of text replaced in a copy of the tree; the test must pass before and fail after. A test that does not
 end counts as failing: a kernel without one of its barriers waits for ever. Those that nothing here can find stand in
@@ -13,6 +14,8 @@ the list too, with the reason, and with a test that passes all the same.
 import argparse
 import concurrent.futures
 import contextlib
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -20,6 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import typing
 
@@ -38,7 +42,7 @@ SUBJECTS: dict[str, list[Fault]] = {
 }
 FAULTS = [fault for faults in SUBJECTS.values() for fault in faults]
 
-PATIENCE, LEAST_PATIENCE, MOST_PATIENCE = 4, 60, 600
+PATIENCE, LEAST_PATIENCE, MOST_PATIENCE = 3, 60, 600
 """A test that takes so many times as long as without the fault, and so many seconds at least, hangs."""
 
 
@@ -104,15 +108,48 @@ def outcome(tree: pathlib.Path, test: str, limit: float) -> Outcome:
     raise RuntimeError(f"{test} did not run: {output}")
 
 
-def without_faults(test: str) -> Outcome:
-    with copy_of_the_tree() as tree:
-        return outcome(tree, test, MOST_PATIENCE)
+class Runner:
+    """Runs tests, and keeps the results in a file where one is given.
+
+    A kept result holds as long as the fault is the same and so is all that its test may see: every file but the lists
+    of faults, this one, and other tests.
+    """
+
+    def __init__(self, kept: pathlib.Path | None):
+        self.path, self.lock = kept, threading.Lock()
+        self.kept: dict[str, Outcome] = {}
+        if kept is not None and kept.exists():
+            self.kept = {key: Outcome(*each) for key, each in json.loads(kept.read_text()).items()}
+
+    def without_faults(self, test: str) -> Outcome:
+        return self._run(test, None, MOST_PATIENCE)
+
+    def with_fault(self, fault: Fault, healthy: Outcome) -> Outcome:
+        return self._run(fault.test, fault, max(LEAST_PATIENCE, PATIENCE * healthy.seconds))
+
+    def _run(self, test: str, fault: Fault | None, limit: float) -> Outcome:
+        with copy_of_the_tree() as tree:
+            change = None if fault is None else (fault.file, fault.old, fault.new)
+            key = hashlib.sha256(repr((seen_by(test, tree), test, change)).encode()).hexdigest()
+            if key in self.kept:
+                return self.kept[key]
+            if fault is not None:
+                plant(fault, tree)
+            found = outcome(tree, test, limit)
+        with self.lock:
+            self.kept[key] = found
+            if self.path is not None:
+                self.path.write_text(json.dumps(self.kept))
+        return found
 
 
-def try_out(fault: Fault, limit: float) -> Outcome:
-    with copy_of_the_tree() as tree:
-        plant(fault, tree)
-        return outcome(tree, fault.test, limit)
+def seen_by(test: str, tree: pathlib.Path) -> list[tuple[str, str]]:
+    """The names and contents of the files that a test may see."""
+    own = test.partition("::")[0]
+    files = sorted(path.relative_to(tree).as_posix() for path in tree.rglob("*.py"))
+    other = [name for name in files if name.startswith("tests/kernels/faults/") or name.endswith("planted_faults.py")]
+    other += [name for name in files if name.rpartition("/")[2].startswith("test_") and name != own]
+    return [(name, (tree / name).read_text()) for name in files if name not in other]
 
 
 def table(outcomes: dict[Fault, Outcome]) -> str:
@@ -125,8 +162,8 @@ def table(outcomes: dict[Fault, Outcome]) -> str:
         "What tests are worth shows in what they find. Each of these was planted in a copy of the tree, and the test",
         "beside it, which passes without it, ran: `python -m tests.kernels.planted_faults --write` does it again and",
         f"writes this page. Of {len(outcomes)}, the tests find {len(found)}, {hung} of them by not coming to an end: a",
-        f"kernel without one of its barriers waits for ever, and a test that takes {PATIENCE} times as long as without the",
-        "fault counts as failing.",
+        "kernel without one of its barriers waits for ever, and a test that takes much longer than without the fault",
+        "counts as failing.",
     ]
     for subject, faults in SUBJECTS.items():
         lines += ["", f"## {subject}", "", "| fault | where | the test | the test then |", "|---|---|---|---|"]
@@ -143,6 +180,7 @@ def table(outcomes: dict[Fault, Outcome]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/planted_faults.md")
+    parser.add_argument("--kept", type=pathlib.Path, metavar="FILE", help="keep results in this file")
     parser.add_argument("--jobs", type=int, default=1, help="so many tests at a time")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("-k", default="", help="only faults with this in their names or files")
@@ -153,14 +191,15 @@ def main() -> int:
         chosen = [fault for fault in FAULTS if fault.name in options.only]
     if options.write and len(chosen) < len(FAULTS):
         parser.error("the page is written from a run of all faults")
+    runner = Runner(options.kept)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
         tests = list(dict.fromkeys(fault.test for fault in chosen))
-        healthy = dict(zip(tests, pool.map(without_faults, tests), strict=True))
+        healthy = dict(zip(tests, pool.map(runner.without_faults, tests), strict=True))
         broken = [test for test in tests if healthy[test].result != "passed"]
         print(f"without a fault: {len(tests)} tests, failing: {broken}", flush=True)
 
         def tried(fault: Fault) -> Outcome:
-            found = try_out(fault, max(LEAST_PATIENCE, PATIENCE * healthy[fault.test].seconds))
+            found = runner.with_fault(fault, healthy[fault.test])
             print(f"{found.result:6} {found.seconds:4.0f} s  {fault.name}: {found.reason[:150]}", flush=True)
             return found
 

@@ -19,11 +19,6 @@ ROWS_AND_KEYS = [
         FOUR_HEADS,
     ),
     Fault(
-        "padded features handed out", ARRANGE,
-        "grid.take_back(out, 1)[..., :value_dim]", "grid.take_back(out, 1)",
-        FOUR_HEADS,
-    ),
-    Fault(
         "lengths that no copy takes", ARRANGE,
         "LENGTH = 8\n", "LENGTH = 1\n",
         ROOM,
@@ -149,7 +144,6 @@ LISTS = [
         FOUR_HEADS,
     ),
     Fault("the bits of a word in the wrong order", TABLES, 'bitorder="little"', 'bitorder="big"', FOUR_HEADS),
-    Fault("words not padded to their width", TABLES, "(0, -size % WORD)", "(-size % WORD, 0)", FOUR_HEADS),
     Fault(
         "lists of the first heads for all tiles", TABLES,
         "schedule.head_index[:: ROWS // queries]", "schedule.head_index[: len(schedule.head_index) * queries // ROWS]",
@@ -221,12 +215,6 @@ LISTS = [
     ),
     Fault("masked parts cut inside the document", SEGMENTS, "part(partial, 0, 3)", "part(partial, 1, 2)", DOCUMENTS),
     Fault("blocks behind the tile's document left out", SEGMENTS, "part(full, 2, 3)", "part(full, 2, 2)", DOCUMENTS),
-    Fault(
-        "segments of the first tile for all", SEGMENTS,
-        "query_ids.min(-1)[..., None], query_ids.max(-1)[..., None]",
-        "query_ids[:, :1].min(-1)[..., None], query_ids[:, :1].max(-1)[..., None]",
-        DOCUMENTS,
-    ),
     # What nobody reads.
     Fault(
         "unread values not zeroed", UNREAD,
@@ -298,7 +286,6 @@ CHOICES = [
         "max(query.shape[-1], value.shape[-1]) > MOST_FEATURES", "query.shape[-1] > MOST_FEATURES",
         REFUSED,
     ),
-    Fault("blocks of any size", BACKEND, "if block_size not in BLOCK_SIZES:", "if False:", REFUSED),
     Fault("Blackwell taken for Hopper", CHIP, "if int(capability) != int(HOPPER):", "if capability < HOPPER:", CHIPS),
     Fault("a compiler that spoils masks", CHIP, "12080 <= version < 12091", "12080 < version < 12091", CHIPS),
     Fault(

@@ -14,11 +14,6 @@ WALK = [
         FOUR_HEADS,
     ),
     Fault(
-        "left-over blocks taken from the first", FORWARD,
-        "first = self.full_steps * self.plan.slots\n", "first = 0\n",
-        FOUR_HEADS,
-    ),
-    Fault(
         "masked entries begin behind the left-over blocks", FORWARD,
         "first = self.full_steps * self.plan.slots\n", "first = self.full\n",
         FOUR_HEADS,
@@ -40,11 +35,6 @@ WALK = [
     ),
     Fault("the last entry of a part left out", FORWARD, "entry >= end, start", "entry >= end - 1, start", FOUR_HEADS),
     Fault(
-        "the first entry of a part taken for the part before", FORWARD,
-        "entry >= end, start", "entry > end, start",
-        FOUR_HEADS,
-    ),
-    Fault(
         "the third part begins where the second does", FORWARD,
         "end = end + stop - start", "end = stop - start",
         FOUR_HEADS,
@@ -57,11 +47,6 @@ WALK = [
     Fault(
         "parts of a block swapped for the next block's", FORWARD,
         "* plan.parts_of_block + part_of_block, position", "* plan.parts_of_block, position",
-        HALF_BLOCKS,
-    ),
-    Fault(
-        "parts of a block not counted", FORWARD,
-        "_count(masked) * plan.parts_of_block", "_count(masked)",
         HALF_BLOCKS,
     ),
     Fault(
@@ -160,11 +145,6 @@ SOFTMAX = [
         SMALL,
     ),
     Fault(
-        "the maximum of the last step alone", FORWARD,
-        "new = jnp.maximum(most, logits.max(axis=1) * scale)", "new = jnp.maximum(LOWEST, logits.max(axis=1) * scale)",
-        SMALL,
-    ),
-    Fault(
         "the maximum not scaled", FORWARD,
         "logits.max(axis=1) * scale)", "logits.max(axis=1))",
         interpreted("empty rows"),
@@ -176,7 +156,6 @@ SOFTMAX = [
     ),
     Fault("logits in the wrong base", FORWARD, "scale = plan.scale * LOG2E", "scale = plan.scale", SMALL),
     Fault("lse in the wrong base", FORWARD, "(most + jnp.log2(safe)) * (1 / LOG2E)", "most + jnp.log2(safe)", SMALL),
-    Fault("lse without the maximum", FORWARD, "(most + jnp.log2(safe))", "jnp.log2(safe)", SMALL),
     Fault(
         "soft cap before the scale", FORWARD,
         "jnp.tanh(logits * (plan.scale / plan.soft_cap))", "jnp.tanh(logits / plan.soft_cap) * plan.scale",
@@ -207,11 +186,6 @@ SOFTMAX = [
         "the output of an empty row divided by zero", FORWARD,
         "safe = jnp.where(total != 0, total, 1.0)", "safe = total",
         interpreted("empty rows"),
-    ),
-    Fault(
-        "the output not divided by the sum", FORWARD,
-        "broadcast_in_dim(1 / safe,", "broadcast_in_dim(safe / safe,",
-        SMALL,
     ),
 ]  # fmt: skip
 
