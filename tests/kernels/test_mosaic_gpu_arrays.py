@@ -45,7 +45,7 @@ REFUSED = {
     "heads that read apart": (APART, {}, HopperTiles(heads=2), "a tile can have 1 heads here, got 2"),
     "heads of two groups": (WINDOW, {}, HopperTiles(heads=4), "a tile can have 1 or 2 heads here, got 4"),
     "part of a block": (LocalStride(128, 1, 2), {}, HopperTiles(heads=2), "a tile can have 1 heads here, got 2"),
-    "large tiles": (WINDOW, {"features": 256}, HopperTiles(1, 128, 2), "the tiles need 335360 bytes of shared memory"),
+    "large tiles": (WINDOW, {"features": 256}, HopperTiles(1, 128, 2), "the tiles need [0-9]+ bytes of shared memory"),
 }
 
 
