@@ -112,7 +112,11 @@ FAULTS = [
         "        plgpu.barrier_wait(scratch.mask_ready.at[stage])\n", "",
         SMALL,
     ),
-    Fault("queries not waited for", FORWARD, "        plgpu.barrier_wait(ready)\n", "", "tests/kernels/test_mosaic_gpu_races.py::test_every_copy_is_waited_for"),
+    Fault(
+        "queries not waited for", FORWARD,
+        "        plgpu.barrier_wait(ready)\n", "",
+        "tests/kernels/test_mosaic_gpu_races.py::test_every_copy_is_waited_for",
+    ),
     Fault(
         "masks overwritten by the other way to shared memory", FORWARD,
         "        plgpu.commit_smem()\n        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n",
