@@ -98,10 +98,6 @@ def _ours(implementation: str):
     return make
 
 
-def _xla(point: Point, block: int) -> Attention:
-    return _ours("xla")(point, block)
-
-
 def _cudnn(point: Point, block: int) -> Attention:
     def attention(query, key, value):
         return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
@@ -126,7 +122,7 @@ SIDES = (
     Side("tokamax", _tokamax, dense=True),
     Side("s2jax block 32", _ours("mosaic_gpu"), block=32),
     Side("s2jax block 16", _ours("mosaic_gpu"), block=16),
-    Side("xla", _xla),
+    Side("xla", _ours("xla")),
 )
 """Those that run in JAX; PyTorch's are in `gpu.flex`."""
 
@@ -146,29 +142,31 @@ class Limits:
     free_bytes: int | None = None
 
 
-def passes_by_xla(side: Side) -> tuple[str, ...]:
-    """The passes of a side that XLA's loops compute, not a kernel."""
-    if side.name == "xla":
-        return PASSES
-    backward = op.BACKWARD["mosaic_gpu"].__name__.rsplit(".", 1)[-1]
-    return PASSES[1:] if side.name.startswith("s2jax") and backward == "xla" else ()
+def backward_by_xla() -> bool:
+    """Whether the backward pass of `mosaic_gpu` is XLA's loops, and not a kernel yet."""
+    return op.BACKWARD["mosaic_gpu"] is op.BACKWARD["xla"]
 
 
-def too_slow(side: Side, operations: float, limits: Limits) -> dict[str, str]:
-    """Passes that would take too long, and why.
+def not_worth(side: Side, point: Point, operations: float, limits: Limits) -> dict[str, str]:
+    """Passes that are left out, and why.
 
     Args:
       operations: of the forward pass; a backward pass takes 2.5 times as many.
     """
+    ours = side.name.startswith("s2jax")
+    if point.is_dense and side.block != 64:
+        return dict.fromkeys(PASSES, "the dense pattern has no block size of its own")
+    by_xla = PASSES if side.name == "xla" else PASSES[1:] if ours and backward_by_xla() else ()
     found = {}
-    for name in passes_by_xla(side):
-        factor = {"forward": 1.0, "backward": 2.5, "forward + backward": 3.5}[name]
-        seconds = operations * factor / limits.slow_rate
+    for name in by_xla:
+        seconds = operations * {"forward": 1.0, "backward": 2.5, "forward + backward": 3.5}[name] / limits.slow_rate
         if seconds > limits.seconds:
             found[name] = (
                 f"by XLA's loops: about {seconds:.0f} s a call, estimated at {limits.slow_rate / 1e12:.0f} TFLOP/s, "
                 f"above the limit of {limits.seconds:g} s"
             )
+        elif name != "forward" and backward_by_xla() and side.name != "s2jax":
+            found[name] = "by XLA's loops, which are measured as s2jax's"
     return found
 
 
@@ -180,7 +178,7 @@ def prepare(side: Side, point: Point, arrays: Arrays, operations: float, limits:
     """
     start = time.perf_counter()
     attention = side.make(point, side.block)
-    left_out = too_slow(side, operations, limits)
+    left_out = not_worth(side, point, operations, limits)
     if len(left_out) == len(PASSES):
         raise LeftOut(left_out["forward"])
     functions = Functions(attention)
