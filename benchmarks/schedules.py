@@ -15,7 +15,7 @@ import numpy as np
 from points import POINTS, parser, save, table
 
 import s2jax
-from pallas_kernels.mosaic_gpu.tiles import choose_heads, choose_tiles
+from pallas_kernels.mosaic_gpu.tiles import HopperTiles, choose_heads, choose_tiles
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.tiles import alike, merge, neighbours
 
@@ -26,10 +26,15 @@ def ideal_pairs(schedule: BlockSchedule) -> np.ndarray:
     return np.array([sizes[lists.masks[lists.entries(walker)[1]]].sum() for walker in range(lists.num_walkers)])
 
 
+def hopper_tiles(schedule: BlockSchedule, head_dim: int) -> HopperTiles:
+    """What the Hopper kernel takes."""
+    heads = choose_heads(schedule, None, schedule.num_heads, schedule.num_kv_heads)
+    return choose_tiles(head_dim, head_dim, schedule.block_size, schedule.kv_length, heads[-1], heads)
+
+
 def forward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
     """Of the Hopper kernel, all heads together. What is left of the steps without a mask joins the masked ones."""
-    heads = choose_heads(schedule, None, schedule.num_heads, schedule.num_kv_heads)[-1]
-    tiles = choose_tiles(head_dim, head_dim, schedule.block_size, schedule.kv_length, heads)
+    tiles = hopper_tiles(schedule, head_dim)
     lists, size = schedule.lists, schedule.block_size
     rows = tiles.queries // size
     entries = merge(lists, neighbours(lists.num_walkers, lists.num_rows, rows)).lists.counts().sum(-1, dtype=np.int64)

@@ -2,9 +2,9 @@
 
 No error may be more than twice that of the plain computation in the inputs' own precision, plus one rounding. The truth
 of a whole square of 128k tokens is out of reach, but not that of some of its rows: a row of queries needs its own keys
-only. The cotangent is zero but in those rows. So dq is known there and zero elsewhere, and dk and dv, which collect what
-the sampled rows give, are known whole. The rows are whole blocks and single ones between them, all over the sequence;
-where a square is small enough they are all rows.
+only. The cotangent is zero but in those rows. So dq is known there and zero elsewhere, and dk and dv, which collect
+what the sampled rows give, are known whole. The rows are whole blocks and single ones between them, all over the
+sequence; where a square is small enough they are all rows.
 
 The rule holds in each band of positions by itself, from a power of 4 to the next: the first rows read few keys and have
 large outputs and errors, and a block forgotten at the end of a long sequence would be lost in their tolerance.
@@ -17,9 +17,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu.sides import Arrays
 from jaxtyping import Array, Bool, Float
 
+from gpu.sides import Arrays
 from s2jax.patterns import Heads, Pattern
 
 NAMES = ("out", "dquery", "dkey", "dvalue")

@@ -34,7 +34,7 @@ class LeftOut(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Milliseconds of one call, the mean of `calls`: of the GPU and of the host; and the kernels of a call, if known."""
+    """Milliseconds of one call, the mean of `calls`: of the GPU, and of the host; and a call's kernels, if known."""
 
     device_ms: float
     host_ms: float
@@ -143,6 +143,7 @@ class Timing:
     calls: int = 1
     samples: list[Sample] = dataclasses.field(default_factory=list)
     failed: str | None = None
+    rejected: list[str] = dataclasses.field(default_factory=list)
 
     def warm_up(self, burst_ms: float) -> None:
         """Runs uncounted, and chooses how many calls make a sample of about so many milliseconds."""
@@ -154,7 +155,10 @@ class Timing:
     def sample(self, clock: Clock) -> None:
         if self.calls > 1:
             self._run()  # short calls may find the GPU's clock still low after a pause
-        self.samples.append(clock.measure(self.call, self.wait, self.calls))
+        try:
+            self.samples.append(clock.measure(self.call, self.wait, self.calls))
+        except NoDeviceTime as reason:
+            self.rejected.append(str(reason))
 
     def is_enough(self) -> bool:
         """Of long calls three samples do."""
@@ -168,7 +172,8 @@ class Timing:
     def row(self, name: str) -> dict:
         """The keys of a results row that begin with `name`."""
         if self.failed is not None or not self.samples:
-            return {f"{name} failed": self.failed or "not measured"}
+            return {f"{name} failed": self.failed or "; ".join(self.rejected) or "not measured"}
+        rejected = {f"{name} rejected": self.rejected} if self.rejected else {}
         device = [sample.device_ms for sample in self.samples]
         return {
             f"{name} ms": statistics.median(device),
@@ -178,6 +183,7 @@ class Timing:
             f"{name} samples": len(device),
             f"{name} calls a sample": self.calls,
             f"{name} kernels": self.samples[-1].kernels,
+            **rejected,
         }
 
 

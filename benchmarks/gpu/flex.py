@@ -13,10 +13,10 @@ import typing
 import unittest.mock
 
 import jax
-from gpu.device_time import LeftOut, one_line
-from gpu.sides import Arrays, Prepared
 from points import Point
 
+from gpu.device_time import LeftOut, one_line
+from gpu.sides import Arrays, Prepared
 from s2jax.patterns import Heads, LocalStride
 
 NAMES = {"flex 128x64": (128, 64), "flex 128x128": (128, 128)}

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-from gpu.device_time import Call, LeftOut, Timing, one_line
 from jaxtyping import Array, Float
 from points import Point
 
 import s2jax
+from gpu.device_time import Call, LeftOut, Timing, one_line
 from pallas_kernels import op
 
 PASSES = ("forward", "backward", "forward + backward")
@@ -83,7 +83,8 @@ def make_arrays(point: Point, dtype: str = "bfloat16", seed: int = 0) -> Arrays:
     keys = jax.random.split(jax.random.key(seed), 4)
     queries = (point.batch, point.tokens, point.num_heads, point.head_dim)
     kv = (point.batch, point.tokens, point.num_kv_heads, point.head_dim)
-    return Arrays(*(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, (queries, kv, kv, queries))))
+    shapes = queries, kv, kv, queries
+    return Arrays(*(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)))
 
 
 def _ours(implementation: str):
