@@ -7,6 +7,7 @@ by all points that have it: the geometric mean of times over those of the tiles 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -25,8 +26,8 @@ from gpu.sides import Arrays, make_arrays
 from points import Point, parser, save
 
 import s2jax
-from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, HopperTiles, choose_heads, choose_tiles
-from pallas_kernels.mosaic_gpu.tuned import PATH, Key, tuned_tiles
+from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, HopperTiles, choose_heads, usual_tiles
+from pallas_kernels.mosaic_gpu.tuned import PATH, Key
 
 SEARCHED = (
     (Point("strided", 1, 16, 16, 128, 8, 16, 32 << 10), (64, 32, 16)),
@@ -76,24 +77,26 @@ def fitting(key: Key, heads: tuple[int, ...]) -> Iterator[HopperTiles]:
             yield tiles
 
 
-def search(points: list[tuple[Point, int]], clock: Clock, implementation: str = "mosaic_gpu") -> tuple[dict, Key]:
-    """The entry of one configuration: points are those that have it."""
-    key, heads = key_of(*points[0])
-    usual = Candidate(choose_tiles(*key[:3], points[0][0].tokens, key[3]))
+def search(key: Key, points: list[tuple[Point, int]], clock: Clock, implementation: str = "mosaic_gpu") -> dict:
+    """The row of one configuration: points are those that have it."""
+    heads = key_of(*points[0])[1]
+    usual = Candidate(usual_tiles(*key[:3], points[0][0].tokens, key[3]))
     others = [Candidate(tiles) for tiles in fitting(key, heads) if tiles != usual.tiles]
     candidates = [usual, *others]
     for point, block in points:
         measure(point, block, candidates, clock, implementation)
+    if usual.failed is not None:
+        raise RuntimeError(f"{usual.tiles}: {usual.failed}")
     best = min(candidates, key=lambda each: each.score(usual))
     if best.score(usual) > MARGIN:
         best = usual
     head_dim, value_dim, block_size, most_heads = key
-    entry = {
+    return {
         "head_dim": head_dim, "value_dim": value_dim, "block_size": block_size, "most_heads": most_heads,
-        "tiles": dataclasses.asdict(best.tiles), "of usual": best.score(usual), "usual": dataclasses.asdict(usual.tiles),
+        "tiles": dataclasses.asdict(best.tiles), "usual": dataclasses.asdict(usual.tiles),
+        "of usual": best.score(usual),
         "tried": [dataclasses.asdict(each) for each in candidates],
     }  # fmt: skip
-    return entry, key
 
 
 def measure(point: Point, block: int, candidates: list[Candidate], clock: Clock, implementation: str) -> None:
@@ -102,11 +105,12 @@ def measure(point: Point, block: int, candidates: list[Candidate], clock: Clock,
     name = f"{point.name}, block {block}"
     with ThreadPoolExecutor() as threads:
         jobs = [threads.submit(_compiled, pattern, arrays, each.tiles, implementation) for each in candidates]
+    inputs = arrays.query, arrays.key, arrays.value
     first, timings = None, {}
     for each, job in zip(candidates, jobs, strict=True):
         try:
             compiled = job.result()
-            out = compiled(arrays.query, arrays.key, arrays.value)
+            out = compiled(*inputs)
             first = out if first is None else first
             difference = float(jnp.abs(out.astype(jnp.float32) - first.astype(jnp.float32)).max())
             if not difference <= 2**-6:
@@ -114,8 +118,7 @@ def measure(point: Point, block: int, candidates: list[Candidate], clock: Clock,
         except Exception as error:  # tiles that do not compile are no reason to stop
             each.failed = one_line(error)
             continue
-        inputs = arrays.query, arrays.key, arrays.value
-        timings[each.tiles] = Timing(lambda compiled=compiled: compiled(*inputs), jax.block_until_ready)
+        timings[each.tiles] = Timing(functools.partial(compiled, *inputs), jax.block_until_ready)
     in_turn(timings, clock, repeats=3, burst_ms=10, pause_s=0.005)
     for each in candidates:
         timing = timings.get(each.tiles)
@@ -142,9 +145,6 @@ def main() -> None:
     options.add_argument("--budget-s", type=float, default=180, help="seconds after which nothing more is begun")
     chosen = options.parse_args()
     start, entries, header = time.perf_counter(), [], {"machine": machine.describe()}
-    # What is in the file now is not to be what the best is compared with.
-    PATH.unlink(missing_ok=True)
-    tuned_tiles.cache_clear()
     clock, header["clocks tried"] = choose_clock(*matrix_product(), MOST_PER_SECOND)
     groups: dict[Key, list[tuple[Point, int]]] = {}
     for point, blocks in SEARCHED:
@@ -154,10 +154,14 @@ def main() -> None:
         if time.perf_counter() - start > chosen.budget_s:
             print(f"{key}: no time left", flush=True)
             continue
-        entry, _ = search(points, clock)
+        try:
+            entry = search(key, points, clock)
+        except RuntimeError as error:
+            print(f"{key}: {one_line(error)}", flush=True)
+            continue
         entries.append(entry)
         print(f"{key}: {entry['tiles']}, {entry['of usual']:.3f} of the time with {entry['usual']}", flush=True)
-        save("tuned", [], chosen.folder, clock=clock.name, entries=entries, **header)
+        save("tuned", entries, chosen.folder, clock=clock.name, **header)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class HopperTiles:
 def choose_tiles(
     head_dim: int, value_dim: int, block_size: int, kv_length: int, heads: int, others: tuple[int, ...] = ()
 ) -> HopperTiles:
-    """Tiles for a head dim and block size: those measured best, else the largest steps that fit.
+    """Tiles for a head dim and block size: those measured best, else the usual ones.
 
     Args:
       heads: of a tile, the best as long as nothing was measured.
@@ -64,6 +64,11 @@ def choose_tiles(
         tiles = HopperTiles(*measured)
         if tiles.heads in (heads, *others) and tiles.keys < 2 * kv_length:
             return tiles
+    return usual_tiles(head_dim, value_dim, block_size, kv_length, heads)
+
+
+def usual_tiles(head_dim: int, value_dim: int, block_size: int, kv_length: int, heads: int) -> HopperTiles:
+    """The largest steps whose accumulators and buffers fit."""
     keys = 128 if max(head_dim, value_dim) <= 128 else 64
     while keys > 16 and keys >= 2 * kv_length:
         keys //= 2

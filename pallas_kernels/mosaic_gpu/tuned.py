@@ -24,7 +24,7 @@ def tuned_tiles(path: pathlib.Path | None = None) -> dict[Key, tuple[int, int, i
     if not path.exists():
         return {}
     try:
-        entries = json.loads(path.read_text())["entries"]
+        entries = json.loads(path.read_text())["rows"]
         return {
             (entry["head_dim"], entry["value_dim"], entry["block_size"], entry["most_heads"]): (
                 entry["tiles"]["heads"], entry["tiles"]["keys"], entry["tiles"]["stages"]
