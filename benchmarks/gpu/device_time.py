@@ -140,6 +140,7 @@ class Timing:
 
     call: Call
     wait: Wait
+    before: Callable[[], None] = lambda: None
     calls: int = 1
     samples: list[Sample] = dataclasses.field(default_factory=list)
     failed: str | None = None
@@ -147,12 +148,14 @@ class Timing:
 
     def warm_up(self, burst_ms: float) -> None:
         """Runs uncounted, and chooses how many calls make a sample of about so many milliseconds."""
+        self.before()
         milliseconds = self._run()
         if milliseconds < LONG_MS:
             milliseconds = self._run()  # the first one loaded code
         self.calls = max(1, min(20, int(burst_ms / milliseconds)))
 
     def sample(self, clock: Clock) -> None:
+        self.before()
         if self.calls > 1:
             self._run()  # short calls may find the GPU's clock still low after a pause
         try:

@@ -21,6 +21,8 @@ from gpu import correctness, machine
 from gpu.device_time import Clock, choose_clock, in_turn, one_line
 from gpu.flex import NAMES as FLEX
 from gpu.flex import prepare_flex
+from gpu.guard import Watch, tried_first
+from gpu.guard import lost as guard_lost
 from gpu.sides import PASSES, SIDES, Arrays, Limits, Prepared, Side, backward_by_xla, make_arrays, prepare
 from s2jax.patterns import Pattern
 
@@ -46,6 +48,8 @@ class Options:
       pairs: logits held at once when our side is checked, a sixteenth of it for others; more are more rows.
       folder: where the file goes; None for nowhere.
       all_sides: among which `sides` chooses, besides PyTorch's.
+      try_first: small calls in a process of its own decide which of our block sizes are left out.
+      stalled_s: after so long without an answer the run is ended.
     """
 
     points: tuple[Point, ...] = GPU_POINTS
@@ -56,6 +60,9 @@ class Options:
     pairs: int = correctness.PAIRS
     all_sides: tuple[Side, ...] = SIDES
     flex_device: str = "cuda"
+    try_first: bool = True
+    left_out: dict[int, str] = dataclasses.field(default_factory=dict)
+    stalled_s: float = 150
 
 
 class Budget:
@@ -84,24 +91,35 @@ class Budget:
 def run(options: Options, clock: Clock | None = None) -> list[dict]:
     """Measures all points; the rows, as saved."""
     budget, rows = Budget(options.budget_s), []
+    small_calls, untried = tried_first() if options.try_first else ([], {})
+    options = dataclasses.replace(options, left_out=untried)
     header: dict = {"machine": machine.describe(), "backward of s2jax by": "xla" if backward_by_xla() else "mosaic_gpu"}
     if clock is None:
         clock, header["clocks tried"] = choose_clock(*matrix_product(), MOST_PER_SECOND)
-    header["clock"] = clock.name
+    header |= {"clock": clock.name, "small calls": small_calls}
     print({name: value for name, value in header.items() if name != "machine"}, flush=True)
-    for point in options.points:
-        skipped = budget.skips()
-        start = time.perf_counter()
-        if skipped is None:
-            rows += measured(point, options, clock, budget)
-            budget.took(time.perf_counter() - start)
-        else:
-            rows.append({"point": point.name, "side": "all", "left out": skipped})
-            print(f"{point.name}: {skipped}", flush=True)
-        header |= {"seconds": budget.spent, "machine after": machine.state()}
+
+    def keep(more: list[dict]) -> None:
+        rows.extend(more)
+        header.update({"seconds": budget.spent, "machine after": machine.state()})
         if options.folder is not None:
             save("attention_gpu", rows, options.folder, **header)
+
+    point, lost = options.points[0], None
+    watch = Watch(options.stalled_s, lambda reason: keep(skipped(point, reason)))
+    for point in options.points:
+        reason = lost or budget.skips()
+        start = time.perf_counter()
+        keep(measured(point, options, clock, budget, watch) if reason is None else skipped(point, reason))
+        budget.took(time.perf_counter() - start)
+        lost = lost or guard_lost()
+    watch.over()
     return rows
+
+
+def skipped(point: Point, reason: str) -> list[dict]:
+    print(f"{point.name}: {reason}", flush=True)
+    return [{"point": point.name, "side": "all", "left out": reason}]
 
 
 def matrix_product(size: int = 8192) -> tuple[Callable, Callable, float]:
@@ -111,9 +129,10 @@ def matrix_product(size: int = 8192) -> tuple[Callable, Callable, float]:
     return lambda: product(first, second), jax.block_until_ready, 2.0 * size**3
 
 
-def measured(point: Point, options: Options, clock: Clock, budget: Budget) -> list[dict]:
-    """The rows of a point, one for each side."""
+def measured(point: Point, options: Options, clock: Clock, budget: Budget, watch: Callable[[str], None]) -> list[dict]:
+    """The rows of a point, one for each side; `watch` is told what is going on."""
     print(f"{point.name} at {budget.spent:.0f} s", flush=True)
+    watch("compiling")
     arrays = make_arrays(point)
     facts = {side.block: facts_of(point, side.block) for side in options.all_sides if side.name in options.sides}
     facts.setdefault(64, facts_of(point, 64))
@@ -123,10 +142,12 @@ def measured(point: Point, options: Options, clock: Clock, budget: Budget) -> li
         rows[name]["left out"] = reason
     for name, row in rows.items():
         row |= facts[block_of(name, options)]
-    for name, checks in checked(point, options, arrays, prepared).items():
+    for name, checks in checked(point, options, arrays, prepared, watch).items():
         rows[name] |= checks
     for name in PASSES:
-        timings = {side: each.timing(name) for side, each in prepared.items()}
+        timings = {
+            side: each.timing(name, functools.partial(watch, f"{side}, {name}")) for side, each in prepared.items()
+        }
         in_turn(timings, clock, options.repeats, enough=budget.is_over)
         for side, timing in timings.items():
             rows[side] |= timing.row(name)
@@ -180,7 +201,9 @@ def ready(point: Point, options: Options, arrays: Arrays, facts: dict[int, dict]
     with ThreadPoolExecutor() as threads:
         jobs = {}
         for side in options.all_sides:
-            if side.name in options.sides:
+            if side.block in options.left_out and side.name.startswith("s2jax"):
+                reasons[side.name] = options.left_out[side.block]
+            elif side.name in options.sides:
                 operations = 4.0 * point.head_dim * facts[side.block]["pairs"]
                 jobs[side.name] = threads.submit(prepare, side, point, arrays, operations, limits)
         # PyTorch's in this thread, which is the one that calls it later.
@@ -199,7 +222,9 @@ def _keep(name: str, make: Callable[[], Prepared], prepared: dict, reasons: dict
         reasons[name] = one_line(error)
 
 
-def checked(point: Point, options: Options, arrays: Arrays, prepared: dict[str, Prepared]) -> dict[str, dict]:
+def checked(
+    point: Point, options: Options, arrays: Arrays, prepared: dict[str, Prepared], watch: Callable[[str], None]
+) -> dict[str, dict]:
     """What each side's results are worth: our main side's in many rows, all others' coarsely."""
     found: dict[str, dict] = {}
     groups: dict[tuple[Pattern, int], list[str]] = {}
@@ -208,6 +233,7 @@ def checked(point: Point, options: Options, arrays: Arrays, prepared: dict[str, 
         pattern = s2jax.Dense() if dense else point.pattern(block_of(name, options))
         groups.setdefault((pattern, options.pairs if name == "s2jax" else options.pairs >> 4), []).append(name)
     for (pattern, pairs), names in groups.items():
+        watch(f"the truth of {pattern}")
         try:
             truth = correctness.truth(pattern, arrays, pairs)
             dout = correctness.only(truth.rows, arrays.dout)
@@ -215,6 +241,7 @@ def checked(point: Point, options: Options, arrays: Arrays, prepared: dict[str, 
             found |= {name: {"check failed": one_line(error)} for name in names}
             continue
         for name in names:
+            watch(f"checking {name}")
             found[name] = _check(prepared[name], truth, dout)
     return found
 

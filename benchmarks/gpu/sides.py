@@ -72,10 +72,11 @@ class Prepared:
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def timing(self, name: str) -> Timing:
+    def timing(self, name: str, before: Callable[[], None] = lambda: None) -> Timing:
+        """Of a pass; `before` each sample."""
         if name in self.left_out:
             return Timing(lambda: None, self.wait, failed=self.left_out[name])
-        return Timing(self.calls[name], self.wait)
+        return Timing(self.calls[name], self.wait, before)
 
 
 def make_arrays(point: Point, dtype: str = "bfloat16", seed: int = 0) -> Arrays:

@@ -65,7 +65,7 @@ FAKES = (
 
 def options(*points, folder, **more):
     sides = tuple(side.name for side in FAKES)
-    return run.Options(points, sides, repeats=2, folder=folder, pairs=1 << 14, all_sides=FAKES, **more)
+    return run.Options(points, sides, repeats=2, folder=folder, pairs=1 << 14, all_sides=FAKES, try_first=False, **more)
 
 
 def test_all_in_one_run(tmp_path):
