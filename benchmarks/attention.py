@@ -13,6 +13,7 @@ over cuDNN, times are the GPU's own, and results are checked at the same sizes: 
 import argparse
 import pathlib
 import statistics
+import sys
 import time
 
 import jax
@@ -106,7 +107,10 @@ def on_gpu(chosen: argparse.Namespace) -> None:
 
     points = tuple(point for point in run.GPU_POINTS if chosen.points is None or point.name in chosen.points)
     sides = tuple(chosen.sides or run.SIDE_NAMES)
-    run.run(run.Options(points, sides, chosen.repeats, chosen.budget_s, chosen.folder))
+    unknown = set(sides) - set(run.SIDE_NAMES)
+    if unknown:
+        sys.exit(f"sides are {', '.join(run.SIDE_NAMES)}, got {', '.join(sorted(unknown))}")
+    run.run(run.Options(points, sides, chosen.repeats, chosen.budget_s, chosen.folder, xla_s=chosen.xla_s))
 
 
 def main() -> None:
@@ -124,6 +128,7 @@ def main() -> None:
     else:
         options.add_argument("--sides", nargs="+", help="which sides; all by default")
         options.add_argument("--budget-s", type=float, default=480, help="seconds after which points are skipped")
+        options.add_argument("--xla-s", type=float, default=2, help="leaves out XLA's passes that take longer a call")
     chosen = options.parse_args()
     if cpu != (jax.default_backend() == "cpu"):
         options.error(f"jax runs on {jax.default_backend()}; with JAX_PLATFORMS=cpu this measures the CPU")

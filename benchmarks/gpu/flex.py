@@ -22,6 +22,8 @@ from s2jax.patterns import Heads, LocalStride
 NAMES = {"flex 128x64": (128, 64), "flex 128x128": (128, 128)}
 """The sides, and the queries and keys of their blocks."""
 
+SMALL_BLOCKS, MOST_TOKENS = "flex 128x64", 32 << 10
+
 BACKWARD_TILES = (64, 64, 64, 64, 3, 4)
 """Queries and keys of the passes over keys and over queries, stages, warps."""
 
@@ -38,8 +40,15 @@ def prepare_flex(name: str, point: Point, arrays: Arrays, device: str = "cuda") 
     pattern = point.pattern()
     if not isinstance(pattern, LocalStride):
         raise LeftOut("dense attention is not what FlexAttention is here for")
+    if name != SMALL_BLOCKS and point.tokens > MOST_TOKENS:
+        raise LeftOut(f"beyond {MOST_TOKENS >> 10}k tokens only {SMALL_BLOCKS}: each has inputs of its own in memory")
+    if device == "cuda":
+        torch.cuda.empty_cache()
     start = time.perf_counter()
     mask = block_mask(pattern, point, NAMES[name], device)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # sorting took much
     seconds = {"block mask": time.perf_counter() - start}
     # A compiled function is compiled anew for other shapes only so many times.
     torch.compiler.reset()
@@ -135,7 +144,7 @@ def _ordered(dense):
 
 def _tiles(name: str) -> contextlib.AbstractContextManager:
     """While compiling: backward tiles that fit blocks of 64 keys."""
-    if NAMES[name][1] % 128 == 0:
+    if name != SMALL_BLOCKS:
         return contextlib.nullcontext()
     from torch._inductor.choices import InductorChoices
     from torch._inductor.template_heuristics.triton import FlexBwDConfig

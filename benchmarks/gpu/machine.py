@@ -14,7 +14,7 @@ PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-c
 ENVIRONMENT = {
     # PyTorch wants some of the memory too.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.75",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.70",
     # Kernels one by one, not as a CUDA graph, are sure to be seen by CUPTI.
     "XLA_FLAGS": "--xla_gpu_enable_command_buffer=",
 }

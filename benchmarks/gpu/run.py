@@ -5,6 +5,7 @@ What a side cannot do is a line of its row. What there was no time for is a row 
 
 import dataclasses
 import functools
+import gc
 import pathlib
 import time
 from collections.abc import Callable, Iterable
@@ -49,7 +50,9 @@ class Options:
       folder: where the file goes; None for nowhere.
       all_sides: among which `sides` chooses, besides PyTorch's.
       try_first: small calls in a process of its own decide which of our block sizes are left out.
+      left_out: our block sizes that are, and why.
       stalled_s: after so long without an answer the run is ended.
+      xla_s: passes by XLA's loops are left out that are estimated to take longer.
     """
 
     points: tuple[Point, ...] = GPU_POINTS
@@ -63,6 +66,7 @@ class Options:
     try_first: bool = True
     left_out: dict[int, str] = dataclasses.field(default_factory=dict)
     stalled_s: float = 150
+    xla_s: float = Limits.seconds
 
 
 class Budget:
@@ -111,6 +115,7 @@ def run(options: Options, clock: Clock | None = None) -> list[dict]:
         reason = lost or budget.skips()
         start = time.perf_counter()
         keep(measured(point, options, clock, budget, watch) if reason is None else skipped(point, reason))
+        gc.collect()  # of this point's arrays
         budget.took(time.perf_counter() - start)
         lost = lost or guard_lost()
     watch.over()
@@ -197,7 +202,7 @@ def ready(point: Point, options: Options, arrays: Arrays, facts: dict[int, dict]
     """The sides compiled, all at once, and why others are not there."""
     prepared: dict[str, Prepared] = {}
     reasons: dict[str, str] = {}
-    limits = Limits(free_bytes=machine.free_bytes())
+    limits = Limits(options.xla_s, free_bytes=machine.free_bytes())
     with ThreadPoolExecutor() as threads:
         jobs = {}
         for side in options.all_sides:
