@@ -51,7 +51,9 @@ def describe() -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"gpu": state(), "versions": versions, "platform": jax.devices()[0].client.platform_version}
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    platform = jax.devices()[0].client.platform_version
+    return {"gpu": state(), "versions": versions, "platform": platform, "environment": environment}
 
 
 def free_bytes() -> int | None:

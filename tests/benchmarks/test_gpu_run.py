@@ -1,5 +1,6 @@
 """The GPU benchmark end to end on a CPU, with other implementations in the sides' places and a clock that counts."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 import report
 from gpu import run
-from gpu.device_time import LeftOut, Sample
+from gpu.device_time import LeftOut, NoDeviceTime, Sample
 from gpu.sides import PASSES, SIDES, Limits, Side, make_arrays, prepare
 from points import DENSE_POINTS, Point
 
@@ -25,16 +26,18 @@ pytestmark = [
 
 
 class Counting:
-    """Runs the calls and says that each took a millisecond more than the one before."""
+    """Runs the calls and says that each took a millisecond more than the one before; refuses the last ones."""
 
     name = "counting"
 
-    def __init__(self):
-        self.times = 0
+    def __init__(self, refused_after: int = 1000):
+        self.times, self.refused_after = 0, refused_after
 
     def measure(self, call, wait, calls) -> Sample:
         wait(call())
         self.times += 1
+        if self.times > self.refused_after:
+            raise NoDeviceTime("saw no kernel")
         return Sample(float(self.times), 1.0, calls, 1)
 
 
@@ -102,6 +105,15 @@ def test_points_that_the_time_does_not_allow_are_said_to_be_skipped(tmp_path):
     assert [row["side"] for row in rows] == ["all", "all"]
     assert rows[1]["left out"].startswith("time budget")
     assert len(json.loads((tmp_path / "attention_gpu.json").read_text())["rows"]) == 2
+
+
+def test_what_the_clock_does_not_see_is_timed_by_the_host(tmp_path):
+    sides = dataclasses.replace(options(DENSE, folder=tmp_path), sides=("cudnn",))
+    (row,) = run.run(sides, Counting(refused_after=2))
+    assert "forward clock" not in row
+    assert row["backward rejected"][0] == "saw no kernel"
+    assert row["backward clock"] == "queued calls, host clock"
+    assert row.get("backward ms", 1) > 0
 
 
 def test_the_backward_pass_alone_gives_the_same():
