@@ -7,8 +7,9 @@
     print(kernel.registers, kernel.spill_bytes, [loop.instructions["HGMMA"] for loop in kernel.inner_loops()])
 
 The real compilers run, and nothing is executed. They come with `make compilers`; `missing` says whether they are here.
-NVIDIA chips are those that `chips/` describes; TPUs go by their topology ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"). Where
-there is no GPU, JAX_PLATFORMS=cpu must be set before jax starts, as `make` and the tests do.
+NVIDIA chips are those that `chips/` describes, several of them as "h100:4"; TPUs go by their topology ("v5e:2x2",
+"v5p:2x2x1", "v6e:2x2"). What is sharded over several is compiled under `jax.set_mesh` of a mesh of their `devices`,
+with Auto axes. Where there is no GPU, JAX_PLATFORMS=cpu must be set before jax starts, as `make` and the tests do.
 """
 
 import contextlib
@@ -63,8 +64,12 @@ def devices(chip: str) -> list:
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         return topologies.get_topology_desc(chip, platform="tpu").devices
-    description = (CHIPS / f"{chip}.txtpb").read_text()
-    return topologies.get_topology_desc("", "cuda", target_config=description, topology="1x1x1").devices
+    topology = f"1x1x{chip.partition(':')[2] or 1}"
+    return topologies.get_topology_desc("", "cuda", target_config=_description(chip), topology=topology).devices
+
+
+def _description(chip: str) -> str:
+    return (CHIPS / f"{chip.partition(':')[0]}.txtpb").read_text()
 
 
 def compile_for(chip: str, function: Callable, *shapes: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
@@ -253,12 +258,14 @@ def _lowering_context(chip: str) -> contextlib.AbstractContextManager:
     """Pallas asks the abstract mesh what chip it lowers for; without a compute capability it takes any GPU for 9.0."""
     if _is_tpu(chip):
         return contextlib.nullcontext()
-    described = (CHIPS / f"{chip}.txtpb").read_text()
+    described = _description(chip)
     major, minor = _groups(r"cuda_compute_capability \{ major: (\d+) minor: (\d+)", described)
     kind = type("Chip", (jax.sharding.AbstractDevice,), {"compute_capability": f"{major}.{minor}"})
     cores = int(_groups(r"core_count: (\d+)", described)[0])
     device = kind(device_kind=devices(chip)[0].device_kind, num_cores=cores, platform="gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, mesh.axis_types, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 @contextlib.contextmanager
@@ -285,7 +292,7 @@ def _folders() -> list[str]:
 
 
 def _is_tpu(chip: str) -> bool:
-    return ":" in chip
+    return not (CHIPS / f"{chip.partition(':')[0]}.txtpb").exists()
 
 
 def _groups(pattern: str, text: str) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ WINDOW = s2jax.LocalStride(64, 16, 8)
 CONFIGS = (
     *(Config(f"d {d}", WINDOW, head_dim=d, value_dim=d) for d in (64, 96, 128, 192, 256)),
     Config("d 192, e 128", WINDOW, head_dim=192),
+    Config("d 192, e 256", WINDOW, head_dim=192, value_dim=256),
     *(Config(f"block {size}", s2jax.LocalStride(size, 1024 // size, 8)) for size in (16, 32, 128)),
     Config("block 16, no groups", s2jax.LocalStride(16, 64, 8), num_kv_heads=32),
     Config("d 256, block 128", s2jax.LocalStride(128, 8, 8), head_dim=256, value_dim=256),
@@ -50,6 +51,8 @@ CONFIGS = (
     Config("dense", s2jax.Dense(), tokens=16 << 10),
     Config("both ways", s2jax.Dense(causal=False), tokens=16 << 10),
     Config("odd length", WINDOW, tokens=8 * 1024 + 5),
+    Config("few keys", WINDOW, tokens=20),
+    Config("eight heads a tile", s2jax.LocalStride(16, 64, 8), num_kv_heads=4, tiles=s2jax.HopperTiles(8, 128, 2)),
     Config("float16", WINDOW, dtype="float16"),
     Config("soft cap", WINDOW, soft_cap=30.0),
     Config("sinks", WINDOW, sinks=True),

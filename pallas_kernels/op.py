@@ -17,7 +17,7 @@ from pallas_kernels.checks import check_number, check_operands
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
-from pallas_kernels.sharding import Sharding, over_shards, sharded_like
+from pallas_kernels.sharding import Sharding, equally_varying, over_shards, sharded_like
 from pallas_kernels.sinks import sink_gradients
 
 LOG = logging.getLogger("s2jax")
@@ -69,7 +69,7 @@ def block_sparse_attention(
       query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None). The mesh must be
         set, with `jax.set_mesh`: of a mesh that is not, nothing can be known here, and XLA gathers what is sharded.
       implementation: "mosaic_gpu", "xla" or "reference", or several names in order of preference; None picks by the
-        platform that is lowered for.
+        platform that is lowered for. To export for several platforms at once, take "xla": JAX lowers kernels for one.
       tiles: tile sizes of the one implementation asked for, `HopperTiles` or `XlaTiles`.
 
     Returns:
@@ -89,7 +89,10 @@ def block_sparse_attention(
         scale=query.shape[-1] ** -0.5 if scale is None else check_number("scale", scale),
         logits_soft_cap=None if logits_soft_cap is None else check_number("logits_soft_cap", logits_soft_cap, above=0),
         tiles=tiles,
+        # One object, for whether two arrays are equal is not known while tracing.
+        same_segments=query_segment_ids is not None and query_segment_ids is kv_segment_ids,
     )
+    operands = equally_varying(operands)
     call = Call(*_choose(problem, operands, implementation), problem, query_spec)
     rest = dataclasses.replace(operands, query=None, key=None, value=None, sinks=None)
     out, lse = _compiled(call, operands.query, operands.key, operands.value, operands.sinks, rest)

@@ -20,12 +20,14 @@ class Problem:
       scale: what the logits are multiplied with.
       logits_soft_cap: the logits become cap · tanh(logits / cap); None leaves them.
       tiles: the backend's own tile sizes, or None for its own choice.
+      same_segments: queries and keys have one array of segment ids: a query's segment holds its own key.
     """
 
     schedule: BlockSchedule | None
     scale: float
     logits_soft_cap: float | None
     tiles: typing.Any
+    same_segments: bool = False
 
 
 @jax.tree_util.register_dataclass

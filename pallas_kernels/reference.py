@@ -63,7 +63,7 @@ def masked_attention(
     total = weights.sum(-1)
     if sink is not None:
         total = total + jnp.exp(sink - most)
-    reads = total > 0
+    reads = total != 0  # a NaN is no zero: lse says so too
     safe = jnp.where(reads, total, 1)
     weights = (weights / safe[..., None]).reshape(batch, key.shape[2], group, *mask.shape[2:])
     out = jnp.einsum("bkgts,bske->btkge", weights, value, precision=precision)

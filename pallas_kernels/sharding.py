@@ -5,11 +5,13 @@ the forward and in the backward pass each, says what belongs to whom.
 """
 
 import dataclasses
+import functools
 import typing
 
 import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
 
 from pallas_kernels.problem import Operands
 
@@ -123,6 +125,29 @@ def find_sharding(operands: Operands, query_spec: P | None) -> Sharding | None:
     _check_divides("sequences", operands.query.shape[0], batch, sizes)
     _check_divides("KV heads", operands.key.shape[2], heads, sizes)
     return Sharding(batch, heads, tuple(free), any(kinds[name] is AxisType.Explicit for name in free))
+
+
+def equally_varying(operands: Operands) -> Operands:
+    """The operands, each varying over every axis of a caller's `shard_map` that any of them varies over.
+
+    So results and gradients have the query's type; the cast's own gradient sums over the axes that it added.
+    """
+    every = frozenset[str]().union(*(_varying(array) for array in jax.tree.leaves(operands)))
+    return jax.tree.map(functools.partial(_vary_over, axes=every), operands)
+
+
+def varying_like(array: Array, example: Array) -> Array:
+    """The array, varying over the axes that the example varies over: of a kernel's results JAX cannot know it."""
+    return _vary_over(array, _varying(example))
+
+
+def _varying(array: Array) -> frozenset[str]:
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def _vary_over(array: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(sorted(axes - _varying(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def sharded_like(gradient: jax.Array | None, primal: jax.Array | None) -> jax.Array | None:

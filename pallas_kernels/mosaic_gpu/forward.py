@@ -21,6 +21,7 @@ from pallas_kernels.mosaic_gpu.plan import ROWS, WARPGROUP_ROWS, WARPGROUPS, WOR
 from pallas_kernels.mosaic_gpu.products import add_product, product
 from pallas_kernels.mosaic_gpu.tables import EMPTY, Inputs
 from pallas_kernels.mosaic_gpu.untyped import plgpu
+from pallas_kernels.sharding import varying_like
 
 WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -51,7 +52,8 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )
-    return kernel(*leaves)
+    out, lse = (varying_like(array, inputs.query) for array in kernel(*leaves))
+    return out, lse
 
 
 class Scratch(typing.NamedTuple):
@@ -76,8 +78,8 @@ class Scratch(typing.NamedTuple):
 
 
 def _scratch(plan: Plan, inputs: Inputs) -> dict:
-    def tiles(rows: tuple[int, ...], features: int):
-        transforms = plan.transforms(features)
+    def tiles(rows: tuple[int, ...], features: int, summed: int | None = None):
+        transforms = plan.transforms(features, summed)
         return plgpu.SMEM((*rows, features), plan.dtype, transforms=transforms)
 
     def barriers(number: int, arrivals: int):
@@ -90,7 +92,7 @@ def _scratch(plan: Plan, inputs: Inputs) -> dict:
     return {
         "query": tiles((WARPGROUPS, WARPGROUP_ROWS), plan.head_dim),
         "key": tiles((stages, plan.keys), plan.head_dim),
-        "value": tiles((stages, plan.keys), plan.value_dim),
+        "value": tiles((stages, plan.keys), plan.value_dim, plan.keys),
         "out": tiles((WARPGROUPS, WARPGROUP_ROWS), plan.value_dim) if own_out else None,
         "lse": plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
         "words": None if inputs.words is None else words,
@@ -306,12 +308,15 @@ class Tile:
 
     def _store(self, out, most, total) -> None:
         plan, scratch, inputs = self.plan, self.scratch, self.inputs
+        # A NaN is no zero: a row that reads one says so in its lse too.
+        reads, nothing = total != 0, -jnp.inf
         if inputs.sinks is not None:
-            out, most, total = self._with_sinks(out, most, total)
-        reads = total > 0
-        share = 1 / jnp.where(reads, total, 1.0)
-        out = out * jax.lax.broadcast_in_dim(share, out.shape, [0])
-        lse = jnp.where(reads, (most + jnp.log2(jnp.where(reads, total, 1.0))) * (1 / LOG2E), -jnp.inf)
+            # Where nothing is read, lse is the sink itself: there and back to base 2 would round it.
+            nothing = self._sinks()
+            out, most, total = _with_sinks(out, most, total, nothing * LOG2E)
+        safe = jnp.where(total != 0, total, 1.0)
+        out = out * jax.lax.broadcast_in_dim(1 / safe, out.shape, [0])
+        lse = jnp.where(reads, (most + jnp.log2(safe)) * (1 / LOG2E), nothing)
         buffer = (scratch.query if scratch.out is None else scratch.out).at[self.warpgroup]
         buffer[...] = out.astype(plan.dtype)
         scratch.lse[self.warpgroup] = lse
@@ -321,14 +326,17 @@ class Tile:
             plgpu.copy_smem_to_gmem(scratch.lse.at[self.warpgroup, rows], self.lse_ref.at[self.batch, head, tokens])
         plgpu.wait_smem_to_gmem(0)
 
-    def _with_sinks(self, out, most, total):
-        """One more logit for every row, which has no value."""
+    def _sinks(self) -> Array:
         rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-        sinks = plgpu.load(self.inputs.sinks.at[self.heads, rows], layout=ROW, optimized=False) * LOG2E
-        new = jnp.maximum(most, sinks)
-        shrink = jnp.exp2(most - new)
-        out = out * jax.lax.broadcast_in_dim(shrink, out.shape, [0])
-        return out, new, total * shrink + jnp.exp2(sinks - new)
+        return plgpu.load(self.inputs.sinks.at[self.heads, rows], layout=ROW, optimized=False)
+
+
+def _with_sinks(out: Array, most: Array, total: Array, sinks: Array) -> tuple[Array, Array, Array]:
+    """One more logit for every row, which has no value."""
+    new = jnp.maximum(most, sinks)
+    shrink = jnp.exp2(most - new)
+    out = out * jax.lax.broadcast_in_dim(shrink, out.shape, [0])
+    return out, new, total * shrink + jnp.exp2(sinks - new)
 
 
 def _bits(words: list, shape: tuple[int, int], width: int) -> Array:

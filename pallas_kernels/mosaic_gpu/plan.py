@@ -75,8 +75,13 @@ class Plan:
         """Words of mask bits for every row of a slot."""
         return -(-self.slot // WORD)
 
-    def transforms(self, features: int) -> tuple:
-        """How rows of so many features lie in shared memory: in the widest swizzle that divides them."""
-        swizzle = next(size for size in (128, 64, 32) if features * self.dtype.itemsize % size == 0)
+    def transforms(self, features: int, summed: int | None = None) -> tuple:
+        """How rows of so many features lie in shared memory: in the widest swizzle that divides them.
+
+        Args:
+          summed: where a product sums over rows, so many at a time: the swizzle has to divide that too.
+        """
+        lengths = [length * self.dtype.itemsize for length in (features, summed or features)]
+        swizzle = next(size for size in (128, 64, 32) if not any(length % size for length in lengths))
         tiling = plgpu.TilingTransform((8, swizzle // self.dtype.itemsize))
         return tiling, plgpu.SwizzleTransform(swizzle)

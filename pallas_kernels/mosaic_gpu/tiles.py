@@ -10,8 +10,11 @@ from pallas_kernels.selection import BlockSelection
 SHARED_BYTES = 227 << 10
 """Shared memory of a block of threads on Hopper."""
 
-BARRIER_BYTES = 1 << 10
-"""Room for barriers and alignment."""
+ALIGNMENT = 1 << 10
+"""Of every buffer in shared memory."""
+
+BARRIER_BYTES = 3 << 10
+"""Room for barriers and for what Mosaic GPU itself needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +46,19 @@ class HopperTiles:
         return ROWS // self.heads
 
     def shared_bytes(self, head_dim: int, value_dim: int, block_size: int, mask_arrays: int) -> int:
-        """Shared memory of the forward kernel, for 2-byte elements."""
-        query = ROWS * head_dim * 2 + (ROWS * value_dim * 2 if value_dim != head_dim else 0)
-        words = -(-min(block_size, self.keys) // WORD) * (self.keys // min(block_size, self.keys)) * ROWS * 4
-        masks = words + (mask_arrays - 1) * self.keys * 4
-        return query + self.stages * (self.keys * (head_dim + value_dim) * 2 + masks) + ROWS * 4 + BARRIER_BYTES
+        """Shared memory of the forward kernel, for 2-byte elements: as much as it takes, or a little more."""
+        slot = min(block_size, self.keys)
+        words = -(-slot // WORD) * (self.keys // slot) * ROWS * 4
+        buffers = [
+            ROWS * head_dim * 2,
+            ROWS * value_dim * 2 if value_dim != head_dim else 0,
+            self.stages * self.keys * head_dim * 2,
+            self.stages * self.keys * value_dim * 2,
+            self.stages * words,
+            *[self.stages * self.keys * 4] * (mask_arrays - 1),
+            ROWS * 4,
+        ]
+        return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in buffers) + BARRIER_BYTES
 
 
 def choose_tiles(
@@ -72,11 +83,12 @@ def usual_tiles(head_dim: int, value_dim: int, block_size: int, kv_length: int, 
     keys = 128 if max(head_dim, value_dim) <= 128 else 64
     while keys > 16 and keys >= 2 * kv_length:
         keys //= 2
-    for stages in (4, 3, 2):
-        tiles = HopperTiles(heads, keys, stages)
-        if tiles.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES:
-            return tiles
-    raise AssertionError(f"no tiles for head dims {head_dim} and {value_dim}")
+    while True:
+        for stages in (4, 3, 2):
+            tiles = HopperTiles(heads, keys, stages)
+            if tiles.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES:
+                return tiles
+        keys //= 2  # HopperTiles refuses what no kernel is for
 
 
 def choose_heads(

@@ -10,12 +10,49 @@ from jaxtyping import Array, Bool
 
 from pallas_kernels import xla
 from pallas_kernels.problem import Operands, Problem
-from pallas_kernels.schedule import BlockSchedule
+from pallas_kernels.schedule import BlockLists, BlockSchedule
 
 
 def depends_on_arrays(problem: Problem, operands: Operands) -> bool:
-    """Whether what is read is known at run time only."""
-    return operands.query_segment_ids is not None or operands.query_offset is not None or problem.schedule is None
+    """Whether which keys nobody reads is known at run time only."""
+    if operands.query_offset is not None or problem.schedule is None:
+        return True
+    if operands.query_segment_ids is None:
+        return False
+    # In self-attention over packed documents every key has a reader, wherever they begin and end: its own query.
+    return not (problem.same_segments and reads_own_position(problem.schedule))
+
+
+@functools.lru_cache(maxsize=64)
+def reads_own_position(schedule: BlockSchedule) -> bool:
+    """Whether queries stand where the keys do, and each reads the key at its own position, for every head."""
+    lists, size = schedule.lists, schedule.block_size
+    if schedule.query_offset or schedule.query_length != schedule.kv_length:
+        return False
+    diagonals = np.diagonal(schedule.token_masks, axis1=1, axis2=2)
+    whole = diagonals.all(-1)
+    # Of the last row, not all queries exist.
+    last = lists.num_rows - 1
+    whole_at_end = diagonals[:, : schedule.query_length - last * size].all(-1)
+    for walker in range(lists.num_walkers):
+        row, position = lists.entries(walker, slice(lists.num_full, None))
+        kind = lists.masks[position]
+        reads = np.where(row == last, whole_at_end[kind], whole[kind]) & (lists.blocks[position] == row)
+        others = np.setdiff1d(np.arange(lists.num_rows), row[reads])
+        if not _walks(lists, lists.slices[walker, others, : lists.num_full], others[:, None]).any(-1).all():
+            return False
+    return True
+
+
+def _walks(lists: BlockLists, slices: np.ndarray, block: np.ndarray) -> Bool[np.ndarray, "rows parts"]:
+    """Whether each slice holds the block."""
+    (low, high), last = (slices[..., 0], slices[..., 1]), len(lists.blocks) - 1
+    # Blocks ascend within a slice: the first one that is not before it.
+    for _ in range(len(lists.blocks).bit_length()):
+        middle = (low + high) // 2
+        before = (low < high) & (lists.blocks[np.minimum(middle, last)] < block)
+        low, high = np.where(before, middle + 1, low), np.where(before, high, np.minimum(middle, high))
+    return (low < slices[..., 1]) & (lists.blocks[np.minimum(low, last)] == block)
 
 
 def without_unread(problem: Problem, operands: Operands, unread: Bool[Array, "k s"] | None, walks) -> Array:

@@ -120,7 +120,7 @@ def attend(queries: RowPass, *, bounded: bool = False) -> tuple[Array, Array]:
             return new, total * shrink + weights.sum(-1), out * shrink[..., None] + update
 
         most, total, out = fold(body, start)
-        reads = total > 0
+        reads = total != 0  # a NaN is no zero: lse says so too
         safe = jnp.where(reads, total, 1)[..., None]
         lse = jnp.where(reads[..., None], jnp.log(safe) + most[..., None], -jnp.inf)
         return out / safe, lse

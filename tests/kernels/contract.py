@@ -203,13 +203,18 @@ class AttentionContract:
         np.testing.assert_array_equal(found.dvalue[..., : case.query_length].transpose(0, 2, 3, 1) != 0, by_group)
 
     @pytest.mark.usefixtures("quick_compilation")
-    def test_offsets_beyond_the_keys_give_nan(self):
-        """Positions for which nothing was compiled: no number is better than a wrong one."""
-        case = dataclasses.replace(self.adapted(BY_NAME["an offset for each"]), batch=3, offsets=(-1, 91, 90))
-        found = self.run(case, arrays(case))
-        assert np.isnan(found.out[:2].astype(np.float32)).all()
-        assert np.isnan(found.lse[:2]).all()
-        assert np.isfinite(found.lse[2]).all()
+    def test_offsets_beyond_the_keys_and_nan_queries_give_nan(self):
+        """Positions for which nothing was compiled, and what is no number: no number is better than a wrong one."""
+        case = dataclasses.replace(self.adapted(BY_NAME["an offset for each"]), batch=3, offsets=(-1, 91, 57))
+        given = arrays(case)
+        query = given.query.copy()
+        query[2, 7, 1] = np.nan
+        found = self.run(case, dataclasses.replace(given, query=query))
+        expected = np.zeros(found.lse.shape, bool)
+        expected[:2], expected[2, 1, 7] = True, True
+        np.testing.assert_array_equal(np.isnan(found.lse), expected)
+        out = np.isnan(found.out.astype(np.float32)).swapaxes(1, 2)
+        np.testing.assert_array_equal(out, np.broadcast_to(expected[..., None], out.shape))
 
 
 def check_empty_rows(found: Results, mask: np.ndarray, given: Arrays) -> None:

@@ -12,17 +12,41 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import HopperTiles
+from s2jax import FirstTokens, Local, LocalStride
 from tests.kernels.cases import Case, Selected
 from tests.kernels.contract import AttentionContract, traced_forward
 
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
+
+SHAPES = [
+    # Two heads in a warpgroup, accumulators of two widths with padding, rings that go round more than once.
+    Case(
+        "four heads a tile", LocalStride(16, 5, 3), "bfloat16", 1, 160, 160, 8, 2, 24, 40,
+        scale=-0.3, sinks=True, tiling="four heads",
+    ),
+    # A block comes in two steps, and every row has several words of mask for each.
+    Case(
+        "half a block a step", LocalStride(128, 1, 2) & (Local(tokens=170) | FirstTokens(70)), "float16", 1, 300, 300,
+        2, 1, tiling="half blocks",
+    ),
+    # Tiles with fewer queries than a row of the selection.
+    Case(
+        "two tiles a row", Selected(block_size=32, query_block=128, heads=2, most=5), "bfloat16", 1, 200, 200,
+        num_heads=4, num_kv_heads=2, sinks=True,
+    ),
+]  # fmt: skip
+"""What this backend alone has."""
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NaN on purpose
 class TestInterpreted(AttentionContract):
     implementation = "mosaic_gpu"
     random_share = 8
-    tilings: typing.ClassVar = {"small": HopperTiles(heads=1, keys=16, stages=2)}
+    tilings: typing.ClassVar = {
+        "small": HopperTiles(heads=1, keys=16, stages=2),
+        "four heads": HopperTiles(heads=4, keys=32, stages=2),
+        "half blocks": HopperTiles(heads=1, keys=64, stages=3),
+    }
 
     # Of gradients there are none yet.
     test_gradients_show_the_pattern = None
@@ -37,10 +61,11 @@ class TestInterpreted(AttentionContract):
     def adapted(self, case: Case) -> Case:
         if case.dtype == "float32":
             case = dataclasses.replace(case, dtype="bfloat16")
-        if isinstance(case.pattern, Selected) and case.name != "selection, short rows":
+        chosen = case.pattern
+        if isinstance(chosen, Selected) and chosen.query_block % 64 and case.name != "selection, short rows":
             # Rows of queries that fill a tile, with two heads or with one.
-            rows = 128 if case.pattern.heads == case.num_heads else 64
-            case = dataclasses.replace(case, pattern=dataclasses.replace(case.pattern, query_block=rows))
+            rows = 128 if chosen.heads == case.num_heads else 64
+            case = dataclasses.replace(case, pattern=dataclasses.replace(chosen, query_block=rows))
         return case
 
     def refusal(self, case: Case) -> str | None:
@@ -61,3 +86,8 @@ class TestInterpreted(AttentionContract):
             return *jax.block_until_ready(forward(query, key, value, sinks, rest)), None, None, None, None
 
         return function
+
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+    def test_shape(self, case: Case):
+        self.check(case)

@@ -29,7 +29,7 @@ def dots(jaxpr) -> int:
     """Matrix products and kernels in a jaxpr, those of inner ones too: how much is computed."""
     count = 0
     for equation in jaxpr.eqns:
-        count += equation.primitive.name in ("dot_general", "pallas_call", "core_map", "mosaic_gpu_call")
+        count += equation.primitive.name in ("dot_general", "pallas_call", "mpmd_map")
         count += sum(dots(inner) for inner in jaxprs_in_params(equation.params))
     return count
 
@@ -182,6 +182,27 @@ class TransformationContract:
 
         for found, expected in zip(jax.jit(function)(*inputs), jax.jit(self.gradients)(*inputs), strict=True):
             assert_near(np.asarray(expected), found)
+
+    @pytest.mark.parametrize("inside", [True, False], ids=["gradient inside", "gradient outside"])
+    def test_queries_split_and_keys_whole(self, inside: bool):
+        """Every device has its own queries, at an offset of its own, and all keys, whose gradients are summed."""
+        mesh = Mesh(np.array(jax.devices()[:2]), ("length",), axis_types=(AxisType.Auto,))
+        split, whole = P(None, "length"), P()
+        specs = {"in_specs": (split, whole, whole), "mesh": mesh}
+
+        def total(query, key, value):
+            offset = jax.lax.axis_index("length") * query.shape[1]
+            out, lse = self.attention(query, key, value, query_offset=offset, return_lse=True)
+            return (out**2).sum() + lse.sum()
+
+        inputs = self.inputs()
+        if inside:
+            function = jax.shard_map(jax.grad(total, (0, 1, 2)), out_specs=(split, whole, whole), **specs)
+        else:
+            sums = jax.shard_map(lambda *inputs: total(*inputs)[None], out_specs=P("length"), **specs)
+            function = jax.grad(lambda *inputs: sums(*inputs).sum(), (0, 1, 2))
+        for one, other in zip(jax.jit(function)(*inputs), jax.jit(self.gradients)(*inputs)[2:], strict=True):
+            assert_near(np.asarray(other), one)
 
     @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
     def test_over_a_mesh(self, kind):

@@ -1,0 +1,286 @@
+"""What the Hopper kernel is given and what is made of its results: padding, tables, segments, tiles, refusals."""
+
+from tests.kernels.faults.fault import Fault, hopper_shape, interpreted, machine_code
+
+ARRANGE, TABLES, SEGMENTS, UNREAD, SIZES, PLAN, CHIP, BACKEND, FORWARD = (
+    f"pallas_kernels/mosaic_gpu/{name}.py"
+    for name in ("arrange", "tables", "segments", "unread", "tiles", "plan", "chip", "__init__", "forward")
+)
+FOUR_HEADS, TWO_TILES = hopper_shape("four heads a tile"), hopper_shape("two tiles a row")
+ALONE = "tests/kernels/test_mosaic_gpu_arrays.py::"
+REFUSED, MESH = ALONE + "test_what_the_kernel_cannot_do_is_refused", ALONE + "test_tables_over_a_mesh"
+CHIPS, ROOM = ALONE + "test_only_hopper_is_lowered_for", ALONE + "test_copies_of_lse_have_room"
+DOCUMENTS, ANY_IDS = ALONE + "TestNarrow::test_documents", ALONE + "TestNarrow::test_any_ids"
+
+ROWS_AND_KEYS = [
+    Fault(
+        "features not padded to what the tensor cores multiply", ARRANGE,
+        "FEATURES = 16\n", "FEATURES = 8\n",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "lengths that no copy takes", ARRANGE,
+        "LENGTH = 8\n", "LENGTH = 1\n",
+        ROOM,
+    ),
+    Fault(
+        "values in a wider swizzle than a step has keys", FORWARD,
+        "plan.value_dim, plan.keys),", "plan.value_dim),",
+        machine_code("few keys"),
+    ),
+    Fault(
+        "lse without room for whole tiles", FORWARD,
+        "plan.num_heads, plan.tiles * plan.queries)", "plan.num_heads, inputs.query.shape[1])",
+        ROOM,
+    ),
+    Fault(
+        "the shift of an offset off by one", ARRANGE,
+        "shift = problem.schedule.query_offset % problem.schedule.block_size",
+        "shift = 1 + problem.schedule.query_offset % problem.schedule.block_size",
+        interpreted("offset within a block"),
+    ),
+    Fault(
+        "the tile of an offset at run time counted in blocks", ARRANGE,
+        "offset % queries, offset // queries, queries - 1",
+        "offset % queries, offset // problem.schedule.block_size, queries - 1",
+        interpreted("offset at run time"),
+    ),
+    Fault(
+        "the last tile forgotten where an offset at run time shifts", ARRANGE,
+        "offset // queries, queries - 1", "offset // queries, 0",
+        interpreted("an offset for each"),
+    ),
+    Fault(
+        "tiles beyond the tables", ARRANGE,
+        "jnp.minimum(grid.first[:, None] + jnp.arange(grid.tiles, dtype=jnp.int32), slices.shape[2] - 1)",
+        "grid.first[:, None] + jnp.arange(grid.tiles, dtype=jnp.int32)",
+        interpreted("one query of each, at run time"),
+    ),
+    Fault(
+        "the scale of a turned query not turned", ARRANGE,
+        "(-query, -scale) if scale < 0", "(query, -scale) if scale < 0",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "a scale of zero divides", ARRANGE,
+        "(jnp.zeros_like(query), 1.0)", "(query, scale)",
+        ALONE + "test_a_scale_that_is_not_positive",
+    ),
+    Fault(
+        "sinks dealt to rows, not to heads", ARRANGE,
+        "jnp.repeat(sinks.astype(jnp.float32).reshape(-1, tiles.heads), tiles.queries, 1)",
+        "jnp.tile(sinks.astype(jnp.float32).reshape(-1, tiles.heads), (1, tiles.queries))",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "segments of rows for every head in turn", ARRANGE,
+        "    return jnp.tile(ids, (1, 1, ROWS // grid.queries))\n\n\ndef _positive",
+        "    return jnp.repeat(ids, ROWS // grid.queries, 2)\n\n\ndef _positive",
+        interpreted("documents"),
+    ),
+    Fault(
+        "segments not shifted with the rows", ARRANGE,
+        "jnp.clip(index - shift[:, None], 0, grid.length - 1)",
+        "jnp.clip(index + 0 * shift[:, None], 0, grid.length - 1)",
+        interpreted("an offset and documents"),
+    ),
+    Fault(
+        "positions of rows for every head in turn", ARRANGE,
+        "return jnp.tile(array, (1, 1, ROWS // self.queries))", "return jnp.repeat(array, ROWS // self.queries, 2)",
+        TWO_TILES,
+    ),
+    Fault(
+        "a selection that forgets the offset", ARRANGE,
+        "position = position + operands.query_offset[:, None]", "position = position",
+        interpreted("selection from an offset"),
+    ),
+    Fault(
+        "a selection is causal though it is not", ARRANGE,
+        "jnp.full_like(position, NOWHERE - 1)", "position",
+        interpreted("selection both ways"),
+    ),
+    Fault(
+        "keys beyond the end read both ways", ARRANGE,
+        "jnp.where(keys < operands.key.shape[1], keys, NOWHERE)", "keys",
+        interpreted("selection both ways"),
+    ),
+]  # fmt: skip
+
+LISTS = [
+    Fault(
+        "keys beyond the end of the last block", TABLES,
+        "if schedule.kv_length % schedule.block_size == 0:", "if True:",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "one key too many in the last block", TABLES,
+        "(np.arange(size) < remaining)", "(np.arange(size) <= remaining)",
+        interpreted("local stride both ways"),
+    ),
+    Fault(
+        "the last block lost where it is not filled", TABLES,
+        "ends.any(-1)[..., None], np.array([entry, entry + 1], np.int32)",
+        "ends.any(-1)[..., None], np.array([entry, entry], np.int32)",
+        interpreted("dense both ways"),
+    ),
+    Fault(
+        "the last block twice where it is not filled", TABLES,
+        "    full[..., 1] -= ends\n", "",
+        interpreted("dense both ways"),
+    ),
+    Fault(
+        "masks for every row of a head in turn", TABLES,
+        "np.tile(bits, (1, ROWS // bits.shape[1], 1))", "np.repeat(bits, ROWS // bits.shape[1], 1)",
+        FOUR_HEADS,
+    ),
+    Fault("the bits of a word in the wrong order", TABLES, 'bitorder="little"', 'bitorder="big"', FOUR_HEADS),
+    Fault(
+        "lists of the first heads for all tiles", TABLES,
+        "schedule.head_index[:: ROWS // queries]", "schedule.head_index[: len(schedule.head_index) * queries // ROWS]",
+        interpreted("patterns by KV head"),
+    ),
+    Fault(
+        "all blocks of a selection read, whatever their count", TABLES,
+        "first + jnp.clip(selection.counts, 0, most)", "first + most + 0 * selection.counts",
+        interpreted("selection"),
+    ),
+    Fault(
+        "blocks beyond the keys read as the first", TABLES,
+        "jnp.where(inside, WHOLE, EMPTY)", "jnp.where(inside, WHOLE, WHOLE)",
+        interpreted("selection"),
+    ),
+    Fault(
+        "a row of a selection for every tile", TABLES,
+        "jnp.arange(-(-length // tiles.queries)) * tiles.queries // selection.query_block",
+        "jnp.arange(-(-length // tiles.queries))",
+        TWO_TILES,
+    ),
+    Fault(
+        "query head i has the choice of KV head i mod k", TABLES,
+        "jnp.arange(0, num_heads, tiles.heads) * heads // num_heads", "jnp.arange(0, num_heads, tiles.heads) % heads",
+        TWO_TILES,
+    ),
+    # Segments.
+    Fault(
+        "one block of a document too few", SEGMENTS,
+        "end = count - jnp.argmax(condition[..., ::-1], -1).astype(jnp.int32)",
+        "end = count - 1 - jnp.argmax(condition[..., ::-1], -1).astype(jnp.int32)",
+        DOCUMENTS,
+    ),
+    Fault(
+        "one block of another document", SEGMENTS,
+        "jnp.where(some, first, 0), jnp.where(some, end, 0)",
+        "jnp.where(some, jnp.maximum(first, 1) - 1, 0), jnp.where(some, end, 0)",
+        DOCUMENTS,
+    ),
+    Fault(
+        "other documents not skipped", SEGMENTS,
+        "(least <= most_key) & (least_key <= most)", "(least <= most_key) | (least_key <= most)",
+        DOCUMENTS,
+    ),
+    Fault(
+        "blocks at a document's edge without a mask", SEGMENTS,
+        "(least_key == least) & (most_key == least)", "(least_key == least)",
+        DOCUMENTS,
+    ),
+    Fault(
+        "tiles at a document's edge without a mask", SEGMENTS,
+        "(least == most) & (least_key == least)", "(least_key == least)",
+        DOCUMENTS,
+    ),
+    Fault(
+        "the first run of a document that comes twice taken for all", SEGMENTS,
+        "    if whole:\n", "    if True:\n",
+        ANY_IDS,
+    ),
+    Fault(
+        "a search that passes what it looks for", SEGMENTS,
+        "blocks.shape[0] - 1)] < block)", "blocks.shape[0] - 1)] <= block)",
+        DOCUMENTS,
+    ),
+    Fault("masked parts cut inside the document", SEGMENTS, "part(partial, 0, 3)", "part(partial, 1, 2)", DOCUMENTS),
+    # What nobody reads.
+    Fault(
+        "unread values not zeroed", UNREAD,
+        "return value if unread is None else", "return value if True else",
+        interpreted("first tokens both ways"),
+    ),
+    Fault(
+        "unread values not zeroed where segments have a say", UNREAD,
+        "lambda: jnp.where(_read(problem, operands, walks)[..., None], value, 0)", "lambda: value",
+        interpreted("strangers"),
+    ),
+    Fault(
+        "values taken for finite", UNREAD,
+        "jnp.isfinite(value).all()", "jnp.isfinite(value).any()",
+        interpreted("strangers"),
+    ),
+    Fault(
+        "segments have no say in what is read", UNREAD,
+        "return operands.query_segment_ids is not None or operands", "return operands",
+        interpreted("strangers"),
+    ),
+    Fault(
+        "queries that do not exist read too", UNREAD,
+        "queries = slice(first if each == 0 else 0, last if each == lists.num_rows - 1 else size)",
+        "queries = slice(0, size)",
+        interpreted("one query"),
+    ),
+    Fault(
+        "values that one head of a group reads zeroed", UNREAD,
+        "*by_walker.shape[1:]).any(1)", "*by_walker.shape[1:]).all(1)",
+        interpreted("patterns by query head"),
+    ),
+]  # fmt: skip
+
+CHOICES = [
+    Fault(
+        "a buffer counted once, whatever the stages", SIZES,
+        "self.stages * self.keys * value_dim * 2,", "self.keys * value_dim * 2,",
+        machine_code("d 256"),
+    ),
+    Fault(
+        "no room counted for results", SIZES,
+        "            ROWS * value_dim * 2 if value_dim != head_dim else 0,\n", "",
+        machine_code("d 192, e 128"),
+    ),
+    Fault(
+        "no room counted between buffers", SIZES,
+        "-(-size // ALIGNMENT) * ALIGNMENT for size", "size for size",
+        machine_code("few keys"),
+    ),
+    Fault(
+        "no smaller steps for wide heads of two widths", SIZES,
+        "        keys //= 2  # HopperTiles", "        raise AssertionError  # HopperTiles",
+        ALONE + "test_there_are_tiles_for_all_sizes",
+    ),
+    Fault(
+        "a tile of heads that read apart", SIZES,
+        "group % heads == 0 and schedule.shares_groups and", "group % heads == 0 and",
+        REFUSED,
+    ),
+    Fault(
+        "a tile of heads of two groups", SIZES,
+        "(group % heads == 0 and schedule.shares_groups", "(schedule.shares_groups",
+        REFUSED,
+    ),
+    Fault("a tile of part of a block", SIZES, " and ROWS // heads >= schedule.block_size)", ")", REFUSED),
+    Fault("a tile of heads that choose apart", SIZES, "(shared or heads == 1)", "(shared or True)", REFUSED),
+    Fault("a tile of two rows of a selection", SIZES, " and selection.query_block % (ROWS // heads) == 0", "", REFUSED),
+    Fault("tiles that do not fit", BACKEND, "if shared > SHARED_BYTES:", "if False:", REFUSED),
+    Fault("more heads in a tile than can be", BACKEND, "if tiles.heads not in heads:", "if False:", REFUSED),
+    Fault("Blackwell taken for Hopper", CHIP, "if int(capability) != int(HOPPER):", "if capability < HOPPER:", CHIPS),
+    Fault("a compiler that spoils masks", CHIP, "12080 <= version < 12091", "12080 < version < 12091", CHIPS),
+    Fault(
+        "the lists of the first shard's heads for all", BACKEND,
+        "slices=sharding.of(heads=1, ndim=5)", "slices=PartitionSpec()",
+        MESH,
+    ),
+    Fault(
+        "what the first shard's heads do not read zeroed for all", BACKEND,
+        "sharding.of(heads=0, ndim=2)", "PartitionSpec()",
+        MESH,
+    ),
+]  # fmt: skip
+
+FAULTS = [*ROWS_AND_KEYS, *LISTS, *CHOICES]

@@ -1,0 +1,201 @@
+"""The Hopper kernel's barriers, rings of buffers and registers."""
+
+from tests.kernels.faults.fault import Fault, hopper_shape, interpreted, machine_code
+
+FORWARD, PRODUCTS = "pallas_kernels/mosaic_gpu/forward.py", "pallas_kernels/mosaic_gpu/products.py"
+FOUR_HEADS, SMALL = hopper_shape("four heads a tile"), interpreted("groups of four")
+
+FAULTS = [
+    Fault(
+        "keys and values loaded into buffers in use", FORWARD,
+        "            plgpu.barrier_wait(free.at[stage])\n", "",
+        SMALL,
+    ),
+    Fault(
+        "masks loaded into buffers in use", FORWARD,
+        "        plgpu.barrier_wait(scratch.mask_free.at[stage])\n        ready =", "        ready =",
+        SMALL,
+    ),
+    Fault(
+        "keys given back before they are multiplied", FORWARD,
+        "        logits = product(\n",
+        "        plgpu.barrier_arrive(scratch.key_free.at[stage])\n        logits = product(\n",
+        SMALL,
+    ),
+    Fault(
+        "keys given back while the tensor cores read them", FORWARD,
+        "(WARPGROUP_ROWS, plan.keys), self._take_turns\n"
+        "        )\n"
+        "        plgpu.barrier_arrive(scratch.key_free.at[stage])\n",
+        "(WARPGROUP_ROWS, plan.keys),\n"
+        "            lambda: (self._take_turns(), plgpu.barrier_arrive(scratch.key_free.at[stage])),\n"
+        "        )\n",
+        SMALL,
+    ),
+    Fault(
+        "values given back while the tensor cores read them", FORWARD,
+        "        out = add_product(out, weights, value, wait_for_next_key)\n"
+        "        plgpu.barrier_arrive(scratch.value_free.at[stage])\n",
+        "        out = add_product(\n"
+        "            out, weights, value,\n"
+        "            lambda: (wait_for_next_key(), plgpu.barrier_arrive(scratch.value_free.at[stage])),\n"
+        "        )\n",
+        SMALL,
+    ),
+    Fault(
+        "values waited for while the tensor cores read them", FORWARD,
+        "        plgpu.barrier_wait(scratch.value_ready.at[stage])\n"
+        "        plgpu.barrier_wait(scratch.turn)\n\n"
+        "        def wait_for_next_key():\n",
+        "        plgpu.barrier_wait(scratch.turn)\n\n"
+        "        def wait_for_next_key():\n"
+        "            plgpu.barrier_wait(scratch.value_ready.at[stage])\n\n",
+        SMALL,
+    ),
+    Fault(
+        "keys never given back", FORWARD,
+        "        plgpu.barrier_arrive(scratch.key_free.at[stage])\n        scale =", "        scale =",
+        SMALL,
+    ),
+    Fault(
+        "values never given back", FORWARD,
+        "        plgpu.barrier_arrive(scratch.value_free.at[stage])\n        return out, new, total",
+        "        return out, new, total",
+        SMALL,
+    ),
+    Fault(
+        "masks never given back", FORWARD,
+        "        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n        allowed =", "        allowed =",
+        SMALL,
+    ),
+    Fault(
+        "masks given back before they are read", FORWARD,
+        "        rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)\n        conditions = []\n",
+        "        rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)\n        conditions = []\n"
+        "        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n",
+        SMALL,
+    ),
+    Fault(
+        "the first keys not waited for", FORWARD,
+        "            plgpu.barrier_wait(scratch.key_ready.at[0])\n", "            pass\n",
+        SMALL,
+    ),
+    Fault(
+        "the next keys not waited for", FORWARD,
+        "                plgpu.barrier_wait(scratch.key_ready.at[jax.lax.rem(step + 1, plan.stages)])\n",
+        "                pass\n",
+        SMALL,
+    ),
+    Fault(
+        "keys waited for that do not come", FORWARD,
+        "@pl.when(step + 1 < steps)", "@pl.when(step < steps)",
+        SMALL,
+    ),
+    Fault(
+        "a wait for keys where a tile reads nothing", FORWARD,
+        "@pl.when(steps > 0)", "@pl.when(steps >= 0)",
+        interpreted("selection"),
+    ),
+    Fault(
+        "the stage of this step's keys waited for again", FORWARD,
+        "rem(step + 1, plan.stages)", "rem(step, plan.stages)",
+        SMALL,
+    ),
+    Fault(
+        "values not waited for", FORWARD,
+        "        plgpu.barrier_wait(scratch.value_ready.at[stage])\n        plgpu.barrier_wait(scratch.turn)\n",
+        "        plgpu.barrier_wait(scratch.turn)\n",
+        SMALL,
+    ),
+    Fault(
+        "masks not waited for", FORWARD,
+        "        plgpu.barrier_wait(scratch.mask_ready.at[stage])\n", "",
+        SMALL,
+    ),
+    Fault("queries not waited for", FORWARD, "        plgpu.barrier_wait(ready)\n", "", SMALL),
+    Fault(
+        "masks overwritten by the other way to shared memory", FORWARD,
+        "        plgpu.commit_smem()\n        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n",
+        "        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n",
+        SMALL,
+    ),
+    Fault(
+        "results copied before they are in shared memory", FORWARD,
+        "        plgpu.commit_smem()\n        for head", "        for head",
+        SMALL,
+    ),
+    Fault("the last copies not waited for", FORWARD, "        plgpu.wait_smem_to_gmem(0)\n", "", SMALL),
+    Fault(
+        "one copy of keys counts for all", FORWARD,
+        '"key_ready": barriers(stages, plan.slots)', '"key_ready": barriers(stages, 1)',
+        FOUR_HEADS,
+    ),
+    Fault(
+        "one copy of queries counts for all", FORWARD,
+        "barriers(WARPGROUPS, plan.pieces)", "barriers(WARPGROUPS, 1)",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "segments count for the masks", FORWARD,
+        "barriers(stages, plan.slots * masks)", "barriers(stages, plan.slots)",
+        interpreted("strangers"),
+    ),
+    Fault(
+        "one warpgroup gives keys back for both", FORWARD,
+        '"key_free": barriers(stages, WARPGROUPS)', '"key_free": barriers(stages, 1)',
+        SMALL,
+    ),
+    Fault(
+        "one warpgroup gives masks back for both", FORWARD,
+        '"mask_free": barriers(stages, WARPGROUPS)', '"mask_free": barriers(stages, 1)',
+        SMALL,
+    ),
+    Fault("a turn taken alone", FORWARD, "barriers(1, WARPGROUPS)", "barriers(1, 1)", SMALL),
+    Fault(
+        "both warpgroups take the first turn", FORWARD,
+        "        pl.when(self.warpgroup == 1)(self._take_turns)\n", "",
+        SMALL,
+    ),
+    Fault("the last turn not taken", FORWARD, "        pl.when(self.warpgroup == 0)(self._take_turns)\n", "", SMALL),
+    Fault(
+        "a stage too few", FORWARD,
+        "        stage = jax.lax.rem(step, plan.stages)\n        kv_head",
+        "        stage = jax.lax.rem(step, plan.stages - 1)\n        kv_head",
+        SMALL,
+    ),
+    Fault(
+        "masks in the ring of the keys", FORWARD,
+        "self._allowed(masked_step)", "self._allowed(step)",
+        hopper_shape("four heads a tile"),
+    ),
+    Fault(
+        "two rings begin together", FORWARD,
+        "self._load_step(walk.full_steps + masked_step,", "self._load_step(masked_step,",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "results in the queries' buffer, whatever their width", FORWARD,
+        "plan.value_dim != plan.head_dim", "False",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "too few registers to compute", FORWARD,
+        "COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56", "COMPUTE_REGISTERS, LOAD_REGISTERS = 160, 56",
+        machine_code("d 256"),
+    ),
+    Fault(
+        "too few registers to load", FORWARD,
+        "COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56", "COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24",
+        machine_code("block 16"),
+    ),
+    Fault(
+        "exponentials wait for the other warpgroup's turn", FORWARD,
+        "        out, total, new, weights = jax.lax.optimization_barrier((out, total, new, weights))\n", "",
+        machine_code("d 64"),
+    ),
+    Fault(
+        "tensor cores waited for at once", PRODUCTS,
+        "        meanwhile()\n        if not", "        accumulator[...]\n        meanwhile()\n        if not",
+        machine_code("d 64"),
+    ),
+]  # fmt: skip
