@@ -13,11 +13,12 @@ large outputs and errors, and a block forgotten at the end of a long sequence wo
 import dataclasses
 import functools
 import itertools
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from gpu.sides import Arrays
 from s2jax.patterns import Heads, Pattern
@@ -45,7 +46,8 @@ def sample_rows(length: int, kv_length: int, pairs: int = PAIRS, seed: int = 0) 
     return np.unique(np.concatenate([whole, single]))
 
 
-def only(rows: np.ndarray, dout: Float[Array, "b t h e"]) -> Float[Array, "b t h e"]:
+@jax.jit
+def only(rows: Int[np.ndarray, " rows"], dout: Float[Array, "b t h e"]) -> Float[Array, "b t h e"]:
     """The cotangent, zero but in these rows."""
     kept = jnp.zeros(dout.shape[1], bool).at[rows].set(True)
     return jnp.where(kept[None, :, None, None], dout, 0)
@@ -70,12 +72,22 @@ def bands(positions: np.ndarray) -> np.ndarray:
     return (np.log2(positions + 1) / 2).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=3)
 def _errors(exact: Array, found: Array, which: Array, number: int) -> Array:
     """The largest difference in each band; a NaN differs without bound. Positions are the first axis."""
     difference = jnp.abs(exact - found.astype(jnp.float32))
     by_position = jnp.where(jnp.isnan(difference), jnp.inf, difference).max(range(1, difference.ndim))
     return jnp.zeros(number, jnp.float32).at[which].max(by_position)
+
+
+@functools.partial(jax.jit, static_argnums=4)
+def _errors_in(exact: Array, found: Float[Array, "b t h d"], positions: Array, which: Array, number: int) -> Array:
+    """Of a whole result, at some positions."""
+    return _errors(exact, found[:, positions].swapaxes(0, 1).reshape(exact.shape), which, number)
+
+
+@jax.jit
+def _largest_but_in(rows: Array, found: Float[Array, "b t h d"]) -> Array:
+    return jnp.abs(found.at[:, rows].set(0)).max()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,19 +108,15 @@ class Truth:
         """Compares out [b, t, h, d], and dq, dk and dv if they are there, given `only(rows, dout)`."""
         checks = []
         for name, array in zip(NAMES, found, strict=False):
-            of_rows = name in ("out", "dquery")
             exact, allowed = self.results[name], self.allowed[name]
-            compared = array[:, self.rows] if of_rows else array
-            compared = compared.swapaxes(0, 1).reshape(exact.shape)
-            positions = self.rows if of_rows else np.arange(len(exact))
-            errors = np.asarray(_errors(exact, compared, jnp.asarray(bands(positions)), len(allowed)))
-            worst = int(np.argmax(np.nan_to_num(errors / np.maximum(allowed, 1e-30), nan=np.inf)))
+            positions = self.rows if name in ("out", "dquery") else np.arange(len(exact))
+            errors = np.asarray(_errors_in(exact, array, positions, bands(positions), len(allowed)))
+            worst = int(np.argmax(errors / np.maximum(allowed, 1e-30)))
             band = f"{4**worst - 1} to {4 ** (worst + 1) - 2}"
             checks.append(Check(name, float(errors[worst]), float(allowed[worst]), band))
             if name == "dquery":
                 # Rows without a cotangent have no gradient.
-                rest = float(jnp.abs(array.at[:, self.rows].set(0)).max())
-                checks.append(Check("dquery elsewhere", rest, 0.0, "unsampled"))
+                checks.append(Check("dquery elsewhere", float(_largest_but_in(self.rows, array)), 0.0, "unsampled"))
         return checks
 
 
@@ -118,50 +126,76 @@ def truth(pattern: Pattern, arrays: Arrays, pairs: int = PAIRS) -> Truth:
     kv_length, num_kv_heads = arrays.key.shape[1:3]
     heads, group = Heads(num_heads, num_kv_heads), num_heads // num_kv_heads
     rows = sample_rows(length, kv_length, pairs)
-    exact: dict[str, list[Array]] = {name: [] for name in NAMES}
-    errors: dict[str, list[Array]] = {name: [] for name in NAMES}
-    sizes: dict[str, list[Array]] = {name: [] for name in NAMES}
-    of_rows, of_keys = ((jnp.asarray(bands(each)), int(bands(each).max()) + 1) for each in (rows, np.arange(kv_length)))
-    which = dict(zip(NAMES, (of_rows, of_rows, of_keys, of_keys), strict=True))
+    bands_of_rows, bands_of_keys = bands(rows), bands(np.arange(kv_length))
+    found, errors = [], []
     for sequence, kv_head in itertools.product(range(batch), range(num_kv_heads)):
-        members = range(kv_head * group, (kv_head + 1) * group)
-        key, value = (array[sequence, :, kv_head] for array in (arrays.key, arrays.value))
-        wide, plain = [], []
-        for head in members:
-            mask = _mask(pattern, heads, head, rows, kv_length)
-            operands = arrays.query[sequence, rows, head], key, value, arrays.dout[sequence, rows, head]
-            wide.append(_attention(*(each.astype(jnp.float32) for each in operands), mask))
-            plain.append(_attention(*operands, mask))
-        found, coarse = _of_group(wide), _of_group(plain)
-        for name in NAMES:
-            exact[name].append(found[name])
-            rounded = coarse[name].astype(arrays.query.dtype)
-            errors[name].append(_errors(found[name], rounded, *which[name]))
-            sizes[name].append(_errors(found[name], jnp.zeros_like(rounded), *which[name]))
+        pairs_of_group = []
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            mask = _mask(pattern, heads, kv_length, head, rows)
+            pairs_of_group.append(_both(arrays, mask, rows, sequence, head, kv_head))
+        exact, *sizes = _of_group(pairs_of_group, bands_of_rows, bands_of_keys, _number(rows), _number([kv_length - 1]))
+        found.append(exact)
+        errors.append(sizes)
     unit = float(jnp.finfo(arrays.query.dtype).eps) / 2
-    allowed = {
-        name: np.asarray(2 * jnp.stack(errors[name]).max(0) + unit * jnp.stack(sizes[name]).max(0)) for name in NAMES
-    }
-    return Truth(rows, {name: jnp.concatenate(exact.pop(name), 1) for name in NAMES}, allowed)
+    allowed = {}
+    for name in NAMES:
+        of_plain, sizes = (np.max([np.asarray(each[kind][name]) for each in errors], 0) for kind in (0, 1))
+        allowed[name] = 2 * of_plain + unit * sizes
+    return Truth(rows, _together(found), allowed)
 
 
-def _mask(pattern: Pattern, heads: Heads, head: int, rows: np.ndarray, kv_length: int) -> Bool[Array, "rows s"]:
+def _number(positions) -> int:
+    return int(bands(np.asarray(positions)).max()) + 1
+
+
+def _mask(pattern: Pattern, heads: Heads, kv_length: int, head: int, rows: np.ndarray) -> Bool[Array, "rows s"]:
     """The pattern's definition, computed where the arrays are; its bounds need 64 bits."""
     with jax.enable_x64(True):
-        read = pattern.reads(heads, head, jnp.asarray(rows)[:, None], jnp.arange(kv_length)[None])
-        return jnp.broadcast_to(jnp.asarray(read), (len(rows), kv_length))
+        return _reads(pattern, heads, kv_length, head, rows)
 
 
-def _of_group(found: list[tuple[Array, ...]]) -> dict[str, Array]:
-    """Out and dq of the heads of a group, dk and dv summed over it in float32: each [rows or s, heads, d]."""
-    out, dquery, dkey, dvalue = zip(*found, strict=True)
-    together = {"out": jnp.stack(out, 1), "dquery": jnp.stack(dquery, 1)}
-    for name, parts in (("dkey", dkey), ("dvalue", dvalue)):
-        together[name] = functools.reduce(jnp.add, (part.astype(jnp.float32) for part in parts))[:, None]
-    return together
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _reads(pattern: Pattern, heads: Heads, kv_length: int, head: typing.Any, rows: typing.Any) -> Array:
+    """The head is traced: one compilation does for all."""
+    read = pattern.reads(heads, head, rows[:, None], typing.cast(typing.Any, jnp.arange(kv_length)[None]))
+    return jnp.broadcast_to(jnp.asarray(read), (len(rows), kv_length))
 
 
 @jax.jit
+def _both(arrays: Arrays, mask: Array, rows: Array, sequence: int, head: int, kv_head: int):
+    """Results of one head in float32, and in the inputs' own precision."""
+    operands = (
+        arrays.query[sequence, rows, head], arrays.key[sequence, :, kv_head],
+        arrays.value[sequence, :, kv_head], arrays.dout[sequence, rows, head],
+    )  # fmt: skip
+    return _attention(*(each.astype(jnp.float32) for each in operands), mask), _attention(*operands, mask)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _of_group(found: list, bands_of_rows: Array, bands_of_keys: Array, row_bands: int, key_bands: int):
+    """The float32 results of a group's heads, each [rows or s, heads, d]; by band, how far the plain ones are from
+    them, and how large they are. dk and dv are summed over the group in float32.
+    """
+    exact, errors, sizes = {}, {}, {}
+    for place, name in enumerate(NAMES):
+        wide, plain = ([each[kind][place] for each in found] for kind in (0, 1))
+        dtype = plain[0].dtype
+        if name in ("out", "dquery"):
+            exact[name], rounded, where = jnp.stack(wide, 1), jnp.stack(plain, 1), (bands_of_rows, row_bands)
+        else:
+            exact[name] = functools.reduce(jnp.add, wide)[:, None]
+            rounded = functools.reduce(jnp.add, (each.astype(jnp.float32) for each in plain)).astype(dtype)[:, None]
+            where = bands_of_keys, key_bands
+        errors[name] = _errors(exact[name], rounded, *where)
+        sizes[name] = _errors(exact[name], jnp.zeros_like(rounded), *where)
+    return exact, errors, sizes
+
+
+@jax.jit
+def _together(found: list[dict[str, Array]]) -> dict[str, Array]:
+    return {name: jnp.concatenate([each[name] for each in found], 1) for name in NAMES}
+
+
 def _attention(
     query: Float[Array, "rows d"], key: Float[Array, "s d"], value: Float[Array, "s e"],
     dout: Float[Array, "rows e"], mask: Bool[Array, "rows s"],

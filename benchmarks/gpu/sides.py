@@ -24,6 +24,7 @@ Attention = Callable[[Array, Array, Array], Array]
 """Query, key and value to out; [b, t, h, d] [b, s, k, d] [b, s, k, e] -> [b, t, h, e]."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arrays:
     """The inputs of a point, and the cotangent of its output."""

@@ -49,8 +49,8 @@ def dense(point, block):
     return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 
-def too_large(point, block):
-    return lambda q, k, v: 1.25 * jax.nn.dot_product_attention(q, k, v, is_causal=True)
+def wrong(point, block):
+    return lambda q, k, v: q + jnp.repeat(k * v, 2, 2)
 
 
 def refuses(point, block):
@@ -60,7 +60,7 @@ def refuses(point, block):
 FAKES = (
     Side("s2jax", ours),
     Side("cudnn", dense, dense=True),
-    Side("too large", too_large, dense=True),
+    Side("wrong", wrong, dense=True),
     Side("refuses", refuses, block=16),
 )
 
@@ -78,7 +78,7 @@ def test_all_in_one_run(tmp_path):
     assert mine["correct"]
     assert peer["correct"]
     assert set(mine["errors"]) == {"out", "dquery", "dquery elsewhere", "dkey", "dvalue"}
-    assert not by_side["too large"]["correct"]
+    assert not by_side["wrong"]["correct"]
     assert by_side["refuses"]["left out"] == "NotImplementedError: needs something else"
     pairs = TINY.pattern().token_mask(4, 2, 256, 256).sum()
     assert mine["pairs"] == pairs
@@ -87,7 +87,7 @@ def test_all_in_one_run(tmp_path):
     assert peer["backward useful TFLOP/s"] == pytest.approx(10 * 16 * every / peer["backward ms"] / 1e9)
     assert mine["forward over cudnn"] == pytest.approx(peer["forward ms"] / mine["forward ms"])
     assert mine["forward of ideal"] == pytest.approx(mine["forward over cudnn"] * mine["density"])
-    best = min(peer["backward ms"], by_side["too large"]["backward ms"])
+    best = min(peer["backward ms"], by_side["wrong"]["backward ms"])
     assert mine["backward of ideal"] == pytest.approx(best / mine["backward ms"] * mine["density"])
     assert by_side["refuses"]["block"] == 16
 
