@@ -2,19 +2,25 @@
 
     python benchmarks/attention.py                 # all points that fit this machine
     python benchmarks/attention.py --points cpu-8k --repeats 9
+    python benchmarks/attention.py --all           # on a Hopper GPU: all points and sides, in 8 minutes
 
-All sides take turns, on random inputs; the median of the repeats counts. The speedup is over the faster of two dense
-attentions: chunks that skip what lies above the diagonal, and the op itself with the pattern `Dense`. "of ideal" is the
-speedup times the density: 1 means that the time shrank exactly as the blocks that are read did.
+All sides take turns, on random inputs; the median of the repeats counts. "of ideal" is the speedup times the density: 1
+means that the time shrank exactly as the blocks that are read did. On a CPU the speedup is over the faster of two dense
+attentions: chunks that skip what lies above the diagonal, and the op itself with the pattern `Dense`. On a GPU it is
+over cuDNN, times are the GPU's own, and results are checked at the same sizes: see `gpu/`.
 """
 
+import argparse
+import pathlib
 import statistics
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 from dense import chunked_causal
-from points import CPU_POINTS, Point, parser, save, table
+from gpu import machine
+from points import CPU_POINTS, DENSE_POINTS, POINTS, RESULTS, Point, parser, save, table
 
 import s2jax
 
@@ -84,24 +90,49 @@ def _temporaries(function, *arguments) -> int:
     return memory.temp_size_in_bytes
 
 
-def main() -> None:
-    options = parser(__doc__.splitlines()[0])
-    names = [point.name for point in CPU_POINTS]
-    options.add_argument("--points", nargs="+", choices=names, default=names, help="which points")
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of query, key, value")
-    options.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
-    chosen = options.parse_args()
-    if jax.default_backend() != "cpu":
-        options.error("the points of this benchmark are for a CPU; run it with JAX_PLATFORMS=cpu")
+def on_cpu(chosen: argparse.Namespace) -> None:
     jnp.zeros(()).block_until_ready()
     rows = []
     for point in CPU_POINTS:
-        if point.name in chosen.points:
+        if chosen.points is None or point.name in chosen.points:
             rows.append(measure(point, chosen.dtype, chosen.repeats))
             print({name: round(value, 3) if isinstance(value, float) else value for name, value in rows[-1].items()})
     columns = ["point", "density", "ideal speedup", "forward speedup", "forward of ideal", "backward speedup"]
     print(table(rows, [*columns, "backward of ideal", "sparse temporaries MB", "chunked temporaries MB"]))
-    save("attention_cpu", rows)
+    save("attention_cpu", rows, chosen.folder)
+
+
+def on_gpu(chosen: argparse.Namespace) -> None:
+    from gpu import run
+
+    points = tuple(point for point in run.GPU_POINTS if chosen.points is None or point.name in chosen.points)
+    sides = tuple(chosen.sides or run.SIDE_NAMES)
+    unknown = set(sides) - set(run.SIDE_NAMES)
+    if unknown:
+        sys.exit(f"sides are {', '.join(run.SIDE_NAMES)}, got {', '.join(sorted(unknown))}")
+    run.run(run.Options(points, sides, chosen.repeats, chosen.budget_s, chosen.folder, xla_s=chosen.xla_s))
+
+
+def main() -> None:
+    cpu = not machine.has_gpu()
+    if not cpu:
+        machine.set_environment()
+    options = parser(__doc__.splitlines()[0])
+    names = [point.name for point in (CPU_POINTS if cpu else POINTS + DENSE_POINTS)]
+    options.add_argument("--points", nargs="+", choices=names, help="which points; all by default")
+    options.add_argument("--all", action="store_true", help="all points and sides, which is the default too")
+    options.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
+    options.add_argument("--folder", type=pathlib.Path, default=RESULTS, help="where the results go")
+    if cpu:
+        options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the inputs")
+    else:
+        options.add_argument("--sides", nargs="+", help="which sides; all by default")
+        options.add_argument("--budget-s", type=float, default=480, help="seconds after which points are skipped")
+        options.add_argument("--xla-s", type=float, default=2, help="leaves out XLA's passes that take longer a call")
+    chosen = options.parse_args()
+    if cpu != (jax.default_backend() == "cpu"):
+        options.error(f"jax runs on {jax.default_backend()}; with JAX_PLATFORMS=cpu this measures the CPU")
+    (on_cpu if cpu else on_gpu)(chosen)
 
 
 if __name__ == "__main__":

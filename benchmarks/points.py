@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import pathlib
 import platform
 import subprocess
@@ -18,7 +19,10 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One shape: batch, query and KV heads, head dim, tokens, and the pattern's window and stride in blocks of 64."""
+    """One shape: batch, query and KV heads, head dim, tokens, and the pattern's window and stride in blocks of 64.
+
+    Without a window and a stride, both 0, the pattern is dense.
+    """
 
     name: str
     batch: int
@@ -29,8 +33,14 @@ class Point:
     vert_stride: int
     tokens: int
 
-    def pattern(self, block_size: int = 64) -> s2jax.LocalStride:
+    @property
+    def is_dense(self) -> bool:
+        return not self.local_blocks
+
+    def pattern(self, block_size: int = 64) -> s2jax.LocalStride | s2jax.Dense:
         """The pattern at another block size, with as many tokens in its window; one block stays one block."""
+        if self.is_dense:
+            return s2jax.Dense()
         window = self.local_blocks * 64 // block_size if self.local_blocks > 1 else 1
         return s2jax.LocalStride(block_size, window, self.vert_stride)
 
@@ -45,6 +55,13 @@ POINTS = (
     Point("s2-70b-128k", 1, 64, 64, 128, 1, 64, 128 << 10),
 )
 
+DENSE_POINTS = tuple(
+    Point(f"dense-{tokens >> 10}k-d{head_dim}", (16 << 10) // tokens, heads, heads, head_dim, 0, 0, tokens)
+    for tokens in (4 << 10, 16 << 10)
+    for head_dim, heads in ((64, 32), (128, 16))
+)
+"""16k tokens in all, and heads · head dim = 2048: where the peers' own figures stand."""
+
 CPU_POINTS = (
     Point("cpu-8k", 1, 8, 8, 128, 8, 16, 8 << 10),
     Point("cpu-8k-gqa", 1, 8, 2, 128, 16, 8, 8 << 10),
@@ -53,9 +70,9 @@ CPU_POINTS = (
 """dkernel's, Phi-3-small's and S2-Attention's patterns at a length that a CPU can do."""
 
 
-def save(name: str, rows: list[dict]) -> None:
-    """Writes benchmarks/results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
+def save(name: str, rows: list[dict], folder: pathlib.Path = RESULTS, **more) -> None:
+    """Writes FOLDER/NAME.json, with `more` before the rows; a reader never finds half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
     record = {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
@@ -64,11 +81,13 @@ def save(name: str, rows: list[dict]) -> None:
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "python": platform.python_version(),
+        **more,
         "rows": rows,
     }
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {path.relative_to(RESULTS.parent.parent)}")
+    path, partial = folder / f"{name}.json", folder / f"{name}.json.part"
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)
+    print(f"written to {path}", flush=True)
 
 
 def table(rows: list[dict], columns: list[str]) -> str:
@@ -89,7 +108,8 @@ def _shown(value) -> str:
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    # A copy of the tree without its history is told from outside.
+    return found.stdout.strip() or os.environ.get("S2JAX_COMMIT", "unknown")
 
 
 def _processor() -> str:

@@ -13,7 +13,7 @@ README = RESULTS.parent.parent / "README.md"
 
 def main() -> None:
     text = README.read_text()
-    for name, make in (("schedules", schedules), ("attention_cpu", attention), ("train_tiny", training)):
+    for name, make in TABLES.items():
         path = RESULTS / f"{name}.json"
         if not path.exists():
             continue
@@ -26,15 +26,14 @@ def main() -> None:
     README.write_text(text)
 
 
-def origin(record: dict, name: str) -> str:
-    return (
-        f"[{name}.json](benchmarks/results/{name}.json): {record['date']}, jax {record['jax']}, {record['processor']}."
-    )
+def origin(record: dict, name: str, device: str | None = None) -> str:
+    device = device or record["processor"]
+    return f"[{name}.json](benchmarks/results/{name}.json): {record['date']}, jax {record['jax']}, {device}."
 
 
 def schedules(record: dict) -> str:
     lines = [
-        "| point | block | density | ideal speedup | executed/ideal, forward | backward | compiled in |",
+        "| point | block | density | ideal speedup | executed/ideal, forward | backward | compiled in, processor time |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
@@ -64,6 +63,69 @@ def attention(record: dict) -> str:
     return "\n".join([*lines, "", origin(record, "attention_cpu")])
 
 
+def attention_gpu(record: dict) -> str:
+    points: dict[str, dict[str, dict]] = {}
+    for row in record["rows"]:
+        points.setdefault(row["point"], {})[row["side"]] = row
+    lines = [
+        "| point | density | forward | over cuDNN | backward | over the best dense | over FlexAttention "
+        "| block 32, 16 | cuDNN forward, backward |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_point_on_gpu(name, sides) for name, sides in points.items() if "s2jax" in sides]
+    gpu = record["machine"]["gpu"]
+    device = f"{gpu.get('name', record['device'])}, driver {gpu.get('driver_version', 'unknown')}, by {record['clock']}"
+    told = "Forward and backward in useful TFLOP/s: only token pairs that the pattern lets through count."
+    told += f" The backward pass is computed by {record['backward of s2jax by']}."
+    return "\n".join([*lines, "", told, *_not_there(record["rows"]), "", origin(record, "attention_gpu", device)])
+
+
+def _point_on_gpu(name: str, sides: dict[str, dict]) -> str:
+    ours = sides["s2jax"]
+
+    def rate(side: str, way: str) -> str:
+        value = sides.get(side, {}).get(f"{way} useful TFLOP/s")
+        wrong = "" if sides.get(side, {}).get("correct") else " (not shown correct)"
+        return "–" if value is None else f"{value:.0f}{wrong}"
+
+    def over(way: str, whom: str) -> str:
+        value = ours.get(f"{way} over {whom}")
+        return "–" if value is None else f"{value:.2f}×"
+
+    def of_ideal(way: str) -> str:
+        value = ours.get(f"{way} of ideal")
+        return "" if value is None else f" ({value:.0%} of ideal)"
+
+    def against(block: int) -> str:
+        theirs, mine = sides.get(f"s2jax block {block}", {}).get("forward ms"), ours.get("forward ms")
+        return "–" if theirs is None or mine is None else f"{theirs / mine:.2f}×"
+
+    return (
+        f"| {name} | {ours['density']:.3f} | {rate('s2jax', 'forward')} "
+        f"| {over('forward', 'cudnn')}{of_ideal('forward')} "
+        f"| {rate('s2jax', 'backward')} | {over('backward', 'best dense')}{of_ideal('backward')} "
+        f"| {over('forward', 'flex')}, {over('backward', 'flex')} | {against(32)}, {against(16)} "
+        f"| {rate('cudnn', 'forward')}, {rate('cudnn', 'backward')} |"
+    )
+
+
+def _not_there(rows: list[dict]) -> list[str]:
+    """What is missing and why, a line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        where = f"{row['side']} at {row['point']}"
+        if "left out" in row:
+            reasons.setdefault(row["left out"], []).append(where)
+        for key, value in row.items():
+            if key.endswith(" failed") and value:
+                reasons.setdefault(value, []).append(f"{where} ({key.removesuffix(' failed')})")
+    return (
+        ["", "Not measured:", *(f"- {reason}: {', '.join(where)}" for reason, where in reasons.items())]
+        if reasons
+        else []
+    )
+
+
 def training(record: dict) -> str:
     row = record["rows"][0]
     bits = {
@@ -91,6 +153,13 @@ def training(record: dict) -> str:
     ]
     return "\n".join(lines)
 
+
+TABLES = {
+    "schedules": schedules,
+    "attention_gpu": attention_gpu,
+    "attention_cpu": attention,
+    "train_tiny": training,
+}
 
 if __name__ == "__main__":
     main()

@@ -91,9 +91,9 @@ def _tiles(problem: Problem, operands: Operands) -> HopperTiles:
     if problem.tiles is not None:
         return problem.tiles
     query, key, value = operands.query, operands.key, operands.value
-    heads = choose_heads(problem.schedule, operands.selection, query.shape[2], key.shape[2])[-1]
+    heads = choose_heads(problem.schedule, operands.selection, query.shape[2], key.shape[2])
     sizes = _up(query.shape[-1]), _up(value.shape[-1]), _block_size(problem, operands)
-    return choose_tiles(*sizes, key.shape[1], heads)
+    return choose_tiles(*sizes, key.shape[1], heads[-1], heads)
 
 
 def forward_tables(problem: Problem, operands: Operands) -> ForwardTables | None:

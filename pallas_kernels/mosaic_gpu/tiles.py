@@ -3,6 +3,7 @@
 import dataclasses
 
 from pallas_kernels.mosaic_gpu.plan import ROWS, WORD
+from pallas_kernels.mosaic_gpu.tuned import tuned_tiles
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
 
@@ -60,8 +61,25 @@ class HopperTiles:
         return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in buffers) + BARRIER_BYTES
 
 
-def choose_tiles(head_dim: int, value_dim: int, block_size: int, kv_length: int, heads: int) -> HopperTiles:
-    """Tiles for a head dim and block size: the largest steps whose accumulators and buffers fit."""
+def choose_tiles(
+    head_dim: int, value_dim: int, block_size: int, kv_length: int, heads: int, others: tuple[int, ...] = ()
+) -> HopperTiles:
+    """Tiles for a head dim and block size: those measured best, else the usual ones.
+
+    Args:
+      heads: of a tile, the best as long as nothing was measured.
+      others: numbers of heads that a tile can have too.
+    """
+    measured = tuned_tiles().get((head_dim, value_dim, block_size, heads))
+    if measured is not None:
+        tiles = HopperTiles(*measured)
+        if tiles.heads in (heads, *others) and tiles.keys < 2 * kv_length:
+            return tiles
+    return usual_tiles(head_dim, value_dim, block_size, kv_length, heads)
+
+
+def usual_tiles(head_dim: int, value_dim: int, block_size: int, kv_length: int, heads: int) -> HopperTiles:
+    """The largest steps whose accumulators and buffers fit."""
     keys = 128 if max(head_dim, value_dim) <= 128 else 64
     while keys > 16 and keys >= 2 * kv_length:
         keys //= 2

@@ -1,0 +1,285 @@
+"""Who is compared: each side's attention, compiled for a point and ready to be called.
+
+A side computes the point's pattern, or dense causal attention, which is what the speedups are over.
+"""
+
+import dataclasses
+import importlib.util
+import time
+import typing
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+from jaxtyping import Array, Float
+from points import Point
+
+import s2jax
+from gpu.device_time import Call, LeftOut, Timing, one_line
+from pallas_kernels import op
+
+PASSES = ("forward", "backward", "forward + backward")
+
+Attention = Callable[[Array, Array, Array], Array]
+"""Query, key and value to out; [b, t, h, d] [b, s, k, d] [b, s, k, e] -> [b, t, h, e]."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """The inputs of a point, and the cotangent of its output."""
+
+    query: Float[Array, "b t h d"]
+    key: Float[Array, "b s k d"]
+    value: Float[Array, "b s k e"]
+    dout: Float[Array, "b t h e"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of those compared.
+
+    Attributes:
+      dense: computes dense causal attention whatever the pattern.
+      block: tokens in a block of its pattern.
+      make: the attention at a point; raises LeftOut.
+    """
+
+    name: str
+    make: Callable[[Point, int], Attention]
+    dense: bool = False
+    block: int = 64
+
+    @property
+    def computes(self) -> str:
+        return "dense" if self.dense else "pattern"
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A side compiled for a point.
+
+    Attributes:
+      calls: of the passes that can run.
+      results: out, dq, dk, dv as JAX arrays, given dout; None where there is no backward pass.
+      wait: for what the calls return.
+      left_out: why a pass cannot run.
+      seconds: by what was made ready, the compiled passes among them.
+    """
+
+    calls: dict[str, Call]
+    results: Callable[[Array], tuple[Array, ...]] | None
+    wait: Callable[[typing.Any], typing.Any] = jax.block_until_ready
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def timing(self, name: str, before: Callable[[], None] = lambda: None) -> Timing:
+        """Of a pass; `before` each sample."""
+        if name in self.left_out:
+            return Timing(lambda: None, self.wait, failed=self.left_out[name])
+        return Timing(self.calls[name], self.wait, before)
+
+
+def make_arrays(point: Point, dtype: str = "bfloat16", seed: int = 0) -> Arrays:
+    """Random inputs of a point."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    queries = (point.batch, point.tokens, point.num_heads, point.head_dim)
+    kv = (point.batch, point.tokens, point.num_kv_heads, point.head_dim)
+    shapes = queries, kv, kv, queries
+    return Arrays(*(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)))
+
+
+def _ours(implementation: str):
+    def make(point: Point, block: int) -> Attention:
+        pattern = point.pattern(block)
+
+        def attention(query, key, value):
+            return s2jax.attention(query, key, value, pattern, implementation=implementation)
+
+        return attention
+
+    return make
+
+
+def _cudnn(point: Point, block: int) -> Attention:
+    def attention(query, key, value):
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+
+    return attention
+
+
+def _tokamax(point: Point, block: int) -> Attention:
+    if importlib.util.find_spec("tokamax") is None:
+        raise LeftOut("tokamax is not installed")
+    import tokamax
+
+    def attention(query, key, value):
+        return tokamax.dot_product_attention(query, key, value, is_causal=True, implementation="mosaic_gpu")
+
+    return attention
+
+
+SIDES = (
+    Side("s2jax", _ours("mosaic_gpu")),
+    Side("cudnn", _cudnn, dense=True),
+    Side("tokamax", _tokamax, dense=True),
+    Side("s2jax block 32", _ours("mosaic_gpu"), block=32),
+    Side("s2jax block 16", _ours("mosaic_gpu"), block=16),
+    Side("xla", _ours("xla")),
+)
+"""Those that run in JAX; PyTorch's are in `gpu.flex`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What is not worth waiting for.
+
+    Attributes:
+      seconds: of one call of XLA's passes, as estimated.
+      slow_rate: operations a second that these are taken to reach.
+      free_bytes: memory that temporaries may take; None for any.
+    """
+
+    seconds: float = 2.0
+    slow_rate: float = 5e12
+    free_bytes: int | None = None
+
+
+def backward_by_xla() -> bool:
+    """Whether the backward pass of `mosaic_gpu` is XLA's loops, and not a kernel yet."""
+    return op.BACKWARD["mosaic_gpu"] is op.BACKWARD["xla"]
+
+
+def not_worth(side: Side, point: Point, operations: float, limits: Limits) -> dict[str, str]:
+    """Passes that are left out, and why.
+
+    Args:
+      operations: of the forward pass; a backward pass takes 2.5 times as many.
+    """
+    ours = side.name.startswith("s2jax")
+    if point.is_dense and side.block != 64:
+        return dict.fromkeys(PASSES, "the dense pattern has no block size of its own")
+    by_xla = PASSES if side.name == "xla" else PASSES[1:] if ours and backward_by_xla() else ()
+    found = {}
+    for name in by_xla:
+        seconds = operations * {"forward": 1.0, "backward": 2.5, "forward + backward": 3.5}[name] / limits.slow_rate
+        if seconds > limits.seconds:
+            found[name] = (
+                f"by XLA's loops: about {seconds:.0f} s a call, estimated at {limits.slow_rate / 1e12:.0f} TFLOP/s, "
+                f"above the limit of {limits.seconds:g} s"
+            )
+        elif name != "forward" and backward_by_xla() and side.name != "s2jax":
+            found[name] = "by XLA's loops, which are measured as s2jax's"
+    return found
+
+
+def prepare(side: Side, point: Point, arrays: Arrays, operations: float, limits: Limits) -> Prepared:
+    """Compiles a side's passes, each alone, and runs what the backward pass alone needs.
+
+    Raises:
+      LeftOut: the side cannot run here at all.
+    """
+    start = time.perf_counter()
+    attention = side.make(point, side.block)
+    left_out = not_worth(side, point, operations, limits)
+    if len(left_out) == len(PASSES):
+        raise LeftOut(left_out["forward"])
+    functions = Functions(attention)
+    inputs = arrays.query, arrays.key, arrays.value
+    lowered, seconds = {}, {}
+    for name, function in functions.of(left_out).items():
+        try:
+            lowered[name] = jax.jit(function).lower(*functions.arguments(name, inputs, arrays.dout))
+        except Exception as error:  # of a pass; the others may do
+            left_out |= functions.lost_with(name, one_line(error))
+    seconds["trace"] = time.perf_counter() - start
+    compiled = {}
+    with ThreadPoolExecutor() as threads:
+        compiling = {name: threads.submit(_compiled, each, limits) for name, each in lowered.items()}
+        for name, each in compiling.items():
+            try:
+                compiled[name], seconds[f"compile {name}"] = each.result()
+            except Exception as error:  # likewise
+                left_out |= functions.lost_with(name, one_line(error))
+    return functions.prepared(compiled, inputs, arrays.dout, left_out, seconds)
+
+
+def _compiled(lowered: jax.stages.Lowered, limits: Limits) -> tuple[jax.stages.Compiled, float]:
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    if memory is not None and limits.free_bytes is not None and memory.temp_size_in_bytes > limits.free_bytes:
+        raise LeftOut(
+            f"needs {memory.temp_size_in_bytes / 2**30:.1f} GiB of temporaries, of {limits.free_bytes / 2**30:.1f} free"
+        )
+    return compiled, time.perf_counter() - start
+
+
+class Functions:
+    """The passes of an attention as functions of arrays alone.
+
+    The backward pass alone starts from what the forward pass keeps. Of that, what is an input or the output is not
+    given out of the computation once more, as XLA would copy it.
+    """
+
+    def __init__(self, attention: Attention):
+        self.attention = attention
+        self._structure: typing.Any = None
+        self._given: list[int | None] = []
+
+    def of(self, left_out: dict[str, str]) -> dict[str, Callable]:
+        named = {"forward": self.attention, "forward + backward": self.both}
+        found = {name: function for name, function in named.items() if name not in left_out}
+        return found if "backward" in left_out else found | {"residuals": self.residuals, "backward": self.backward}
+
+    def arguments(self, name: str, inputs: tuple, dout: Array) -> tuple:
+        if name in ("forward", "residuals"):
+            return inputs
+        if name == "forward + backward":
+            return (*inputs, dout)
+        out, kept = jax.eval_shape(self.residuals, *inputs)
+        return kept, *inputs, out, dout
+
+    def lost_with(self, name: str, reason: str) -> dict[str, str]:
+        return {"backward" if name == "residuals" else name: reason}
+
+    def both(self, query, key, value, dout):
+        """The output is a result too, so that no side can leave its forward pass out."""
+        out, pull = jax.vjp(self.attention, query, key, value)
+        return out, pull(dout)
+
+    def residuals(self, query, key, value):
+        out, pull = jax.vjp(self.attention, query, key, value)
+        leaves, self._structure = jax.tree.flatten(pull)
+        places = {id(array): place for place, array in enumerate((query, key, value, out))}
+        self._given = [places.get(id(leaf)) for leaf in leaves]
+        return out, [leaf for leaf, place in zip(leaves, self._given, strict=True) if place is None]
+
+    def backward(self, kept, query, key, value, out, dout):
+        rest, given = iter(kept), (query, key, value, out)
+        leaves = [next(rest) if place is None else given[place] for place in self._given]
+        return jax.tree.unflatten(self._structure, leaves)(dout)
+
+    def prepared(self, compiled: dict, inputs: tuple, dout: Array, left_out: dict, seconds: dict) -> Prepared:
+        calls: dict[str, Call] = {}
+        results = None
+        if "forward" in compiled:
+            calls["forward"] = lambda: compiled["forward"](*inputs)
+        if "forward + backward" in compiled:
+            calls["forward + backward"] = lambda: compiled["forward + backward"](*inputs, dout)
+        if "residuals" in compiled and "backward" in compiled:
+            out, kept = compiled["residuals"](*inputs)
+            calls["backward"] = lambda: compiled["backward"](kept, *inputs, out, dout)
+
+        def gradients(dout: Array):
+            if "forward + backward" in compiled:
+                out, found = compiled["forward + backward"](*inputs, dout)
+                return out, *found
+            return (compiled["forward"](*inputs),)
+
+        if {"forward", "forward + backward"} & set(compiled):
+            results = gradients
+        for name in PASSES:
+            if name not in calls:
+                left_out.setdefault(name, "was not compiled")
+        return Prepared(calls, results, left_out=left_out, seconds=seconds)

@@ -1,0 +1,127 @@
+"""Which tiles are tried, which are kept, and that the kernel takes them from the file."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tile_search
+from gpu.device_time import Sample
+from points import POINTS, Point
+from schedules import forward_over_ideal
+
+import s2jax
+from pallas_kernels import HopperTiles, mosaic_gpu
+from pallas_kernels.mosaic_gpu import tiles as tiles_module
+from pallas_kernels.mosaic_gpu.tables import schedule_tables
+from pallas_kernels.mosaic_gpu.tiles import choose_tiles, usual_tiles
+from pallas_kernels.mosaic_gpu.tuned import tuned_tiles
+
+pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
+
+TINY = Point("tiny", 1, 4, 1, 64, 2, 4, 256)
+
+
+class Clock:
+    """Says that the candidates take these milliseconds, round after round."""
+
+    name = "told"
+
+    def __init__(self, *values: float):
+        self.values, self.times = values, 0
+
+    def measure(self, call, wait, calls) -> Sample:
+        self.times += 1
+        return Sample(self.values[(self.times - 1) % len(self.values)], 1.0, calls, 1)
+
+
+@pytest.mark.parametrize("point", [point for point, _ in tile_search.SEARCHED], ids=lambda point: point.name)
+def test_what_is_tried_fits_and_holds_the_usual(point):
+    for block in (64, 32, 16):
+        key, heads = tile_search.key_of(point, block)
+        tried = list(tile_search.fitting(key, heads))
+        assert usual_tiles(*key[:3], point.tokens, key[3]) in tried
+        assert len(tried) <= 36
+        assert {each.heads for each in tried} == set(heads)
+
+
+def test_the_points_of_the_benchmark_are_searched():
+    searched = {tile_search.key_of(point, block)[0] for point, blocks in tile_search.SEARCHED for block in blocks}
+    assert {tile_search.key_of(point, block)[0] for point in POINTS for block in (64, 32, 16)} <= searched
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_fastest_is_kept_if_it_is_faster_by_more_than_noise(monkeypatch):
+    monkeypatch.setattr(tile_search, "KEYS", (64,))
+    point = dataclasses.replace(TINY, num_kv_heads=4)
+    key, heads = tile_search.key_of(point, 64)
+    assert (key, heads) == ((64, 64, 64, 1), (1,))
+    assert tile_search.key_of(TINY, 64) == ((64, 64, 64, 2), (1, 2))
+    times = [10.0] * (1 + len(list(tile_search.fitting(key, heads))))
+    for fastest, expected in ((9.9, 0), (5.0, 3)):
+        times[3] = fastest
+        row = tile_search.search(key, [(point, 64)], Clock(*times), implementation="reference")
+        assert row["tiles"] == row["tried"][expected]["tiles"]
+        assert row["usual"] == row["tried"][0]["tiles"]
+        assert row["of usual"] == pytest.approx(0.5 if expected else 1)
+
+
+@pytest.fixture
+def file(monkeypatch, tmp_path):
+    """A file of tiles in the place of the package's own."""
+    path = tmp_path / "tuned.json"
+    monkeypatch.setattr(tiles_module, "tuned_tiles", lambda: tuned_tiles.__wrapped__(path))
+    return path
+
+
+def write(path, **more):
+    row = {"head_dim": 64, "value_dim": 64, "block_size": 64, "most_heads": 2, **more}
+    path.write_text(json.dumps({"rows": [row]}))
+
+
+def test_tiles_of_the_file(file):
+    sizes = 64, 64, 64
+    usual = choose_tiles(*sizes, 4096, 2, (1, 2))
+    assert usual == usual_tiles(*sizes, 4096, 2)  # no file
+    write(file, tiles={"heads": 1, "keys": 64, "stages": 3})
+    assert choose_tiles(*sizes, 4096, 2, (1, 2)) == HopperTiles(1, 64, 3)
+    assert choose_tiles(*sizes, 4096, 2) == usual  # a tile can have two heads only
+    assert choose_tiles(*sizes, 32, 2, (1, 2)) == usual_tiles(*sizes, 32, 2)  # steps longer than the keys
+    assert choose_tiles(*sizes, 4096, 1) == usual_tiles(*sizes, 4096, 1)  # another configuration
+
+
+def test_a_file_that_cannot_be_read_is_an_error(file):
+    write(file)
+    with pytest.raises(ValueError, match="tile_search"):
+        choose_tiles(64, 64, 64, 4096, 2)
+
+
+def test_the_op_takes_them(file):
+    write(file, tiles={"heads": 1, "keys": 64, "stages": 3})
+    shape = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((1, 256, 1, 64), jnp.bfloat16)
+    taken = []
+
+    def spied(*arguments):
+        taken.append(choose_tiles(*arguments))
+        return taken[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mosaic_gpu, "choose_tiles", spied)
+        jax.eval_shape(lambda q, k: s2jax.attention(q, k, k, TINY.pattern(), implementation="mosaic_gpu"), shape, kv)
+    assert set(taken) == {HopperTiles(1, 64, 3)}
+
+
+@pytest.mark.parametrize("block", [64, 16])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_executed_pairs_are_those_of_the_tables(block, kv_heads):
+    pattern = s2jax.LocalStride(block, 128 // block, 4)
+    schedule = s2jax.compile_schedule(pattern, num_heads=4, num_kv_heads=kv_heads, query_length=1024, kv_length=1024)
+    heads = 1 if kv_heads == 4 else min(4, 128 // block)
+    slices = schedule_tables(schedule, 128 // heads).slices[0]
+    entries = (slices[..., 1] - slices[..., 0]).sum(-1)  # [tiles of heads, tiles]
+    executed = (-(-entries * block // 128)).sum() * 128 * 128
+    ideal = np.count_nonzero(pattern.token_mask(4, kv_heads, 1024, 1024))
+    assert forward_over_ideal(schedule, 128) == pytest.approx(executed / ideal)
