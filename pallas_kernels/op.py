@@ -256,8 +256,6 @@ def _all_gradients(call: Call, query, key, value, sinks, out, lse, dout, dlse, r
         dlse = jnp.where(jnp.isneginf(lse), 0, dlse)
         delta = jnp.einsum("bthe,bthe->bht", out.astype(lse.dtype), dout.astype(lse.dtype)) - dlse
         gradients = backward(operands, dout, lse, delta, **options)
-        inputs = operands.query, operands.key, operands.value
-        gradients = tuple(g.astype(array.dtype) for g, array in zip(gradients, inputs, strict=True))
         return *gradients, None if operands.sinks is None else sink_gradients(operands.sinks, lse, delta)
 
     operands = dataclasses.replace(operands, tables=backward.tables)

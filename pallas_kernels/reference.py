@@ -104,7 +104,7 @@ def table_specs(tables: Array, sharding: Sharding) -> PartitionSpec:
 def backward(
     problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, *, differentiable: bool = False
 ) -> tuple[Array, Array, Array]:
-    """dq, dk and dv in the accumulation dtype, from dout [b, t, h, e], and lse and delta [b, h, t], sinks included.
+    """dq, dk and dv in the inputs' dtype, from dout [b, t, h, e], and lse and delta [b, h, t], sinks included.
 
     It is differentiable in turn in any case.
     """

@@ -150,7 +150,7 @@ def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
 
 
 def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
-    """dq, dk and dv, in the inputs' dtype or in float32.
+    """dq, dk and dv in the inputs' dtype.
 
     Args:
       dout: [b, t, h, e].

@@ -113,7 +113,7 @@ def forward(problem: Problem, operands: Operands, *, bounded: bool = False) -> t
 def backward(
     problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, *, differentiable: bool = False
 ) -> tuple[Array, Array, Array]:
-    """dq, dk and dv in the accumulation dtype.
+    """dq, dk and dv in the inputs' dtype.
 
     Args:
       dout: [b, t, h, e].
@@ -125,11 +125,18 @@ def backward(
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse).swapaxes(1, 2)
     delta = delta.swapaxes(1, 2)
     if differentiable:
-        return _two_passes(problem, operands, dout, lse, delta, bounded=True)
+        return _as_inputs(operands, _two_passes(problem, operands, dout, lse, delta, bounded=True))
     # By the platform that is lowered for, not the one that traces: what is exported may run anywhere.
     one_pass = dict.fromkeys(ONE_PASS, functools.partial(_one_pass, problem))
     two_passes = functools.partial(_two_passes, problem)
-    return jax.lax.platform_dependent(operands, dout, lse, delta, default=two_passes, **one_pass)
+    gradients = jax.lax.platform_dependent(operands, dout, lse, delta, default=two_passes, **one_pass)
+    return _as_inputs(operands, gradients)
+
+
+def _as_inputs(operands: Operands, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    dquery, dkey, dvalue = gradients
+    dtype = operands.query.dtype
+    return dquery.astype(dtype), dkey.astype(dtype), dvalue.astype(dtype)
 
 
 def _one_pass(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array):

@@ -90,7 +90,8 @@ def test_kept_residuals_spare_the_forward_pass():
     functions = [jax.grad(functools.partial(loss, wrap), (0, 1, 2)) for wrap in wraps]
     kept, named, forgotten = (dots(jax.make_jaxpr(function)(*inputs()).jaxpr) for function in functions)
     assert named == kept < forgotten
-    assert lowered(functions[1], *inputs()).count(KERNEL) == 1
+    # One forward, and two for the gradients.
+    assert lowered(functions[1], *inputs()).count(KERNEL) == 3
 
 
 @IMPLEMENTATIONS
