@@ -28,8 +28,9 @@ OUT_NAME, LSE_NAME = "s2jax_out", "s2jax_lse"
 with_own_gradient: typing.Any = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 
 FORWARD: dict[str, types.ModuleType] = {"xla": xla, "mosaic_gpu": mosaic_gpu, "reference": reference}
-BACKWARD: dict[str, types.ModuleType] = {"xla": xla, "mosaic_gpu": xla, "reference": reference}
-"""Which module computes the passes of each implementation."""
+BACKWARD = FORWARD
+DIFFERENTIABLE: dict[str, types.ModuleType] = FORWARD | {"mosaic_gpu": xla}
+"""Which module computes the passes of each implementation, and the backward pass that is differentiated again."""
 
 PLATFORMS = {"cuda": "mosaic_gpu"}
 """The implementation that is taken on a platform, if it can do what is asked for; "xla" everywhere else."""
@@ -247,13 +248,14 @@ _gradients.defvjp(_gradients_forward, _gradients_backward)
 def _all_gradients(call: Call, query, key, value, sinks, out, lse, dout, dlse, rest: Operands, *, differentiable=False):
     """dq, dk, dv and dsinks."""
     operands = dataclasses.replace(rest, query=query, key=key, value=value, sinks=sinks)
-    backward = Pass(BACKWARD, "backward", call, operands)
+    backward = Pass(DIFFERENTIABLE if differentiable else BACKWARD, "backward", call, operands)
+    options = {"differentiable": True} if differentiable else {}
 
     def local(operands: Operands, out, lse, dout, dlse):
         # The gradient of an empty row's lse, -inf, means nothing.
         dlse = jnp.where(jnp.isneginf(lse), 0, dlse)
         delta = jnp.einsum("bthe,bthe->bht", out.astype(lse.dtype), dout.astype(lse.dtype)) - dlse
-        gradients = backward(operands, dout, lse, delta, differentiable=differentiable)
+        gradients = backward(operands, dout, lse, delta, **options)
         inputs = operands.query, operands.key, operands.value
         gradients = tuple(g.astype(array.dtype) for g, array in zip(gradients, inputs, strict=True))
         return *gradients, None if operands.sinks is None else sink_gradients(operands.sinks, lse, delta)

@@ -1,4 +1,4 @@
-"""Block-sparse attention on NVIDIA Hopper GPUs, in Pallas Mosaic GPU: the forward pass."""
+"""Block-sparse attention on NVIDIA Hopper GPUs, in Pallas Mosaic GPU."""
 
 import dataclasses
 import typing
@@ -9,11 +9,22 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels import xla
-from pallas_kernels.mosaic_gpu.arrange import arrange
+from pallas_kernels.mosaic_gpu.arrange import arrange, arrange_query_gradient
+from pallas_kernels.mosaic_gpu.arrange_keys import arrange_key_gradients
 from pallas_kernels.mosaic_gpu.chip import refuse_chip
 from pallas_kernels.mosaic_gpu.forward import attend
-from pallas_kernels.mosaic_gpu.tables import ForwardTables, schedule_tables, selection_tables
-from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, HopperTiles, choose_heads, choose_tiles
+from pallas_kernels.mosaic_gpu.key_gradient import key_gradients
+from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables
+from pallas_kernels.mosaic_gpu.query_gradient import query_gradient
+from pallas_kernels.mosaic_gpu.tables import ForwardTables, Tables, schedule_tables, selection_tables
+from pallas_kernels.mosaic_gpu.tiles import (
+    SHARED_BYTES,
+    HopperTiles,
+    choose_gradient_tiles,
+    choose_heads,
+    choose_key_tiles,
+    choose_tiles,
+)
 from pallas_kernels.mosaic_gpu.unread import depends_on_arrays, unread_keys, without_unread
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.sharding import Sharding
@@ -22,6 +33,25 @@ TILES = HopperTiles
 DTYPES = ("bfloat16", "float16")
 MOST_FEATURES = 256
 BLOCK_SIZES = (16, 32, 64, 128)
+
+MOST_WIDTH = 256
+"""Of keys and values together: their gradients are summed in registers."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BackwardTables:
+    """What the backward pass walks.
+
+    Attributes:
+      queries: for their gradient; None for a selection.
+      keys: for those of keys and values; None where XLA computes them.
+      loops: XLA's tables for that.
+    """
+
+    queries: ForwardTables | None
+    keys: KeyTables | None
+    loops: typing.Any
 
 
 def refuse(problem: Problem, operands: Operands) -> str | None:
@@ -77,23 +107,84 @@ def forward_tables(problem: Problem, operands: Operands) -> ForwardTables | None
     return ForwardTables(walked, unread_keys(schedule), None)
 
 
-def table_specs(tables: ForwardTables, sharding: Sharding) -> typing.Any:
-    """How the tables are split over a mesh: rows' slices with their heads, the lists that they share not at all."""
-    walked = jax.tree.map(lambda array: PartitionSpec(), tables.walked)
-    walked = dataclasses.replace(walked, slices=sharding.of(heads=1, ndim=5))
+def backward_tables(problem: Problem, operands: Operands) -> BackwardTables:
+    """What the kernels of the gradients walk, or XLA where there is no kernel for those of keys and values."""
+    schedule = problem.schedule
+    if schedule is not None and schedule.shares_groups and _width(operands) <= MOST_WIDTH:
+        return BackwardTables(forward_tables(problem, operands), key_tables(schedule), None)
+    loops = xla.backward_tables(dataclasses.replace(problem, tiles=None), operands)
+    return BackwardTables(forward_tables(problem, operands), None, loops)
+
+
+def _width(operands: Operands) -> int:
+    return _up(operands.query.shape[-1]) + _up(operands.value.shape[-1])
+
+
+def table_specs(tables: ForwardTables | BackwardTables, sharding: Sharding) -> typing.Any:
+    """How the tables are split over a mesh: slices and packs with their heads, the lists that they share not at all."""
+    if isinstance(tables, BackwardTables):
+        return BackwardTables(
+            None if tables.queries is None else table_specs(tables.queries, sharding),
+            None if tables.keys is None else _split(tables.keys, sharding, members=sharding.of(heads=0, ndim=3)),
+            None if tables.loops is None else typing.cast(typing.Any, xla.table_specs(tables.loops, sharding)),
+        )
     unread = None if tables.unread is None else sharding.of(heads=0, ndim=2)
     walks = None if tables.walks is None else xla.table_specs(tables.walks, sharding)
-    return dataclasses.replace(tables, walked=walked, unread=typing.cast(typing.Any, unread), walks=walks)
+    return dataclasses.replace(
+        tables, walked=_split(tables.walked, sharding), unread=typing.cast(typing.Any, unread), walks=walks
+    )
+
+
+def _split(tables: typing.Any, sharding: Sharding, **others: PartitionSpec) -> typing.Any:
+    whole = jax.tree.map(lambda array: PartitionSpec(), tables)
+    return dataclasses.replace(whole, slices=sharding.of(heads=1, ndim=5), **others)
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """out [b, t, h, e] in the query's dtype and lse [b, h, t] in float32, sinks included."""
     tiles = _tiles(problem, operands)
-    if operands.selection is None:
-        tables: ForwardTables = operands.tables
-    else:
-        tables = ForwardTables(selection_tables(operands, tiles), None, None)
-    unread = None if tables.unread is None else jnp.asarray(tables.unread)
-    value = without_unread(problem, operands, unread, tables.walks)
-    plan, inputs, finish = arrange(problem, operands, value, tables.walked, tiles)
+    walked = _walked(operands, operands.tables, tiles)
+    operands = dataclasses.replace(operands, value=_without_unread(problem, operands, operands.value))
+    plan, inputs, finish = arrange(problem, operands, walked, tiles)
     return finish(*attend(plan, inputs))
+
+
+def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
+    """dq, dk and dv, in the inputs' dtype or in float32.
+
+    Args:
+      dout: [b, t, h, e].
+      lse: [b, h, t], sinks included.
+      delta: [b, h, t], Σ out · dout - dlse.
+    """
+    tables: BackwardTables = operands.tables
+    walked = dataclasses.replace(operands, tables=tables.queries)
+    # Queries that do not exist seem to read, too: what nobody else reads must not be a NaN.
+    key, value = (_without_unread(problem, walked, array) for array in (operands.key, operands.value))
+    walked = dataclasses.replace(walked, key=key, value=value)
+    # A row that reads nothing has no weights: exp(logit - inf) is zero.
+    of_rows = dout, jnp.where(jnp.isneginf(lse), jnp.inf, lse), delta
+    sizes = _up(key.shape[-1]), _up(value.shape[-1])
+    heads = _tiles(problem, operands).heads
+    tiles = choose_gradient_tiles(*sizes, _block_size(problem, operands), key.shape[1], heads)
+    over_keys = _walked(operands, tables.queries, tiles)
+    plan, inputs, finish = arrange_query_gradient(problem, walked, *of_rows, over_keys, tiles)
+    dquery = finish(query_gradient(plan, inputs, problem.scale))
+    if tables.keys is None:
+        loops = dataclasses.replace(operands, tables=tables.loops)
+        return dquery, *xla.backward(dataclasses.replace(problem, tiles=None), loops, dout, lse, delta)[1:]
+    tiles = choose_key_tiles(*sizes, operands.query.shape[1])
+    plan, inputs, finish = arrange_key_gradients(problem, walked, *of_rows, tables.keys, tiles)
+    return dquery, *finish(*key_gradients(plan, inputs))
+
+
+def _walked(operands: Operands, tables: ForwardTables | None, tiles: HopperTiles) -> Tables:
+    return selection_tables(operands, tiles) if tables is None else tables.walked
+
+
+def _without_unread(problem: Problem, operands: Operands, array: Array) -> Array:
+    tables: ForwardTables | None = operands.tables
+    if tables is None:
+        return without_unread(problem, operands, array, None, None)
+    unread = None if tables.unread is None else jnp.asarray(tables.unread)
+    return without_unread(problem, operands, array, unread, tables.walks)

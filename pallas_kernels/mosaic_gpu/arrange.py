@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.plan import ROWS, Plan
+from pallas_kernels.mosaic_gpu.plan import LOG2E, ROWS, Plan
 from pallas_kernels.mosaic_gpu.segments import narrow
 from pallas_kernels.mosaic_gpu.tables import Inputs, Tables
 from pallas_kernels.mosaic_gpu.tiles import HopperTiles
@@ -39,12 +39,13 @@ class Grid:
     shift: int | Array
     first: int | Array
 
-    def place(self, array: Array, length: int) -> Array:
-        """[b, t, ...] -> [b, length, ...], zero where there is no query."""
+    def place(self, array: Array, length: int, nothing: float = 0) -> Array:
+        """[b, t, ...] -> [b, length, ...], `nothing` where there is no query."""
         if isinstance(self.shift, int):
             after = length - self.shift - self.length
-            return jnp.pad(array, ((0, 0), (self.shift, after), *((0, 0) for _ in array.shape[2:])))
-        room = jnp.zeros((array.shape[0], length, *array.shape[2:]), array.dtype)
+            widths = ((0, 0), (self.shift, after), *((0, 0) for _ in array.shape[2:]))
+            return jnp.pad(array, widths, constant_values=nothing)
+        room = jnp.full((array.shape[0], length, *array.shape[2:]), nothing, array.dtype)
         return jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice_in_dim(r, a, at, 0))(room, array, self.shift)
 
     def take_back(self, array: Array, axis: int) -> Array:
@@ -71,16 +72,55 @@ def make_grid(problem: Problem, operands: Operands, queries: int) -> Grid:
     return Grid(queries, -(-(length + most) // queries), length, shift, first)
 
 
-def arrange(problem: Problem, operands: Operands, value: Array, tables: Tables, tiles: HopperTiles):
-    """The plan and the inputs of the kernel, and the function that makes out and lse of its results."""
+def arrange(problem: Problem, operands: Operands, tables: Tables, tiles: HopperTiles):
+    """The plan and the inputs of the forward kernel, and the function that makes out and lse of its results."""
+    plan, inputs, grid = _arrange(problem, operands, tables, tiles)
+
+    def finish(out: Array, lse: Array) -> tuple[Array, Array]:
+        return grid.take_back(out, 1)[..., : operands.value.shape[3]], grid.take_back(lse, 2)
+
+    return plan, inputs, finish
+
+
+def arrange_query_gradient(
+    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, tables: Tables, tiles: HopperTiles
+):
+    """The plan and the inputs of the kernel, and the function that makes dq of its result.
+
+    Args:
+      dout: [b, t, h, e].
+      lse, delta: float32 [b, h, t]; an infinite lse hides a row.
+    """
+    plan, inputs, grid = _arrange(problem, dataclasses.replace(operands, sinks=None), tables, tiles)
+    inputs = dataclasses.replace(
+        inputs,
+        dout=pad(grid.place(dout, inputs.query.shape[1]), 3, FEATURES),
+        lse=_of_rows(grid, plan, lse * LOG2E, np.inf),
+        delta=_of_rows(grid, plan, delta, 0),
+    )
+
+    def finish(dquery: Array) -> Array:
+        return grid.take_back(dquery, 1)[..., : operands.query.shape[3]]
+
+    return plan, inputs, finish
+
+
+def _of_rows(grid: Grid, plan: Plan, array: Array, nothing: float) -> Array:
+    """[b, h, t] -> [b, h / heads of a tile, tiles, ROWS], `nothing` where there is no query."""
+    array = grid.place(array.swapaxes(1, 2), grid.tiles * grid.queries, nothing).swapaxes(1, 2)
+    array = array.reshape(array.shape[0], -1, plan.heads, grid.tiles, grid.queries)
+    return array.swapaxes(2, 3).reshape(*array.shape[:2], grid.tiles, ROWS)
+
+
+def _arrange(problem: Problem, operands: Operands, tables: Tables, tiles: HopperTiles) -> tuple[Plan, Inputs, Grid]:
     grid = make_grid(problem, operands, tiles.queries)
-    query, scale = _positive_scale(operands.query, problem.scale)
+    query, scale = positive_scale(operands.query, problem.scale)
     batch, _, num_heads, _ = query.shape
-    _, kv_length, num_kv_heads, value_dim = value.shape
+    kv_length, num_kv_heads = operands.key.shape[1:3]
     in_place = isinstance(grid.shift, int) and grid.shift == 0
-    query = grid.place(query, _up(grid.length, LENGTH) if in_place else grid.tiles * grid.queries)
-    query, key, value = (_pad(array, 3, FEATURES) for array in (query, operands.key, value))
-    key, value = (_pad(array, 1, LENGTH) for array in (key, value))
+    query = grid.place(query, round_up(grid.length, LENGTH) if in_place else grid.tiles * grid.queries)
+    query, key, value = (pad(array, 3, FEATURES) for array in (query, operands.key, operands.value))
+    key, value = (pad(array, 1, LENGTH) for array in (key, value))
     reads = problem.schedule or operands.selection
     assert reads is not None  # one of the two says what is read
     block_size = reads.block_size
@@ -100,14 +140,12 @@ def arrange(problem: Problem, operands: Operands, value: Array, tables: Tables, 
         sinks=_sinks(operands.sinks, tiles), **attributes,
     )  # fmt: skip
     plan = Plan(
-        batch, num_heads, num_kv_heads, query.shape[3], value.shape[3], np.dtype(query.dtype), grid.queries, grid.tiles,
-        tiles.keys, tiles.stages, block_size, slices.shape[3], num_full, scale, problem.logits_soft_cap,
+        batch=batch, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=query.shape[3], value_dim=value.shape[3],
+        dtype=np.dtype(query.dtype), step=tiles.keys, stages=tiles.stages, block_size=block_size,
+        num_parts=slices.shape[3], num_full=num_full, scale=scale, soft_cap=problem.logits_soft_cap,
+        queries=grid.queries, tiles=grid.tiles,
     )  # fmt: skip
-
-    def finish(out: Array, lse: Array) -> tuple[Array, Array]:
-        return grid.take_back(out, 1)[..., :value_dim], grid.take_back(lse, 2)
-
-    return plan, inputs, finish
+    return plan, inputs, grid
 
 
 def _attributes(problem: Problem, operands: Operands, grid: Grid, block_size: int, num_blocks: int) -> dict:
@@ -119,7 +157,8 @@ def _attributes(problem: Problem, operands: Operands, grid: Grid, block_size: in
         assert kv_ids is not None  # both or neither
         # Keys that are not there take the last one's id: a tile in one segment sees one segment in that block too.
         found["kv_segments"] = jnp.pad(kv_ids, ((0, 0), (0, whole - kv_ids.shape[1])), mode="edge")
-        found["query_segments"] = _edge_ids(grid, operands.query_segment_ids)
+        ids = edge_ids(grid, operands.query_segment_ids)
+        found["query_segments"] = jnp.tile(ids, (1, 1, ROWS // grid.queries))
     if operands.selection is not None:
         batch, length = operands.query.shape[:2]
         position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
@@ -133,16 +172,15 @@ def _attributes(problem: Problem, operands: Operands, grid: Grid, block_size: in
     return found
 
 
-def _edge_ids(grid: Grid, ids: Array) -> Array:
-    """The segments of the rows; rows without a query take the nearest query's, so that they make no tile mixed."""
+def edge_ids(grid: Grid, ids: Array) -> Array:
+    """[b, t] -> [b, tiles, queries]; where there is no query the nearest one's, so that no tile is mixed by it."""
     index = jnp.arange(grid.tiles * grid.queries, dtype=jnp.int32)
     shift = jnp.full(ids.shape[0], grid.shift, jnp.int32) if isinstance(grid.shift, int) else grid.shift
     index = jnp.clip(index - shift[:, None], 0, grid.length - 1)
-    ids = jnp.take_along_axis(ids, index, 1).reshape(ids.shape[0], grid.tiles, grid.queries)
-    return jnp.tile(ids, (1, 1, ROWS // grid.queries))
+    return jnp.take_along_axis(ids, index, 1).reshape(ids.shape[0], grid.tiles, grid.queries)
 
 
-def _positive_scale(query: Array, scale: float) -> tuple[Array, float]:
+def positive_scale(query: Array, scale: float) -> tuple[Array, float]:
     """The kernel takes the maximum before it scales, which needs a scale above 0."""
     if scale > 0:
         return query, scale
@@ -155,11 +193,11 @@ def _sinks(sinks: Array | None, tiles: HopperTiles) -> Array | None:
     return jnp.repeat(sinks.astype(jnp.float32).reshape(-1, tiles.heads), tiles.queries, 1)
 
 
-def _up(number: int, multiple: int) -> int:
+def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _pad(array: Array, axis: int, multiple: int) -> Array:
+def pad(array: Array, axis: int, multiple: int) -> Array:
     after = -array.shape[axis] % multiple
     widths = [(0, after if each == axis else 0) for each in range(array.ndim)]
     return jnp.pad(array, widths) if after else array

@@ -1,6 +1,7 @@
 """What the code of the kernels depends on."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -11,15 +12,15 @@ ROWS = WARPGROUPS * WARPGROUP_ROWS
 WORD = 32
 """Bits of a word of a mask."""
 
+LOG2E = math.log2(math.e)
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Everything about a call that is known while tracing and that the code of the kernel depends on.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """Everything about a kernel that is known while tracing and that its code depends on.
 
     Attributes:
-      queries: tokens of a tile, which has as many heads as make ROWS rows of them.
-      tiles: how many there are for every head.
-      keys: of a step.
+      step: tokens of a step.
       stages: steps that are loaded ahead.
       block_size: of the lists.
       num_parts, num_full: of the slices, as in `BlockLists`.
@@ -32,15 +33,60 @@ class Plan:
     head_dim: int
     value_dim: int
     dtype: np.dtype
-    queries: int
-    tiles: int
-    keys: int
+    step: int
     stages: int
     block_size: int
     num_parts: int
     num_full: int
     scale: float
     soft_cap: float | None
+
+    @property
+    def slot(self) -> int:
+        """Tokens that one copy brings: a block, or as much of it as a step holds."""
+        return min(self.block_size, self.step)
+
+    @property
+    def slots(self) -> int:
+        return self.step // self.slot
+
+    @property
+    def pieces_of_block(self) -> int:
+        """Slots that a block fills."""
+        return self.block_size // self.slot
+
+    @property
+    def words(self) -> int:
+        """Words of mask bits for every row of a slot."""
+        return -(-self.slot // WORD)
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def transforms(self, features: int, summed: int | None = None) -> tuple:
+        """How rows of so many features lie in shared memory: in the widest swizzle that divides them.
+
+        Args:
+          summed: where a product sums over rows, so many at a time: the swizzle has to divide that too.
+        """
+        lengths = [length * self.dtype.itemsize for length in (features, summed or features)]
+        swizzle = next(size for size in (128, 64, 32) if not any(length % size for length in lengths))
+        tiling = plgpu.TilingTransform((8, swizzle // self.dtype.itemsize))
+        return tiling, plgpu.SwizzleTransform(swizzle)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(StepPlan):
+    """Of the kernels whose rows are queries and whose steps are keys.
+
+    Attributes:
+      queries: tokens of a tile, which has as many heads as make ROWS rows of them.
+      tiles: how many there are for every head.
+    """
+
+    queries: int
+    tiles: int
 
     @property
     def heads(self) -> int:
@@ -56,32 +102,22 @@ class Plan:
     def pieces(self) -> int:
         return WARPGROUP_ROWS // self.piece
 
-    @property
-    def slot(self) -> int:
-        """Keys that one copy brings: a block, or as much of it as a step holds."""
-        return min(self.block_size, self.keys)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeyPlan(StepPlan):
+    """Of the kernel whose rows are keys and whose steps are queries.
+
+    Attributes:
+      packs: how many tiles there are for every KV head.
+    """
+
+    packs: int
 
     @property
-    def slots(self) -> int:
-        return self.keys // self.slot
+    def piece(self) -> int:
+        """Consecutive keys in a warpgroup."""
+        return min(self.block_size, WARPGROUP_ROWS)
 
     @property
-    def parts_of_block(self) -> int:
-        """Slots that a block fills."""
-        return self.block_size // self.slot
-
-    @property
-    def words(self) -> int:
-        """Words of mask bits for every row of a slot."""
-        return -(-self.slot // WORD)
-
-    def transforms(self, features: int, summed: int | None = None) -> tuple:
-        """How rows of so many features lie in shared memory: in the widest swizzle that divides them.
-
-        Args:
-          summed: where a product sums over rows, so many at a time: the swizzle has to divide that too.
-        """
-        lengths = [length * self.dtype.itemsize for length in (features, summed or features)]
-        swizzle = next(size for size in (128, 64, 32) if not any(length % size for length in lengths))
-        tiling = plgpu.TilingTransform((8, swizzle // self.dtype.itemsize))
-        return tiling, plgpu.SwizzleTransform(swizzle)
+    def pieces(self) -> int:
+        return WARPGROUP_ROWS // self.piece

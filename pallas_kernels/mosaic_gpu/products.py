@@ -47,3 +47,14 @@ def add_product(total: Array, first: Array, second, meanwhile) -> Array:
 def interpreted() -> bool:
     """Whether kernels traced now run in the interpreter."""
     return config.pallas_tpu_interpret_mode_context_manager.value is not None
+
+
+def two_products(first: tuple, second: tuple, shape: tuple[int, int]) -> tuple[Array, Array]:
+    """Two products of pairs in shared memory, in float32, on the tensor cores one right after the other."""
+
+    def compute(*accumulators):
+        for accumulator, (left, right) in zip(accumulators, (first, second), strict=True):
+            plgpu.wgmma(accumulator, left, right)
+        return tuple(accumulator[...] for accumulator in accumulators)
+
+    return pl.run_scoped(compute, *[plgpu.ACC(shape, jnp.float32)] * 2)

@@ -66,6 +66,9 @@ class Inputs:
       kv_segments: int32 [b, s], s rounded up to blocks.
       kv_positions: int32 [s + block_size], s rounded up to blocks; the greatest int32 where there is no key.
       sinks: float32 [h / heads of a tile, ROWS], of every row.
+      dout: of the backward pass.
+      lse, delta: float32 [b, h / heads of a tile, tiles, ROWS], of every row; lse times log2(e), infinite where nothing
+        is read.
     """
 
     query: Float[Array, "b t h d"]
@@ -80,6 +83,9 @@ class Inputs:
     query_positions: Int32[Array, "b tiles rows"] | None = None
     kv_positions: Int32[Array, " s"] | None = None
     sinks: Float[Array, "heads rows"] | None = None
+    dout: Float[Array, "b t h e"] | None = None
+    lse: Float[Array, "b heads tiles rows"] | None = None
+    delta: Float[Array, "b heads tiles rows"] | None = None
 
     @property
     def num_mask_arrays(self) -> int:

@@ -91,6 +91,33 @@ def usual_tiles(head_dim: int, value_dim: int, block_size: int, kv_length: int, 
         keys //= 2  # HopperTiles refuses what no kernel is for
 
 
+def choose_gradient_tiles(head_dim: int, value_dim: int, block_size: int, kv_length: int, heads: int) -> HopperTiles:
+    """Tiles for the gradient of the queries, which has twice the rows and one more product of a step in registers."""
+    keys = 64
+    while keys > 16 and keys >= 2 * kv_length:
+        keys //= 2
+    while True:
+        for stages in (3, 2):
+            tiles = HopperTiles(heads, keys, stages)
+            # Where the forward pass has an output of its own shape, there is dout.
+            dout = ROWS * value_dim * 2 if value_dim == head_dim else 0
+            if dout + tiles.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES:
+                return tiles
+        keys //= 2
+
+
+def choose_key_tiles(head_dim: int, value_dim: int, query_length: int) -> HopperTiles:
+    """Tiles for the gradients of keys and values, whose steps are queries."""
+    keys = 64 if max(head_dim, value_dim) <= 128 else 32
+    while keys > 16 and keys >= 2 * query_length:
+        keys //= 2
+    for stages in (3, 2):
+        rows, step = 2 * ROWS * (head_dim + value_dim), 2 * keys * (head_dim + value_dim)
+        if rows + stages * (step + 8 * ALIGNMENT) + BARRIER_BYTES <= SHARED_BYTES:
+            return HopperTiles(1, keys, stages)
+    raise AssertionError(f"no tiles for head dims {head_dim} and {value_dim}")
+
+
 def choose_heads(
     schedule: BlockSchedule | None, selection: BlockSelection | None, num_heads: int, num_kv_heads: int
 ) -> tuple[int, ...]:

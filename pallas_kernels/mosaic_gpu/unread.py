@@ -1,4 +1,4 @@
-"""Zeroing values that no query reads: on tensor cores their weight of zero would turn a NaN or Inf into a NaN."""
+"""Zeroing what no query reads: on tensor cores, its weight of zero would turn a NaN or Inf into a NaN."""
 
 import dataclasses
 import functools
@@ -55,24 +55,25 @@ def _walks(lists: BlockLists, slices: np.ndarray, block: np.ndarray) -> Bool[np.
     return (low < slices[..., 1]) & (lists.blocks[np.minimum(low, last)] == block)
 
 
-def without_unread(problem: Problem, operands: Operands, unread: Bool[Array, "k s"] | None, walks) -> Array:
-    """The values [b, s, k, e], zero where no query of the KV head's group reads them.
+def without_unread(
+    problem: Problem, operands: Operands, array: Array, unread: Bool[Array, "k s"] | None, walks
+) -> Array:
+    """Keys or values [b, s, k, f], zero where no query of the KV head's group reads them.
 
     Where a schedule alone says what is read, this is known beforehand, and mostly there is nothing to do: blocks that
     nobody reads are not loaded anyway. Where segments, offsets or a selection have a say, it is computed when needed,
-    that is if a value is not finite.
+    that is if a number is not finite.
 
     Args:
       unread: what the schedule leaves unread within blocks that are loaded; None where it is nothing.
       walks: XLA's tables of the schedule, where more than it says what is read.
     """
-    value = operands.value
     if not depends_on_arrays(problem, operands):
-        return value if unread is None else jnp.where(unread.T[None, :, :, None], 0, value)
+        return array if unread is None else jnp.where(unread.T[None, :, :, None], 0, array)
     return jax.lax.cond(
-        jnp.isfinite(value).all(),
-        lambda: value,
-        lambda: jnp.where(_read(problem, operands, walks)[..., None], value, 0),
+        jnp.isfinite(array).all(),
+        lambda: array,
+        lambda: jnp.where(_read(problem, operands, walks)[..., None], array, 0),
     )
 
 

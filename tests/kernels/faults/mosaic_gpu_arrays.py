@@ -73,12 +73,6 @@ ROWS_AND_KEYS = [
         FOUR_HEADS,
     ),
     Fault(
-        "segments of rows for every head in turn", ARRANGE,
-        "    return jnp.tile(ids, (1, 1, ROWS // grid.queries))\n\n\ndef _positive",
-        "    return jnp.repeat(ids, ROWS // grid.queries, 2)\n\n\ndef _positive",
-        interpreted("documents"),
-    ),
-    Fault(
         "segments not shifted with the rows", ARRANGE,
         "jnp.clip(index - shift[:, None], 0, grid.length - 1)",
         "jnp.clip(index + 0 * shift[:, None], 0, grid.length - 1)",
@@ -93,11 +87,6 @@ ROWS_AND_KEYS = [
         "a selection that forgets the offset", ARRANGE,
         "position = position + operands.query_offset[:, None]", "position = position",
         interpreted("selection from an offset"),
-    ),
-    Fault(
-        "a selection is causal though it is not", ARRANGE,
-        "jnp.full_like(position, NOWHERE - 1)", "position",
-        interpreted("selection both ways"),
     ),
     Fault(
         "keys beyond the end read both ways", ARRANGE,
@@ -124,21 +113,11 @@ LISTS = [
         interpreted("dense both ways"),
     ),
     Fault(
-        "the last block twice where it is not filled", TABLES,
-        "    full[..., 1] -= ends\n", "",
-        interpreted("dense both ways"),
-    ),
-    Fault(
         "masks for every row of a head in turn", TABLES,
         "np.tile(bits, (1, ROWS // bits.shape[1], 1))", "np.repeat(bits, ROWS // bits.shape[1], 1)",
         FOUR_HEADS,
     ),
     Fault("the bits of a word in the wrong order", TABLES, 'bitorder="little"', 'bitorder="big"', FOUR_HEADS),
-    Fault(
-        "lists of the first heads for all tiles", TABLES,
-        "schedule.head_index[:: ROWS // queries]", "schedule.head_index[: len(schedule.head_index) * queries // ROWS]",
-        interpreted("patterns by KV head"),
-    ),
     Fault(
         "all blocks of a selection read, whatever their count", TABLES,
         "first + jnp.clip(selection.counts, 0, most)", "first + most + 0 * selection.counts",
@@ -184,11 +163,6 @@ LISTS = [
         DOCUMENTS,
     ),
     Fault(
-        "tiles at a document's edge without a mask", SEGMENTS,
-        "(least == most) & (least_key == least)", "(least_key == least)",
-        DOCUMENTS,
-    ),
-    Fault(
         "the first run of a document that comes twice taken for all", SEGMENTS,
         "    if whole:\n", "    if True:\n",
         ANY_IDS,
@@ -198,7 +172,6 @@ LISTS = [
         "blocks.shape[0] - 1)] < block)", "blocks.shape[0] - 1)] <= block)",
         DOCUMENTS,
     ),
-    Fault("masked parts cut inside the document", SEGMENTS, "part(partial, 0, 3)", "part(partial, 1, 2)", DOCUMENTS),
     # What nobody reads.
     Fault(
         "unread values not zeroed", UNREAD,
@@ -211,25 +184,9 @@ LISTS = [
         interpreted("strangers"),
     ),
     Fault(
-        "values taken for finite", UNREAD,
-        "jnp.isfinite(value).all()", "jnp.isfinite(value).any()",
-        interpreted("strangers"),
-    ),
-    Fault(
         "segments have no say in what is read", UNREAD,
         "return operands.query_segment_ids is not None or operands", "return operands",
         interpreted("strangers"),
-    ),
-    Fault(
-        "queries that do not exist read too", UNREAD,
-        "queries = slice(first if each == 0 else 0, last if each == lists.num_rows - 1 else size)",
-        "queries = slice(0, size)",
-        interpreted("one query"),
-    ),
-    Fault(
-        "values that one head of a group reads zeroed", UNREAD,
-        "*by_walker.shape[1:]).any(1)", "*by_walker.shape[1:]).all(1)",
-        interpreted("patterns by query head"),
     ),
 ]  # fmt: skip
 
@@ -238,11 +195,6 @@ CHOICES = [
         "a buffer counted once, whatever the stages", SIZES,
         "self.stages * self.keys * value_dim * 2,", "self.keys * value_dim * 2,",
         machine_code("d 256"),
-    ),
-    Fault(
-        "no room counted for results", SIZES,
-        "            ROWS * value_dim * 2 if value_dim != head_dim else 0,\n", "",
-        machine_code("d 192, e 128"),
     ),
     Fault(
         "no room counted between buffers", SIZES,
@@ -264,11 +216,9 @@ CHOICES = [
         "(group % heads == 0 and schedule.shares_groups", "(schedule.shares_groups",
         REFUSED,
     ),
-    Fault("a tile of part of a block", SIZES, " and ROWS // heads >= schedule.block_size)", ")", REFUSED),
     Fault("a tile of heads that choose apart", SIZES, "(shared or heads == 1)", "(shared or True)", REFUSED),
     Fault("a tile of two rows of a selection", SIZES, " and selection.query_block % (ROWS // heads) == 0", "", REFUSED),
     Fault("tiles that do not fit", BACKEND, "if shared > SHARED_BYTES:", "if False:", REFUSED),
-    Fault("more heads in a tile than can be", BACKEND, "if tiles.heads not in heads:", "if False:", REFUSED),
     Fault("Blackwell taken for Hopper", CHIP, "if int(capability) != int(HOPPER):", "if capability < HOPPER:", CHIPS),
     Fault("a compiler that spoils masks", CHIP, "12080 <= version < 12091", "12080 < version < 12091", CHIPS),
     Fault(

@@ -26,7 +26,7 @@ WALK = [
     Fault(
         "a slot that holds nothing holds what others read", FORWARD,
         "        entry = jnp.minimum(entry, self.left + self.masked - 1)\n", "",
-        interpreted("stripes by query head"),
+        interpreted("patterns by KV head"),
     ),
     Fault(
         "a slot that holds nothing keeps its mask", FORWARD,
@@ -57,7 +57,7 @@ WALK = [
     Fault(
         "the tables of the first sequence for all", FORWARD,
         "batch if table.shape[0] > 1 else 0", "0 if table.shape[0] > 1 else 0",
-        interpreted("an offset for each"),
+        interpreted("an offset and documents"),
     ),
     # Heads and rows.
     Fault(
@@ -92,7 +92,7 @@ WALK = [
     Fault("bits of neighbouring columns swapped", FORWARD, "word >> (column & 6)", "word >> (column & 2)", SMALL),
     Fault(
         "the words of a row in the wrong order", FORWARD,
-        "column // width == index,", "column // width == len(words) - index,",
+        "column // width == index,", "column // width == index - 1,",
         FOUR_HEADS,
     ),
     Fault(

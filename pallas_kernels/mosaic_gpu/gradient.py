@@ -1,0 +1,28 @@
+"""What both gradient kernels compute of a step, whichever way round their tiles are.
+
+With P = exp(logits - lse) and dP = dO · Vᵀ, the gradient of the logits is dS = P ∘ (dP - delta).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from pallas_kernels.mosaic_gpu.plan import LOG2E, StepPlan
+
+
+def weights_and_slope(plan: StepPlan, products: Array, lse: Array) -> tuple[Array, Array | None]:
+    """P, and the slope of the soft cap, None where there is none.
+
+    Args:
+      products: of queries and keys, neither scaled nor capped.
+      lse: times log2(e); infinite in rows that read nothing.
+    """
+    if plan.soft_cap is None:
+        return jnp.exp2(products * (plan.scale * LOG2E) - lse), None
+    capped = jnp.tanh(products * (plan.scale / plan.soft_cap))
+    return jnp.exp2(capped * (plan.soft_cap * LOG2E) - lse), 1 - capped * capped
+
+
+def logits_gradient(weights: Array, slope: Array | None, dweights: Array, delta: Array) -> Array:
+    """The gradient of the logits before their scale: dS times the slope."""
+    gradient = weights * (dweights - delta)
+    return gradient if slope is None else gradient * slope
