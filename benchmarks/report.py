@@ -33,7 +33,7 @@ def origin(record: dict, name: str, device: str | None = None) -> str:
 
 def schedules(record: dict) -> str:
     lines = [
-        "| point | block | density | ideal speedup | executed/ideal, forward | backward | compiled in (CPU time) |",
+        "| point | block | density | ideal speedup | executed/ideal, forward | backward | compiled, processor time |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:

@@ -10,11 +10,11 @@ from tests.kernels.test_mosaic_gpu import TestInterpreted as Interpreted
 
 QUICK = ("local stride", "soft cap, low precision", "documents both ways", "an offset for each")
 SLOW = (
-    "blocks of 64", "first tokens both ways", "offsets in step", "t > s", "dense both ways", "local stride both ways", "strided", "ranges", "relative stride, causal",
-    "window of tokens both ways", "first tokens and a window", "mixed block sizes", "one query", "one of each", "t < s",
-    "offset within a block", "queries beyond the keys", "no groups", "groups of four", "block by block", "scale",
-    "soft cap", "sinks", "empty rows with sinks", "documents", "strangers with sinks", "offset at run time",
-    "an offset and documents", "an offset both ways",
+    "blocks of 64", "first tokens both ways", "offsets in step", "t > s", "dense both ways", "local stride both ways",
+    "strided", "ranges", "relative stride, causal", "window of tokens both ways", "first tokens and a window",
+    "mixed block sizes", "one query", "one of each", "t < s", "offset within a block", "queries beyond the keys",
+    "no groups", "groups of four", "block by block", "scale", "soft cap", "sinks", "empty rows with sinks", "documents",
+    "strangers with sinks", "offset at run time", "an offset and documents", "an offset both ways",
 )  # fmt: skip
 """Cases whose groups read alike: all their gradients come from kernels, and XLA's loops beside them would wait for the
 interpreter's threads."""

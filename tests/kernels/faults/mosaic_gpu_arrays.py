@@ -2,9 +2,9 @@
 
 from tests.kernels.faults.fault import Fault, hopper_shape, interpreted, machine_code
 
-ARRANGE, TABLES, SEGMENTS, UNREAD, SIZES, PLAN, CHIP, BACKEND, FORWARD = (
+ARRANGE, TABLES, SEGMENTS, UNREAD, SIZES, PLAN, CHIP, BACKEND, FORWARD, LAUNCH = (
     f"pallas_kernels/mosaic_gpu/{name}.py"
-    for name in ("arrange", "tables", "segments", "unread", "tiles", "plan", "chip", "__init__", "forward")
+    for name in ("arrange", "tables", "segments", "unread", "tiles", "plan", "chip", "__init__", "forward", "launch")
 )
 FOUR_HEADS, TWO_TILES = hopper_shape("four heads a tile"), hopper_shape("two tiles a row")
 ALONE = "tests/kernels/test_mosaic_gpu_arrays.py::"
@@ -24,8 +24,8 @@ ROWS_AND_KEYS = [
         ROOM,
     ),
     Fault(
-        "values in a wider swizzle than a step has keys", FORWARD,
-        "plan.value_dim, plan.keys),", "plan.value_dim),",
+        "values in a wider swizzle than a step has keys", LAUNCH,
+        "plan.step if summed else None", "None",
         machine_code("few keys"),
     ),
     Fault(
@@ -175,17 +175,17 @@ LISTS = [
     # What nobody reads.
     Fault(
         "unread values not zeroed", UNREAD,
-        "return value if unread is None else", "return value if True else",
+        "return array if unread is None else", "return array if True else",
         interpreted("first tokens both ways"),
     ),
     Fault(
         "unread values not zeroed where segments have a say", UNREAD,
-        "lambda: jnp.where(_read(problem, operands, walks)[..., None], value, 0)", "lambda: value",
+        "lambda: jnp.where(_read(problem, operands, walks)[..., None], array, 0)", "lambda: array",
         interpreted("strangers"),
     ),
     Fault(
         "segments have no say in what is read", UNREAD,
-        "return operands.query_segment_ids is not None or operands", "return operands",
+        "if operands.query_segment_ids is None:", "if True:",
         interpreted("strangers"),
     ),
 ]  # fmt: skip

@@ -2,98 +2,113 @@
 
 from tests.kernels.faults.fault import Fault, hopper_shape, interpreted, machine_code
 
+STEPS, TILE = "pallas_kernels/mosaic_gpu/steps.py", "pallas_kernels/mosaic_gpu/query_tile.py"
 FORWARD, PRODUCTS = "pallas_kernels/mosaic_gpu/forward.py", "pallas_kernels/mosaic_gpu/products.py"
 FOUR_HEADS, SMALL = hopper_shape("four heads a tile"), interpreted("groups of four")
 
 FAULTS = [
     Fault(
-        "keys and values loaded into buffers in use", FORWARD,
-        "            plgpu.barrier_wait(free.at[stage])\n", "",
+        "keys and values loaded into buffers in use", STEPS,
+        "            plgpu.barrier_wait(stream.free.at[stage])\n"
+        "            for part_of",
+        "            for part_of",
         SMALL,
     ),
     Fault(
-        "masks loaded into buffers in use", FORWARD,
-        "        plgpu.barrier_wait(scratch.mask_free.at[stage])\n        ready =", "        ready =",
+        "masks loaded into buffers in use", STEPS,
+        "            plgpu.barrier_wait(stream.free.at[stage])\n"
+        "            for part_of",
+        "            if stream is not self.masks:\n"
+        "                plgpu.barrier_wait(stream.free.at[stage])\n"
+        "            for part_of",
         SMALL,
     ),
     Fault(
         "keys given back before they are multiplied", FORWARD,
-        "        logits = product(\n",
-        "        plgpu.barrier_arrive(scratch.key_free.at[stage])\n        logits = product(\n",
+        "        logits = product(query,",
+        '        plgpu.barrier_arrive(scratch["key_free"].at[stage])\n'
+        "        logits = product(query,",
         SMALL,
     ),
     Fault(
         "keys given back while the tensor cores read them", FORWARD,
-        "(WARPGROUP_ROWS, plan.keys), self._take_turns\n"
-        "        )\n"
-        "        plgpu.barrier_arrive(scratch.key_free.at[stage])\n",
-        "(WARPGROUP_ROWS, plan.keys),\n"
-        "            lambda: (self._take_turns(), plgpu.barrier_arrive(scratch.key_free.at[stage])),\n"
-        "        )\n",
+        "(WARPGROUP_ROWS, plan.step), self._take_turns)\n"
+        '        plgpu.barrier_arrive(scratch["key_free"].at[stage])\n',
+        '(WARPGROUP_ROWS, plan.step), lambda: (self._take_turns(), '
+        'plgpu.barrier_arrive(scratch["key_free"].at[stage])))\n',
         SMALL,
     ),
     Fault(
         "values given back while the tensor cores read them", FORWARD,
         "        out = add_product(out, weights, value, wait_for_next_key)\n"
-        "        plgpu.barrier_arrive(scratch.value_free.at[stage])\n",
-        "        out = add_product(\n"
-        "            out, weights, value,\n"
-        "            lambda: (wait_for_next_key(), plgpu.barrier_arrive(scratch.value_free.at[stage])),\n"
-        "        )\n",
+        '        plgpu.barrier_arrive(scratch["value_free"].at[stage])\n',
+        '        back = scratch["value_free"].at[stage]\n'
+        "        out = add_product(out, weights, value, lambda: (wait_for_next_key(), plgpu.barrier_arrive(back)))\n",
         SMALL,
     ),
     Fault(
         "values waited for while the tensor cores read them", FORWARD,
-        "        plgpu.barrier_wait(scratch.value_ready.at[stage])\n"
-        "        plgpu.barrier_wait(scratch.turn)\n\n"
+        '        plgpu.barrier_wait(scratch["value_ready"].at[stage])\n'
+        '        plgpu.barrier_wait(scratch["turn"])\n'
+        "\n"
         "        def wait_for_next_key():\n",
-        "        plgpu.barrier_wait(scratch.turn)\n\n"
+        '        plgpu.barrier_wait(scratch["turn"])\n'
+        "\n"
         "        def wait_for_next_key():\n"
-        "            plgpu.barrier_wait(scratch.value_ready.at[stage])\n\n",
+        '            plgpu.barrier_wait(scratch["value_ready"].at[stage])\n'
+        "\n",
         SMALL,
     ),
     Fault(
         "keys never given back", FORWARD,
-        "        plgpu.barrier_arrive(scratch.key_free.at[stage])\n        scale =", "        scale =",
+        '        plgpu.barrier_arrive(scratch["key_free"].at[stage])\n'
+        "        scale =",
+        "        scale =",
         SMALL,
     ),
     Fault(
         "values never given back", FORWARD,
-        "        plgpu.barrier_arrive(scratch.value_free.at[stage])\n        return out, new, total",
+        '        plgpu.barrier_arrive(scratch["value_free"].at[stage])\n'
+        "        return out, new, total",
         "        return out, new, total",
         SMALL,
     ),
     Fault(
-        "masks never given back", FORWARD,
-        "        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n        allowed =", "        allowed =",
+        "masks never given back", STEPS,
+        "        plgpu.barrier_arrive(self.masks.free.at[stage])\n"
+        "        allowed =",
+        "        allowed =",
         SMALL,
     ),
     Fault(
-        "masks given back before they are read", FORWARD,
-        "        rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)\n        conditions = []\n",
-        "        rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)\n        conditions = []\n"
-        "        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n",
+        "masks given back before they are read", STEPS,
+        "        found = []\n",
+        "        found = []\n"
+        "        plgpu.barrier_arrive(self.masks.free.at[stage])\n",
         SMALL,
     ),
     Fault(
         "the first keys not waited for", FORWARD,
-        "            plgpu.barrier_wait(scratch.key_ready.at[0])\n", "            pass\n",
+        '            plgpu.barrier_wait(scratch["key_ready"].at[0])\n',
+        "            pass\n",
         SMALL,
     ),
     Fault(
         "the next keys not waited for", FORWARD,
-        "                plgpu.barrier_wait(scratch.key_ready.at[jax.lax.rem(step + 1, plan.stages)])\n",
+        '                plgpu.barrier_wait(scratch["key_ready"].at[jax.lax.rem(step + 1, plan.stages)])\n',
         "                pass\n",
         SMALL,
     ),
     Fault(
         "keys waited for that do not come", FORWARD,
-        "@pl.when(step + 1 < steps)", "@pl.when(step < steps)",
+        "@pl.when(step + 1 < self.walk",
+        "@pl.when(step < self.walk",
         SMALL,
     ),
     Fault(
         "a wait for keys where a tile reads nothing", FORWARD,
-        "@pl.when(steps > 0)", "@pl.when(steps >= 0)",
+        "walk.masked_steps > 0)",
+        "walk.masked_steps >= 0)",
         interpreted("selection"),
     ),
     Fault(
@@ -103,36 +118,43 @@ FAULTS = [
     ),
     Fault(
         "values not waited for", FORWARD,
-        "        plgpu.barrier_wait(scratch.value_ready.at[stage])\n        plgpu.barrier_wait(scratch.turn)\n",
-        "        plgpu.barrier_wait(scratch.turn)\n",
+        '        plgpu.barrier_wait(scratch["value_ready"].at[stage])\n'
+        '        plgpu.barrier_wait(scratch["turn"])\n',
+        '        plgpu.barrier_wait(scratch["turn"])\n',
         SMALL,
     ),
     Fault(
-        "masks not waited for", FORWARD,
-        "        plgpu.barrier_wait(scratch.mask_ready.at[stage])\n", "",
+        "masks not waited for", STEPS,
+        "        plgpu.barrier_wait(self.masks.ready.at[stage])\n",
+        "",
         SMALL,
     ),
     Fault(
-        "queries not waited for", FORWARD,
-        "        plgpu.barrier_wait(ready)\n", "",
+        "queries not waited for", TILE,
+        "        plgpu.barrier_wait(ready)\n",
+        "",
         "tests/kernels/test_mosaic_gpu_races.py::test_every_copy_is_waited_for",
     ),
     Fault(
-        "masks overwritten by the other way to shared memory", FORWARD,
-        "        plgpu.commit_smem()\n        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n",
-        "        plgpu.barrier_arrive(scratch.mask_free.at[stage])\n",
+        "masks overwritten by the other way to shared memory", STEPS,
+        "        plgpu.commit_smem()\n"
+        "        plgpu.barrier_arrive(self.masks.free.at[stage])\n",
+        "        plgpu.barrier_arrive(self.masks.free.at[stage])\n",
         SMALL,
         unseen="The interpreter's own product reads values as the chip does not, and commits that: masks with it.",
     ),
     Fault(
         "results copied before they are in shared memory", FORWARD,
-        "        plgpu.commit_smem()\n        for head", "        for head",
+        "        plgpu.commit_smem()\n"
+        "        out_ref",
+        "        out_ref",
         SMALL,
     ),
     Fault("the last copies not waited for", FORWARD, "        plgpu.wait_smem_to_gmem(0)\n", "", SMALL),
     Fault(
-        "one copy of keys counts for all", FORWARD,
-        '"key_ready": barriers(stages, plan.slots)', '"key_ready": barriers(stages, 1)',
+        "one copy of keys counts for all", TILE,
+        '"key_ready": barriers(stages, plan.slots)',
+        '"key_ready": barriers(stages, 1)',
         FOUR_HEADS,
     ),
     Fault(
@@ -141,18 +163,21 @@ FAULTS = [
         FOUR_HEADS,
     ),
     Fault(
-        "segments count for the masks", FORWARD,
-        "barriers(stages, plan.slots * masks)", "barriers(stages, plan.slots)",
+        "segments count for the masks", TILE,
+        "barriers(stages, plan.slots * masks)",
+        "barriers(stages, plan.slots)",
         interpreted("strangers"),
     ),
     Fault(
-        "one warpgroup gives keys back for both", FORWARD,
-        '"key_free": barriers(stages, WARPGROUPS)', '"key_free": barriers(stages, 1)',
+        "one warpgroup gives keys back for both", TILE,
+        '"key_free": barriers(stages, WARPGROUPS)',
+        '"key_free": barriers(stages, 1)',
         SMALL,
     ),
     Fault(
-        "one warpgroup gives masks back for both", FORWARD,
-        '"mask_free": barriers(stages, WARPGROUPS)', '"mask_free": barriers(stages, 1)',
+        "one warpgroup gives masks back for both", TILE,
+        '"mask_free": barriers(stages, WARPGROUPS)',
+        '"mask_free": barriers(stages, 1)',
         SMALL,
     ),
     Fault("a turn taken alone", FORWARD, "barriers(1, WARPGROUPS)", "barriers(1, 1)", SMALL),
@@ -163,19 +188,21 @@ FAULTS = [
     ),
     Fault("the last turn not taken", FORWARD, "        pl.when(self.warpgroup == 0)(self._take_turns)\n", "", SMALL),
     Fault(
-        "a stage too few", FORWARD,
-        "        stage = jax.lax.rem(step, plan.stages)\n        kv_head",
-        "        stage = jax.lax.rem(step, plan.stages - 1)\n        kv_head",
+        "a stage too few", STEPS,
+        "        stage = jax.lax.rem(step, self.plan.stages)\n",
+        "        stage = jax.lax.rem(step, self.plan.stages - 1)\n",
         SMALL,
     ),
     Fault(
         "masks in the ring of the keys", FORWARD,
-        "self._allowed(masked_step)", "self._allowed(step)",
+        "self.allowed(masked_step)",
+        "self.allowed(step)",
         hopper_shape("four heads a tile"),
     ),
     Fault(
-        "two rings begin together", FORWARD,
-        "self._load_step(walk.full_steps + masked_step,", "self._load_step(masked_step,",
+        "two rings begin together", STEPS,
+        "self._load_step(self.streams, walk.full_steps + masked_step,",
+        "self._load_step(self.streams, masked_step,",
         FOUR_HEADS,
     ),
     Fault(
@@ -184,13 +211,15 @@ FAULTS = [
         FOUR_HEADS,
     ),
     Fault(
-        "too few registers to compute", FORWARD,
-        "COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56", "COMPUTE_REGISTERS, LOAD_REGISTERS = 160, 56",
+        "too few registers to compute", STEPS,
+        "COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56",
+        "COMPUTE_REGISTERS, LOAD_REGISTERS = 160, 56",
         machine_code("d 256"),
     ),
     Fault(
-        "too few registers to load", FORWARD,
-        "COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56", "COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24",
+        "too few registers to load", STEPS,
+        "COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56",
+        "COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24",
         machine_code("block 16"),
     ),
     Fault(

@@ -2,6 +2,8 @@
 
 from tests.kernels.faults.fault import Fault, hopper_shape, interpreted
 
+STEPS, TILE = "pallas_kernels/mosaic_gpu/steps.py", "pallas_kernels/mosaic_gpu/query_tile.py"
+WALK_FILE = "pallas_kernels/mosaic_gpu/walk.py"
 FORWARD = "pallas_kernels/mosaic_gpu/forward.py"
 FOUR_HEADS, HALF_BLOCKS = hopper_shape("four heads a tile"), hopper_shape("half a block a step")
 SMALL = interpreted("groups of four")
@@ -9,117 +11,143 @@ SMALL = interpreted("groups of four")
 WALK = [
     # The lists.
     Fault(
-        "left-over blocks left out", FORWARD,
-        "self.left = self.full - self.full_steps * plan.slots", "self.left = 0",
+        "left-over blocks left out", WALK_FILE,
+        "self.left = self.full * pieces - self.full_steps * plan.slots",
+        "self.left = 0",
         FOUR_HEADS,
     ),
     Fault(
-        "masked entries begin behind the left-over blocks", FORWARD,
-        "first = self.full_steps * self.plan.slots\n", "first = self.full\n",
+        "masked entries begin behind the left-over blocks", WALK_FILE,
+        "first = self.full_steps * self.plan.slots\n",
+        "first = self.full * self.plan.pieces_of_block\n",
         FOUR_HEADS,
     ),
     Fault(
-        "one entry more than there is", FORWARD,
-        "exists = entry < self.left", "exists = entry <= self.left",
+        "one entry more than there is", WALK_FILE,
+        "exists = entry < self.masked_pieces",
+        "exists = entry <= self.masked_pieces",
         FOUR_HEADS,
     ),
     Fault(
-        "a slot that holds nothing holds what others read", FORWARD,
-        "        entry = jnp.minimum(entry, self.left + self.masked - 1)\n", "",
+        "a slot that holds nothing holds what others read", WALK_FILE,
+        "        entry = jnp.minimum(entry, self.masked_pieces - 1)\n",
+        "",
         interpreted("patterns by KV head"),
     ),
     Fault(
-        "a slot that holds nothing keeps its mask", FORWARD,
-        "return block, jnp.where(exists, kind, EMPTY)", "return block, kind",
-        FOUR_HEADS,
-    ),
-    Fault("the last entry of a part left out", FORWARD, "entry >= end, start", "entry >= end - 1, start", FOUR_HEADS),
-    Fault(
-        "the third part begins where the second does", FORWARD,
-        "end = end + stop - start", "end = stop - start",
+        "a slot that holds nothing keeps its mask", WALK_FILE,
+        "jnp.where(exists, self.masks[position], EMPTY)",
+        "self.masks[position]",
         FOUR_HEADS,
     ),
     Fault(
-        "the last masked step left out", FORWARD,
-        "-(-(self.left + self.masked) // plan.slots)", "(self.left + self.masked) // plan.slots",
+        "the last entry of a part left out", WALK_FILE,
+        "entry >= end, start",
+        "entry >= end - 1, start",
         FOUR_HEADS,
     ),
     Fault(
-        "parts of a block swapped for the next block's", FORWARD,
-        "* plan.parts_of_block + part_of_block, position", "* plan.parts_of_block, position",
+        "the third part begins where the second does", WALK_FILE,
+        "end = end + stop - start",
+        "end = stop - start",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "the last masked step left out", WALK_FILE,
+        "-(-self.masked_pieces // plan.slots)",
+        "self.masked_pieces // plan.slots",
+        FOUR_HEADS,
+    ),
+    Fault(
+        "parts of a block swapped for the next block's", WALK_FILE,
+        "* pieces + piece_of_block, position",
+        "* pieces, position",
         HALF_BLOCKS,
     ),
     Fault(
-        "the mask of a block's first part for all", FORWARD,
-        "jax.lax.rem(block, plan.parts_of_block) * plan.words", "0 * block",
+        "the mask of a block's first part for all", TILE,
+        "jax.lax.rem(entry.piece, plan.pieces_of_block)",
+        "0 * entry.piece",
         HALF_BLOCKS,
     ),
     Fault(
-        "the tables of the first sequence for all", FORWARD,
-        "batch if table.shape[0] > 1 else 0", "0 if table.shape[0] > 1 else 0",
+        "the tables of the first sequence for all", TILE,
+        "self.batch if table.shape[0] > 1 else 0",
+        "0 if table.shape[0] > 1 else 0",
         interpreted("an offset and documents"),
     ),
     # Heads and rows.
     Fault(
-        "query head i reads KV head i mod k", FORWARD,
-        "self.heads * plan.heads // (plan.num_heads // plan.num_kv_heads)",
-        "jax.lax.rem(self.heads * plan.heads, plan.num_kv_heads)",
+        "query head i reads KV head i mod k", TILE,
+        "kv_head = self.heads * plan.heads // plan.group",
+        "kv_head = jax.lax.rem(self.heads * plan.heads, plan.num_kv_heads)",
         FOUR_HEADS,
     ),
     Fault(
-        "all rows of a tile of one head", FORWARD,
-        "self.heads * plan.heads + first // plan.queries", "self.heads * plan.heads",
+        "all rows of a tile of one head", TILE,
+        "self.heads * plan.heads + first // plan.queries",
+        "self.heads * plan.heads",
         FOUR_HEADS,
     ),
     Fault(
-        "heads of a tile one after the other in time", FORWARD,
-        "self.tile * plan.queries + jax.lax.rem(first, plan.queries)", "self.tile * plan.queries + first",
+        "heads of a tile one after the other in time", TILE,
+        "self.tile * plan.queries + jax.lax.rem(first, plan.queries)",
+        "self.tile * plan.queries + first",
         FOUR_HEADS,
     ),
     Fault(
-        "the second warpgroup has the first one's masks", FORWARD,
-        "        rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)\n        conditions",
-        "        rows = pl.ds(0, WARPGROUP_ROWS)\n        conditions",
+        "the second warpgroup has the first one's masks", STEPS,
+        "self.words.at[stage, index, self.rows]",
+        "self.words.at[stage, index, pl.ds(0, WARPGROUP_ROWS)]",
         SMALL,
     ),
     Fault(
         "the second warpgroup has the first one's sinks", FORWARD,
-        "        rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)\n        return",
-        "        rows = pl.ds(0, WARPGROUP_ROWS)\n        return",
+        "inputs.sinks.at[self.heads, self.rows]",
+        "inputs.sinks.at[self.heads, pl.ds(0, WARPGROUP_ROWS)]",
         FOUR_HEADS,
     ),
     # Masks.
-    Fault("bits of neighbouring columns swapped", FORWARD, "word >> (column & 6)", "word >> (column & 2)", SMALL),
     Fault(
-        "the words of a row in the wrong order", FORWARD,
-        "column // width == index,", "column // width == index - 1,",
+        "bits of neighbouring columns swapped", STEPS,
+        "word >> (column & 6)",
+        "word >> (column & 2)",
+        SMALL,
+    ),
+    Fault(
+        "the words of a row in the wrong order", STEPS,
+        "column // width == index,",
+        "column // width == index - 1,",
         FOUR_HEADS,
     ),
     Fault(
-        "segments compared with nobody's", FORWARD,
-        "inputs.query_segments, jnp.equal)", "inputs.query_segments, jnp.greater_equal)",
+        "segments compared with nobody's", TILE,
+        "inputs.query_segments, jnp.equal)",
+        "inputs.query_segments, jnp.greater_equal)",
         interpreted("documents both ways"),
     ),
     Fault(
-        "a query does not see itself", FORWARD,
-        "inputs.query_positions, jnp.less_equal)", "inputs.query_positions, jnp.less)",
+        "a query does not see itself", TILE,
+        "inputs.query_positions, jnp.less_equal)",
+        "inputs.query_positions, jnp.less)",
         interpreted("selection"),
     ),
     Fault(
-        "slots that hold nothing stand where their block does", FORWARD,
-        "jnp.where(kind == EMPTY, inputs.kv_positions.shape[0] - plan.slot, block * plan.slot)", "block * plan.slot",
+        "slots that hold nothing stand where their block does", TILE,
+        "jnp.where(entry.kind == EMPTY, nowhere, entry.piece * plan.slot)",
+        "entry.piece * plan.slot",
         interpreted("selection"),
     ),
     Fault(
-        "one of two masks", FORWARD,
-        "allowed = allowed & condition", "allowed = condition",
+        "one of two masks", STEPS,
+        "allowed = allowed & each",
+        "allowed = each",
         interpreted("documents both ways"),
     ),
     Fault(
         "masked steps without their masks", FORWARD,
-        "        if masked_step is not None:\n"
-        "            logits = jnp.where(self._allowed(masked_step), logits, -jnp.inf)\n",
-        "        if masked_step is not None:\n            self._allowed(masked_step)\n",
+        "            logits = jnp.where(self.allowed(masked_step), logits, -jnp.inf)\n",
+        "            self.allowed(masked_step)\n",
         SMALL,
     ),
 ]  # fmt: skip
@@ -137,7 +165,7 @@ SOFTMAX = [
     ),
     Fault(
         "the output not rescaled when a larger logit comes", FORWARD,
-        "        out = out * jax.lax.broadcast_in_dim(shrink, out.shape, [0])\n"
+        "        out = out * spread(shrink, out.shape, 0)\n"
         "        total = total * shrink + weights",
         "        total = total * shrink + weights",
         SMALL,
