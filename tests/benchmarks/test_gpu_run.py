@@ -161,11 +161,10 @@ def test_cudnn_is_called_as_it_wants_to_be(monkeypatch):
 def test_the_hopper_kernel_as_a_side():
     point = Point("tiny", 1, 2, 1, 16, 2, 4, 128)
     arrays = make_arrays(point)
-    limits = Limits(seconds=0)  # without the backward pass, which is XLA's or cannot share the interpreter's threads
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         side = Side("s2jax", SIDES[0].make)
-        prepared = prepare(side, point, arrays, 1e9, limits)
+        prepared = prepare(side, point, arrays, 1.0, Limits())
         out = jax.block_until_ready(prepared.calls["forward"]())
     expected = ours(point, 64)(arrays.query, arrays.key, arrays.value)
     assert jnp.abs(out.astype(jnp.float32) - expected.astype(jnp.float32)).max() < 2**-6
-    assert set(prepared.left_out) == set(PASSES[1:])
+    assert not prepared.left_out
