@@ -51,12 +51,6 @@ ROWS_AND_KEYS = [
         interpreted("an offset for each"),
     ),
     Fault(
-        "tiles beyond the tables", ARRANGE,
-        "jnp.minimum(grid.first[:, None] + jnp.arange(grid.tiles, dtype=jnp.int32), slices.shape[2] - 1)",
-        "grid.first[:, None] + jnp.arange(grid.tiles, dtype=jnp.int32)",
-        interpreted("one query of each, at run time"),
-    ),
-    Fault(
         "the scale of a turned query not turned", ARRANGE,
         "(-query, -scale) if scale < 0", "(query, -scale) if scale < 0",
         FOUR_HEADS,
