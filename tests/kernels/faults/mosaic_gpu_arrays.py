@@ -7,6 +7,7 @@ ARRANGE, TABLES, SEGMENTS, UNREAD, SIZES, PLAN, CHIP, BACKEND, FORWARD, LAUNCH =
     for name in ("arrange", "tables", "segments", "unread", "tiles", "plan", "chip", "__init__", "forward", "launch")
 )
 FOUR_HEADS, TWO_TILES = hopper_shape("four heads a tile"), hopper_shape("two tiles a row")
+CHOSEN = "tests/kernels/test_mosaic_gpu_selections.py::test_selection"
 ALONE = "tests/kernels/test_mosaic_gpu_arrays.py::"
 REFUSED, MESH = ALONE + "test_what_the_kernel_cannot_do_is_refused", ALONE + "test_tables_over_a_mesh"
 CHIPS, ROOM = ALONE + "test_only_hopper_is_lowered_for", ALONE + "test_copies_of_lse_have_room"
@@ -51,12 +52,6 @@ ROWS_AND_KEYS = [
         interpreted("an offset for each"),
     ),
     Fault(
-        "tiles beyond the tables", ARRANGE,
-        "jnp.minimum(grid.first[:, None] + jnp.arange(grid.tiles, dtype=jnp.int32), slices.shape[2] - 1)",
-        "grid.first[:, None] + jnp.arange(grid.tiles, dtype=jnp.int32)",
-        interpreted("one query of each, at run time"),
-    ),
-    Fault(
         "the scale of a turned query not turned", ARRANGE,
         "(-query, -scale) if scale < 0", "(query, -scale) if scale < 0",
         FOUR_HEADS,
@@ -81,17 +76,17 @@ ROWS_AND_KEYS = [
     Fault(
         "positions of rows for every head in turn", ARRANGE,
         "return jnp.tile(array, (1, 1, ROWS // self.queries))", "return jnp.repeat(array, ROWS // self.queries, 2)",
-        TWO_TILES,
+        CHOSEN + "[from an offset]",
     ),
     Fault(
         "a selection that forgets the offset", ARRANGE,
         "position = position + operands.query_offset[:, None]", "position = position",
-        interpreted("selection from an offset"),
+        CHOSEN + "[from an offset]",
     ),
     Fault(
         "keys beyond the end read both ways", ARRANGE,
         "jnp.where(keys < operands.key.shape[1], keys, NOWHERE)", "keys",
-        interpreted("selection both ways"),
+        CHOSEN + "[both ways]",
     ),
 ]  # fmt: skip
 
@@ -99,7 +94,7 @@ LISTS = [
     Fault(
         "keys beyond the end of the last block", TABLES,
         "if schedule.kv_length % schedule.block_size == 0:", "if True:",
-        FOUR_HEADS,
+        interpreted("local stride both ways"),
     ),
     Fault(
         "one key too many in the last block", TABLES,
@@ -132,7 +127,7 @@ LISTS = [
         "a row of a selection for every tile", TABLES,
         "jnp.arange(-(-length // tiles.queries)) * tiles.queries // selection.query_block",
         "jnp.arange(-(-length // tiles.queries))",
-        TWO_TILES,
+        CHOSEN + "[two tiles a row]",
     ),
     Fault(
         "query head i has the choice of KV head i mod k", TABLES,
@@ -195,11 +190,6 @@ CHOICES = [
         "a buffer counted once, whatever the stages", SIZES,
         "self.stages * self.keys * value_dim * 2,", "self.keys * value_dim * 2,",
         machine_code("d 256"),
-    ),
-    Fault(
-        "no room counted between buffers", SIZES,
-        "-(-size // ALIGNMENT) * ALIGNMENT for size", "size for size",
-        machine_code("few keys"),
     ),
     Fault(
         "no smaller steps for wide heads of two widths", SIZES,
