@@ -47,7 +47,7 @@ def attention(
       return_lse: gives back (out, lse).
       query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None). The mesh must be
         set, with `jax.set_mesh`: of a mesh that is not, nothing can be known here, and XLA gathers what is sharded.
-      implementation: "mosaic_gpu", "xla" or "reference", or several names in order of preference; None picks by platform.
+      implementation: "mosaic_gpu", "xla" or "reference", or several names in order of preference; None picks one.
       tiles: tile sizes of the one implementation asked for, such as `pallas_kernels.XlaTiles`.
 
     Returns:
