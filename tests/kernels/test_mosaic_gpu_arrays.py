@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import HopperTiles, mosaic_gpu
 from pallas_kernels.mosaic_gpu import chip
-from pallas_kernels.mosaic_gpu.arrange import _positive_scale
+from pallas_kernels.mosaic_gpu.arrange import positive_scale
 from pallas_kernels.mosaic_gpu.segments import narrow
 from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, choose_tiles
 from s2jax import BlockSelection, FirstTokens, Local, LocalStride, PerHead, attention
@@ -90,10 +90,10 @@ def test_there_are_tiles_for_all_sizes():
 def test_a_scale_that_is_not_positive():
     query = jnp.asarray([1.0, jnp.inf])
     for scale in (0.5, -0.5):
-        turned, positive = _positive_scale(query, scale)
+        turned, positive = positive_scale(query, scale)
         assert positive > 0
         np.testing.assert_array_equal(turned * positive, query * scale)
-    turned, positive = _positive_scale(query, 0.0)
+    turned, positive = positive_scale(query, 0.0)
     assert positive > 0
     assert not turned.any()
 
