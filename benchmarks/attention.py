@@ -110,7 +110,9 @@ def on_gpu(chosen: argparse.Namespace) -> None:
     unknown = set(sides) - set(run.SIDE_NAMES)
     if unknown:
         sys.exit(f"sides are {', '.join(run.SIDE_NAMES)}, got {', '.join(sorted(unknown))}")
-    run.run(run.Options(points, sides, chosen.repeats, chosen.budget_s, chosen.folder, xla_s=chosen.xla_s))
+    rows = run.run(run.Options(points, sides, chosen.repeats, chosen.budget_s, chosen.folder, xla_s=chosen.xla_s))
+    if failed := run.failures(rows):
+        sys.exit("\n".join(["what was measured is kept, but s2jax failed:", *failed]))
 
 
 def main() -> None:

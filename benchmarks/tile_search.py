@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import jax.numpy as jnp
 from gpu import machine
-from gpu.device_time import Clock, Timing, choose_clock, in_turn, one_line
+from gpu.attempt import attempt
+from gpu.device_time import Clock, Timing, choose_clock, in_turn
 from gpu.run import MOST_PER_SECOND, matrix_product
 from gpu.sides import Arrays, make_arrays
 from points import Point, parser, save
@@ -108,16 +109,11 @@ def measure(point: Point, block: int, candidates: list[Candidate], clock: Clock,
     inputs = arrays.query, arrays.key, arrays.value
     first, timings = None, {}
     for each, job in zip(candidates, jobs, strict=True):
-        try:
-            compiled = job.result()
-            out = compiled(*inputs)
-            first = out if first is None else first
-            difference = float(jnp.abs(out.astype(jnp.float32) - first.astype(jnp.float32)).max())
-            if not difference <= 2**-6:
-                raise ValueError(f"differs by {difference:.3g} from {candidates[0].tiles}")
-        except Exception as error:  # tiles that do not compile are no reason to stop
-            each.failed = one_line(error)
+        tried, each.failed = attempt(lambda job=job, first=first: _agreeing(job.result(), inputs, first))
+        if tried is None:
             continue
+        compiled, out = tried
+        first = out if first is None else first
         timings[each.tiles] = Timing(functools.partial(compiled, *inputs), jax.block_until_ready)
     in_turn(timings, clock, repeats=3, burst_ms=10, pause_s=0.005)
     for each in candidates:
@@ -126,6 +122,16 @@ def measure(point: Point, block: int, candidates: list[Candidate], clock: Clock,
             each.milliseconds[name] = statistics.median(sample.device_ms for sample in timing.samples)
         elif timing is not None:
             each.failed = timing.failed or "; ".join(timing.rejected)
+
+
+def _agreeing(compiled: jax.stages.Compiled, inputs: tuple, first: jax.Array | None):
+    """It and its output, which is that of the first tiles but for rounding."""
+    out = compiled(*inputs)
+    if first is not None:
+        difference = float(jnp.abs(out.astype(jnp.float32) - first.astype(jnp.float32)).max())
+        if not difference <= 2**-6:
+            raise ValueError(f"differs by {difference:.3g} from the first tiles")
+    return compiled, out
 
 
 def _compiled(pattern, arrays: Arrays, tiles: HopperTiles, implementation: str) -> jax.stages.Compiled:
@@ -144,7 +150,7 @@ def main() -> None:
     options.add_argument("--folder", type=pathlib.Path, default=PATH.parent, help="where tuned.json goes")
     options.add_argument("--budget-s", type=float, default=180, help="seconds after which nothing more is begun")
     chosen = options.parse_args()
-    start, entries, header = time.perf_counter(), [], {"machine": machine.describe()}
+    start, entries, failed, header = time.perf_counter(), [], [], {"machine": machine.describe()}
     clock, header["clocks tried"] = choose_clock(*matrix_product(), MOST_PER_SECOND)
     groups: dict[Key, list[tuple[Point, int]]] = {}
     for point, blocks in SEARCHED:
@@ -154,14 +160,16 @@ def main() -> None:
         if time.perf_counter() - start > chosen.budget_s:
             print(f"{key}: no time left", flush=True)
             continue
-        try:
-            entry = search(key, points, clock)
-        except RuntimeError as error:
-            print(f"{key}: {one_line(error)}", flush=True)
+        entry, reason = attempt(lambda key=key, points=points: search(key, points, clock))
+        if entry is None:
+            failed.append(f"{key}: {reason}")
+            print(failed[-1], flush=True)
             continue
         entries.append(entry)
         print(f"{key}: {entry['tiles']}, {entry['of usual']:.3f} of the time with {entry['usual']}", flush=True)
         save("tuned", entries, chosen.folder, clock=clock.name, **header)
+    if failed:
+        sys.exit("\n".join(["what was found is kept, but not everything was:", *failed]))
 
 
 if __name__ == "__main__":

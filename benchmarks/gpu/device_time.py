@@ -14,6 +14,8 @@ import time
 import typing
 from collections.abc import Callable
 
+from gpu.attempt import NoDeviceTime, attempt
+
 Call = Callable[[], typing.Any]
 """Launches a computation and returns what `wait` waits for."""
 
@@ -22,14 +24,6 @@ Wait = Callable[[typing.Any], typing.Any]
 
 LONG_MS = 300
 """Calls that take longer are not run more often than needed."""
-
-
-class NoDeviceTime(RuntimeError):
-    """A measurement that cannot be believed; the message says why."""
-
-
-class LeftOut(Exception):
-    """Why a side, or one of its passes, is not run; the message is one line of the results."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,19 +101,18 @@ def choose_clock(call: Call, wait: Wait, operations: float, most_per_second: flo
     """
     told = {}
     for make in (Cupti, Queued):
-        try:
-            clock = make()
-            milliseconds = _checked(clock, call, wait, operations, most_per_second)
-        except Exception as error:  # a broken driver raises what it likes, and the next clock may do
-            told[make.name] = one_line(error)
+        tried, reason = attempt(lambda make=make: _checked(make(), call, wait, operations, most_per_second))
+        if tried is None:
+            told[make.name] = reason
             continue
+        clock, milliseconds = tried
         told[make.name] = f"a matrix product at {operations / milliseconds / 1e9:.0f} TFLOP/s"
         return clock, told
     raise NoDeviceTime("; ".join(f"{name}: {reason}" for name, reason in told.items()))
 
 
-def _checked(clock: Clock, call: Call, wait: Wait, operations: float, most_per_second: float) -> float:
-    """Milliseconds of a call; raises where the clock counts what ran outside its measurements, or too little."""
+def _checked(clock: Clock, call: Call, wait: Wait, operations: float, most_per_second: float) -> tuple[Clock, float]:
+    """The clock, and milliseconds of a call; raises where it counts what ran outside its measurements, or little."""
     wait(call())
     samples = []
     for calls in (3, 5, 2):
@@ -131,7 +124,7 @@ def _checked(clock: Clock, call: Call, wait: Wait, operations: float, most_per_s
     milliseconds = statistics.median(sample.device_ms for sample in samples)
     if operations / milliseconds * 1e3 > most_per_second:
         raise NoDeviceTime(f"{milliseconds:.4f} ms are less than this GPU can take")
-    return milliseconds
+    return clock, milliseconds
 
 
 @dataclasses.dataclass
@@ -201,25 +194,11 @@ def in_turn(
 ) -> None:
     """Samples all calls in turn, `repeats` rounds; one that fails drops out. Stops after a round if there is enough."""
     for timing in timings.values():
-        _guarded(timing, lambda timing=timing: timing.warm_up(burst_ms))
+        _, timing.failed = attempt(lambda timing=timing: timing.warm_up(burst_ms))
     for _ in range(repeats):
         for timing in timings.values():
             if timing.failed is None and not timing.is_enough():
                 time.sleep(pause_s)
-                _guarded(timing, lambda timing=timing: timing.sample(clock))
+                _, timing.failed = attempt(lambda timing=timing: timing.sample(clock))
         if enough():
             return
-
-
-def _guarded(timing: Timing, action: Callable[[], None]) -> None:
-    try:
-        action()
-    except Exception as error:  # whatever a side raises is a line of its row, and the others go on
-        timing.failed = one_line(error)
-
-
-def one_line(error: BaseException) -> str:
-    """What was raised, short enough for a row."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = lines[0] if lines else ""
-    return (told if isinstance(error, LeftOut) else f"{type(error).__name__}: {told}")[:300]

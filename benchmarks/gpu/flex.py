@@ -15,7 +15,7 @@ import unittest.mock
 import jax
 from points import Point
 
-from gpu.device_time import LeftOut, one_line
+from gpu.attempt import LeftOut, attempt
 from gpu.sides import Arrays, Prepared
 from s2jax.patterns import Heads, LocalStride
 
@@ -72,10 +72,10 @@ def prepare_flex(name: str, point: Point, arrays: Arrays, device: str = "cuda") 
         forward()
         wait(None)
         seconds["compile forward"], start = time.perf_counter() - start, time.perf_counter()
-        try:
-            _add_backward(prepared, attention, inputs, cotangent)
-        except Exception as error:  # the forward pass stands without it
-            prepared.left_out |= dict.fromkeys(("backward", "forward + backward"), one_line(error))
+        # The forward pass stands without it.
+        _, reason = attempt(lambda: _add_backward(prepared, attention, inputs, cotangent))
+        if reason is not None:
+            prepared.left_out |= dict.fromkeys(("backward", "forward + backward"), reason)
         wait(None)
     seconds["compile backward"] = time.perf_counter() - start
     return prepared

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gpu import smoke
+from gpu.attempt import attempt
 
 
 def tried_first(command: list[str] | None = None, timeout_s: float = 150) -> tuple[list[dict], dict[int, str]]:
@@ -76,8 +77,5 @@ class Watch:
 
 def lost() -> str | None:
     """Why nothing more can run in this process: an illegal access spoils it for everybody. None where all is well."""
-    try:
-        jax.block_until_ready(jnp.ones(8) + 1)
-    except Exception as error:  # of whatever kind
-        return f"the GPU's context is lost: {str(error).splitlines()[0][:200]}"
-    return None
+    _, reason = attempt(lambda: jax.block_until_ready(jnp.ones(8) + 1))
+    return None if reason is None else f"the GPU's context is lost: {reason}"

@@ -19,7 +19,8 @@ from schedules import forward_over_ideal, hopper_tiles, ideal_pairs
 
 import s2jax
 from gpu import correctness, machine
-from gpu.device_time import Clock, Queued, choose_clock, in_turn, one_line
+from gpu.attempt import attempt
+from gpu.device_time import Clock, Queued, choose_clock, in_turn
 from gpu.flex import NAMES as FLEX
 from gpu.flex import prepare_flex
 from gpu.guard import Watch, tried_first
@@ -120,6 +121,20 @@ def run(options: Options, clock: Clock | None = None) -> list[dict]:
         lost = lost or guard_lost()
     watch.over()
     return rows
+
+
+def failures(rows: list[dict]) -> list[str]:
+    """What of our own is missing or wrong, a line each: our sides are to run everywhere, and to be right."""
+    told = []
+    for row in rows:
+        if not row["side"].startswith("s2jax"):
+            continue
+        reasons = [row[name] for name in ("left out", "check failed") if name in row]
+        reasons += [f"{name}: {row[f'{name} failed']}" for name in PASSES if f"{name} failed" in row]
+        if row.get("correct") is False:
+            reasons.append("not correct")
+        told += [f"{row['side']} at {row['point']}: {reason}" for reason in reasons]
+    return told
 
 
 def skipped(point: Point, reason: str) -> list[dict]:
@@ -226,10 +241,11 @@ def ready(point: Point, options: Options, arrays: Arrays, facts: dict[int, dict]
 
 
 def _keep(name: str, make: Callable[[], Prepared], prepared: dict, reasons: dict) -> None:
-    try:
-        prepared[name] = make()
-    except Exception as error:  # whatever a side raises is a line of its row, and the others go on
-        reasons[name] = one_line(error)
+    found, reason = attempt(make)
+    if found is None:
+        reasons[name] = reason
+    else:
+        prepared[name] = found
 
 
 def checked(
@@ -244,12 +260,12 @@ def checked(
         groups.setdefault((pattern, options.pairs if name == "s2jax" else options.pairs >> 4), []).append(name)
     for (pattern, pairs), names in groups.items():
         watch(f"the truth of {pattern}")
-        try:
-            truth = correctness.truth(pattern, arrays, pairs)
-            dout = correctness.only(truth.rows, arrays.dout)
-        except Exception as error:  # times without a check are still told, as unchecked
-            found |= {name: {"check failed": one_line(error)} for name in names}
+        truth, reason = attempt(functools.partial(correctness.truth, pattern, arrays, pairs))
+        if truth is None:
+            # Times without a check are still told, as unchecked.
+            found |= {name: {"check failed": reason} for name in names}
             continue
+        dout = correctness.only(truth.rows, arrays.dout)
         for name in names:
             watch(f"checking {name}")
             found[name] = _check(prepared[name], truth, dout)
@@ -257,12 +273,12 @@ def checked(
 
 
 def _check(prepared: Prepared, truth: correctness.Truth, dout: jax.Array) -> dict:
-    if prepared.results is None:
+    results = prepared.results
+    if results is None:
         return {"check failed": "gives no results"}
-    try:
-        checks = truth.check(prepared.results(dout))
-    except Exception as error:  # likewise
-        return {"check failed": one_line(error)}
+    checks, reason = attempt(lambda: truth.check(results(dout)))
+    if checks is None:
+        return {"check failed": reason}
     return {
         "checked rows": len(truth.rows),
         "correct": all(check.passed for check in checks),

@@ -4,6 +4,7 @@ A side computes the point's pattern, or dense causal attention, which is what th
 """
 
 import dataclasses
+import functools
 import importlib.util
 import time
 import typing
@@ -15,7 +16,8 @@ from jaxtyping import Array, Float
 from points import Point
 
 import s2jax
-from gpu.device_time import Call, LeftOut, Timing, one_line
+from gpu.attempt import LeftOut, attempt
+from gpu.device_time import Call, Timing
 from pallas_kernels import op
 
 PASSES = ("forward", "backward", "forward + backward")
@@ -188,20 +190,27 @@ def prepare(side: Side, point: Point, arrays: Arrays, operations: float, limits:
     inputs = arrays.query, arrays.key, arrays.value
     lowered, seconds = {}, {}
     for name, function in functions.of(left_out).items():
-        try:
-            lowered[name] = jax.jit(function).lower(*functions.arguments(name, inputs, arrays.dout))
-        except Exception as error:  # of a pass; the others may do
-            left_out |= functions.lost_with(name, one_line(error))
+        lower = functools.partial(_lowered, functions, name, function, inputs, arrays.dout)
+        lowered[name], reason = attempt(lower)
+        if reason is not None:
+            left_out |= functions.lost_with(name, reason)
     seconds["trace"] = time.perf_counter() - start
     compiled = {}
     with ThreadPoolExecutor() as threads:
-        compiling = {name: threads.submit(_compiled, each, limits) for name, each in lowered.items()}
+        compiling = {
+            name: threads.submit(_compiled, each, limits) for name, each in lowered.items() if each is not None
+        }
         for name, each in compiling.items():
-            try:
-                compiled[name], seconds[f"compile {name}"] = each.result()
-            except Exception as error:  # likewise
-                left_out |= functions.lost_with(name, one_line(error))
+            found, reason = attempt(each.result)
+            if found is None:
+                left_out |= functions.lost_with(name, reason)
+            else:
+                compiled[name], seconds[f"compile {name}"] = found
     return functions.prepared(compiled, inputs, arrays.dout, left_out, seconds)
+
+
+def _lowered(functions: "Functions", name: str, function: Callable, inputs, dout: jax.Array) -> jax.stages.Lowered:
+    return jax.jit(function).lower(*functions.arguments(name, inputs, dout))
 
 
 def _compiled(lowered: jax.stages.Lowered, limits: Limits) -> tuple[jax.stages.Compiled, float]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from points import Point
 
 import s2jax
-from gpu.device_time import one_line
+from gpu.attempt import attempt
 from gpu.sides import backward_by_xla, make_arrays
 
 CASES = (
@@ -59,11 +59,9 @@ def tried(point: Point, block: int, implementation: str) -> dict:
 
 def main(chosen: typing.Iterable[tuple[Point, int]], implementation: str = "mosaic_gpu") -> None:
     for point, block in chosen:
-        try:
-            found = tried(point, block, implementation)
-        except Exception as error:  # told to whoever started this
-            found = {"passed": False, "error": one_line(error)}
-        print(json.dumps({"point": point.name, "block": block, **found}), flush=True)
+        found, reason = attempt(lambda point=point, block=block: tried(point, block, implementation))
+        row = found or {"passed": False, "error": reason}
+        print(json.dumps({"point": point.name, "block": block, **row}), flush=True)
 
 
 if __name__ == "__main__":

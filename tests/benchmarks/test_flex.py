@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu.device_time import LeftOut
+from gpu.attempt import LeftOut
 from gpu.flex import NAMES, block_mask, prepare_flex
 from gpu.sides import make_arrays
 from points import DENSE_POINTS, POINTS, Point

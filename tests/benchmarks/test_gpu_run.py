@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 import report
 from gpu import run
-from gpu.device_time import LeftOut, NoDeviceTime, Sample
+from gpu.attempt import LeftOut, NoDeviceTime
+from gpu.device_time import Sample
 from gpu.sides import PASSES, SIDES, Limits, Side, make_arrays, prepare
 from points import DENSE_POINTS, Point
 
@@ -90,6 +91,10 @@ def test_all_in_one_run(tmp_path):
     best = min(peer["backward ms"], by_side["wrong"]["backward ms"])
     assert mine["backward of ideal"] == pytest.approx(best / mine["backward ms"] * mine["density"])
     assert by_side["refuses"]["block"] == 16
+    # Of a peer nothing is asked; what is ours is to run and to be right.
+    assert run.failures(rows) == []
+    wrong = [row | {"side": f"s2jax {name}"} for name, row in by_side.items() if name in ("wrong", "refuses")]
+    assert [line.split(": ")[1] for line in run.failures(wrong)] == ["not correct", "NotImplementedError"]
 
     record = json.loads((tmp_path / "attention_gpu.json").read_text())
     assert record["rows"] == rows
