@@ -128,8 +128,9 @@ def processor_seconds(session: int) -> float:
 class Runner:
     """Runs tests, and keeps the results in a file where one is given.
 
-    A kept result holds as long as the fault is the same and so is all that its test may see: every file but the lists
-    of faults, this one, and other tests.
+    A kept result of a fault holds as long as the fault is the same and so are the file it is planted in, its test, and
+    what tests share. That the test passes without it holds as long as every file does that the test may see: all but
+    the lists of faults, this one, and other tests.
     """
 
     def __init__(self, kept: pathlib.Path | None):
@@ -141,7 +142,10 @@ class Runner:
     def run(self, test: str, fault: Fault | None = None) -> Outcome:
         with copy_of_the_tree() as tree:
             change = None if fault is None else (fault.file, fault.old, fault.new)
-            key = hashlib.sha256(repr((seen_by(test, tree), test, change)).encode()).hexdigest()
+            seen = seen_by(test, tree)
+            if fault is not None:
+                seen = [(name, text) for name, text in seen if name == fault.file or name.startswith("tests/")]
+            key = hashlib.sha256(repr((seen, test, change)).encode()).hexdigest()
             if key in self.kept:
                 return self.kept[key]
             if fault is not None:
