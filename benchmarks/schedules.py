@@ -3,8 +3,7 @@
     python benchmarks/schedules.py
 
 Ideal pairs are the token pairs that the pattern lets through. Executed pairs are what a kernel multiplies, masks and
-rounding included: forward, the Hopper kernel with the tiles that it chooses; backward, packs of 128 keys that walk 64
-queries at a time.
+rounding included, by the tiles that the Hopper kernels choose: forward, and backward the packs of keys.
 """
 
 import math
@@ -15,9 +14,11 @@ import numpy as np
 from points import POINTS, parser, save, table
 
 import s2jax
-from pallas_kernels.mosaic_gpu.tiles import HopperTiles, choose_heads, choose_tiles
+from pallas_kernels.mosaic_gpu.key_tables import key_tables
+from pallas_kernels.mosaic_gpu.plan import ROWS
+from pallas_kernels.mosaic_gpu.tiles import HopperTiles, choose_heads, choose_key_tiles, choose_tiles
 from pallas_kernels.schedule import BlockSchedule
-from pallas_kernels.tiles import alike, merge, neighbours
+from pallas_kernels.tiles import merge, neighbours
 
 
 def ideal_pairs(schedule: BlockSchedule) -> np.ndarray:
@@ -39,20 +40,31 @@ def forward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
     rows = tiles.queries // size
     entries = merge(lists, neighbours(lists.num_walkers, lists.num_rows, rows)).lists.counts().sum(-1, dtype=np.int64)
     steps = -(-entries * size // tiles.keys)
-    return _over_ideal(schedule, steps.sum(-1) * tiles.keys * rows * size)
+    heads = np.bincount(schedule.head_index, minlength=lists.num_walkers)
+    return float((steps.sum(-1) * heads).sum() * tiles.keys * rows * size / _ideal(schedule))
 
 
-def backward_over_ideal(schedule: BlockSchedule, tile: int = 128, step: int = 64) -> float:
-    """Of packs of `tile` keys, all heads together."""
-    size, readers = schedule.block_size, schedule.transposed
-    blocks = merge(readers, alike(readers, tile // size)).executed_blocks(step // size)
-    return _over_ideal(schedule, blocks * size**2)
+def backward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
+    """Of the packs of the Hopper kernel of the keys' gradients, all heads together."""
+    size, group = schedule.block_size, schedule.num_heads // schedule.num_kv_heads
+    tiles = choose_key_tiles(head_dim, head_dim, size, schedule.query_length)
+    tables = key_tables(schedule, tiles.word_bits(size))
+    lengths = (tables.slices[..., 1] - tables.slices[..., 0]).astype(np.int64)
+    turns = group // lengths.shape[3]
+    full, masked = (
+        turns * lengths[..., parts].sum(-1) * size // min(size, tiles.keys)
+        for parts in (slice(0, tables.num_full), slice(tables.num_full, None))
+    )
+    slots = tiles.keys // min(size, tiles.keys)
+    # What does not fill a step without a mask joins the masked ones.
+    steps = full // slots + -(-(full % slots + masked) // slots)
+    return float(steps.sum() * tiles.keys * ROWS / _ideal(schedule))
 
 
-def _over_ideal(schedule: BlockSchedule, executed: np.ndarray) -> float:
-    """Token pairs of every distinct head, over the ideal ones."""
+def _ideal(schedule: BlockSchedule) -> int:
+    """Token pairs of all heads."""
     heads = np.bincount(schedule.head_index, minlength=schedule.lists.num_walkers)
-    return float((executed * heads).sum() / (ideal_pairs(schedule) * heads).sum())
+    return (ideal_pairs(schedule) * heads).sum()
 
 
 def compiled(pattern, **shapes) -> tuple[BlockSchedule, float, float]:
@@ -80,7 +92,10 @@ def main() -> None:
             shapes = {"num_heads": point.num_heads, "num_kv_heads": point.num_kv_heads}
             lengths = {"query_length": point.tokens, "kv_length": point.tokens}
             schedule, seconds, peak = compiled(pattern, **shapes, **lengths)
-            forward, backward = forward_over_ideal(schedule, point.head_dim), backward_over_ideal(schedule)
+            forward, backward = (
+                forward_over_ideal(schedule, point.head_dim),
+                backward_over_ideal(schedule, point.head_dim),
+            )
             density = pattern.density(point.num_heads, point.num_kv_heads, point.tokens)
             rows.append({
                 "point": point.name, "block": block_size, "density": density, "ideal speedup": 1 / density,

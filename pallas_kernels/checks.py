@@ -111,7 +111,7 @@ def _check_selection(selection: BlockSelection, batch: int, query_length: int, n
 
 
 def _offsets(query_offset, batch: int):
-    most = np.iinfo(np.int32).max
+    most = np.iinfo(np.int32).max // 2  # lengths are added
     if isinstance(query_offset, int | np.integer | np.ndarray):
         query_offset = np.clip(query_offset, -1, most)  # what JAX would cut off is out of range all the same
     offset = jnp.clip(jnp.asarray(query_offset), -1, most)

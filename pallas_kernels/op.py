@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic_gpu, reference, xla
 from pallas_kernels.checks import check_number, check_operands
+from pallas_kernels.mosaic_gpu.products import interpreted
+from pallas_kernels.platforms import PLATFORMS, only_on_its_platform
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
@@ -32,8 +34,8 @@ BACKWARD = FORWARD
 DIFFERENTIABLE: dict[str, types.ModuleType] = FORWARD | {"mosaic_gpu": xla}
 """Which module computes the passes of each implementation, and the backward pass that is differentiated again."""
 
-PLATFORMS = {"cuda": "mosaic_gpu"}
-"""The implementation that is taken on a platform, if it can do what is asked for; "xla" everywhere else."""
+PREFERRED = ("mosaic_gpu", "xla")
+"""What is taken where no implementation is asked for: the first that can do it on the platform."""
 
 
 def block_sparse_attention(
@@ -116,16 +118,27 @@ class Call:
 
 
 def _choose(problem: Problem, operands: Operands, implementation) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The implementation, and those of platforms that take another."""
+    """The implementation, and those of platforms that take another, which comes before it in order of preference."""
+    on, reasons = [], []
+    for name in _names(problem, implementation):
+        reason = FORWARD[name].refuse(problem, operands)
+        if reason is not None:
+            reasons.append(f"{name}: {reason}")
+            if implementation is None:
+                _log_once(f"{name} cannot do it: {reason}")
+        elif name in PLATFORMS:
+            on.append((PLATFORMS[name], name))
+        else:
+            return name, tuple(on)
+    if not on:
+        raise NotImplementedError("; ".join(reasons))
+    return on[-1][1], tuple(on[:-1])
+
+
+def _names(problem: Problem, implementation) -> tuple[str, ...]:
+    """In order of preference."""
     if implementation is None and problem.tiles is None:
-        on = []
-        for platform, name in PLATFORMS.items():
-            reason = FORWARD[name].refuse(problem, operands)
-            if reason is None:
-                on.append((platform, name))
-            else:
-                _log_once(f"{name} cannot do it, xla takes over: {reason}")
-        return "xla", tuple(on)
+        return PREFERRED
     if implementation is None:
         implementation = [name for name in FORWARD if isinstance(problem.tiles, FORWARD[name].TILES)] or "xla"
     names = (implementation,) if isinstance(implementation, str) else implementation
@@ -133,7 +146,6 @@ def _choose(problem: Problem, operands: Operands, implementation) -> tuple[str, 
         raise ValueError(f"implementation must be a name, several names or None, got {implementation!r}")
     if not names:
         raise ValueError(f"implementation must name at least one of {', '.join(FORWARD)}, got {implementation!r}")
-    reasons = []
     for name in names:
         if name not in FORWARD:
             raise ValueError(f"implementation must be among {', '.join(FORWARD)}, got {name!r}")
@@ -141,11 +153,7 @@ def _choose(problem: Problem, operands: Operands, implementation) -> tuple[str, 
             raise ValueError(
                 f"tiles for {name!r} must be {FORWARD[name].TILES.__name__}, got {type(problem.tiles).__name__}"
             )
-        reason = FORWARD[name].refuse(problem, operands)
-        if reason is None:
-            return name, ()
-        reasons.append(f"{name}: {reason}")
-    raise NotImplementedError("; ".join(reasons))
+    return tuple(names)
 
 
 @functools.cache
@@ -181,9 +189,12 @@ class Pass:
 
         default = self.modules[self.call.implementation]
         others = {platform: self.modules[name] for platform, name in self.call.on if self.modules[name] is not default}
-        if not others:
-            return by(default)(operands, *arrays)
         branches = {platform: by(module) for platform, module in others.items()}
+        if self.call.implementation in PLATFORMS and not interpreted():
+            query = only_on_its_platform(self.call.implementation, operands.query)
+            operands = dataclasses.replace(operands, query=query)
+        if not branches:
+            return by(default)(operands, *arrays)
         return jax.lax.platform_dependent(operands, *arrays, default=by(default), **branches)
 
     def table_specs(self, tables: dict, sharding: Sharding) -> dict:

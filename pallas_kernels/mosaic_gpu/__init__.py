@@ -14,7 +14,7 @@ from pallas_kernels.mosaic_gpu.arrange_keys import arrange_key_gradients
 from pallas_kernels.mosaic_gpu.chip import refuse_chip
 from pallas_kernels.mosaic_gpu.forward import attend
 from pallas_kernels.mosaic_gpu.key_gradient import key_gradients
-from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables
+from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables, selection_key_tables
 from pallas_kernels.mosaic_gpu.query_gradient import query_gradient
 from pallas_kernels.mosaic_gpu.tables import ForwardTables, Tables, schedule_tables, selection_tables
 from pallas_kernels.mosaic_gpu.tiles import (
@@ -27,15 +27,13 @@ from pallas_kernels.mosaic_gpu.tiles import (
 )
 from pallas_kernels.mosaic_gpu.unread import depends_on_arrays, unread_keys, without_unread
 from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.sharding import Sharding
 
 TILES = HopperTiles
 DTYPES = ("bfloat16", "float16")
 MOST_FEATURES = 256
 BLOCK_SIZES = (16, 32, 64, 128)
-
-MOST_WIDTH = 256
-"""Of keys and values together: their gradients are summed in registers."""
 
 
 @jax.tree_util.register_dataclass
@@ -44,14 +42,12 @@ class BackwardTables:
     """What the backward pass walks.
 
     Attributes:
-      queries: for their gradient; None for a selection.
-      keys: for those of keys and values; None where XLA computes them.
-      loops: XLA's tables for that.
+      queries: for their gradient.
+      keys: for those of keys and values.
     """
 
-    queries: ForwardTables | None
-    keys: KeyTables | None
-    loops: typing.Any
+    queries: ForwardTables
+    keys: KeyTables
 
 
 def refuse(problem: Problem, operands: Operands) -> str | None:
@@ -101,43 +97,56 @@ def forward_tables(problem: Problem, operands: Operands) -> ForwardTables | None
     schedule = problem.schedule
     if schedule is None:
         return None
-    walked = schedule_tables(schedule, _tiles(problem, operands).queries)
+    walked = _schedule_tables(schedule, _tiles(problem, operands))
     if depends_on_arrays(problem, operands):
         return ForwardTables(walked, None, xla.backward_tables(dataclasses.replace(problem, tiles=None), operands))
     return ForwardTables(walked, unread_keys(schedule), None)
 
 
-def backward_tables(problem: Problem, operands: Operands) -> BackwardTables:
-    """What the kernels of the gradients walk, or XLA where there is no kernel for those of keys and values."""
-    schedule = problem.schedule
-    if schedule is not None and schedule.shares_groups and _width(operands) <= MOST_WIDTH:
-        return BackwardTables(forward_tables(problem, operands), key_tables(schedule), None)
-    loops = xla.backward_tables(dataclasses.replace(problem, tiles=None), operands)
-    return BackwardTables(forward_tables(problem, operands), None, loops)
+def backward_tables(problem: Problem, operands: Operands) -> BackwardTables | None:
+    """What the kernels of the gradients walk; None for a selection."""
+    queries = forward_tables(dataclasses.replace(problem, tiles=_gradient_tiles(problem, operands)), operands)
+    if problem.schedule is None or queries is None:
+        return None
+    width = _key_tiles(problem, operands).word_bits(problem.schedule.block_size)
+    return BackwardTables(queries, key_tables(problem.schedule, width))
 
 
-def _width(operands: Operands) -> int:
-    return _up(operands.query.shape[-1]) + _up(operands.value.shape[-1])
+def _schedule_tables(schedule: BlockSchedule, tiles: HopperTiles) -> Tables:
+    return schedule_tables(schedule, tiles.queries, tiles.word_bits(schedule.block_size))
+
+
+def _gradient_tiles(problem: Problem, operands: Operands) -> HopperTiles:
+    """Of the gradient of the queries, with as many heads as in the forward pass."""
+    sizes = *_widths(operands), _block_size(problem, operands)
+    return choose_gradient_tiles(*sizes, operands.key.shape[1], _tiles(problem, operands).heads)
+
+
+def _key_tiles(problem: Problem, operands: Operands) -> HopperTiles:
+    selection = operands.selection
+    query_block = _block_size(problem, operands) if selection is None else selection.query_block
+    return choose_key_tiles(*_widths(operands), query_block, operands.query.shape[1])
+
+
+def _widths(operands: Operands) -> tuple[int, int]:
+    return _up(operands.query.shape[-1]), _up(operands.value.shape[-1])
 
 
 def table_specs(tables: ForwardTables | BackwardTables, sharding: Sharding) -> typing.Any:
     """How the tables are split over a mesh: slices and packs with their heads, the lists that they share not at all."""
     if isinstance(tables, BackwardTables):
         return BackwardTables(
-            None if tables.queries is None else table_specs(tables.queries, sharding),
-            None if tables.keys is None else _split(tables.keys, sharding, members=sharding.of(heads=0, ndim=3)),
-            None if tables.loops is None else typing.cast(typing.Any, xla.table_specs(tables.loops, sharding)),
+            table_specs(tables.queries, sharding),
+            _split(tables.keys, slices=sharding.of(heads=1, ndim=6), members=sharding.of(heads=0, ndim=3)),
         )
     unread = None if tables.unread is None else sharding.of(heads=0, ndim=2)
     walks = None if tables.walks is None else xla.table_specs(tables.walks, sharding)
-    return dataclasses.replace(
-        tables, walked=_split(tables.walked, sharding), unread=typing.cast(typing.Any, unread), walks=walks
-    )
+    walked = _split(tables.walked, slices=sharding.of(heads=1, ndim=5))
+    return dataclasses.replace(tables, walked=walked, unread=typing.cast(typing.Any, unread), walks=walks)
 
 
-def _split(tables: typing.Any, sharding: Sharding, **others: PartitionSpec) -> typing.Any:
-    whole = jax.tree.map(lambda array: PartitionSpec(), tables)
-    return dataclasses.replace(whole, slices=sharding.of(heads=1, ndim=5), **others)
+def _split(tables: typing.Any, **split: PartitionSpec) -> typing.Any:
+    return dataclasses.replace(jax.tree.map(lambda array: PartitionSpec(), tables), **split)
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
@@ -157,24 +166,25 @@ def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delt
       lse: [b, h, t], sinks included.
       delta: [b, h, t], Σ out · dout - dlse.
     """
-    tables: BackwardTables = operands.tables
-    walked = dataclasses.replace(operands, tables=tables.queries)
+    tables: BackwardTables | None = operands.tables
+    over_keys = None if tables is None else tables.queries
+    tiles, key_tiles = _gradient_tiles(problem, operands), _key_tiles(problem, operands)
+    operands = dataclasses.replace(operands, tables=over_keys)
     # Queries that do not exist seem to read, too: what nobody else reads must not be a NaN.
-    key, value = (_without_unread(problem, walked, array) for array in (operands.key, operands.value))
-    walked = dataclasses.replace(walked, key=key, value=value)
+    key, value = (_without_unread(problem, operands, array) for array in (operands.key, operands.value))
+    operands = dataclasses.replace(operands, key=key, value=value)
     # A row that reads nothing has no weights: exp(logit - inf) is zero.
     of_rows = dout, jnp.where(jnp.isneginf(lse), jnp.inf, lse), delta
-    sizes = _up(key.shape[-1]), _up(value.shape[-1])
-    heads = _tiles(problem, operands).heads
-    tiles = choose_gradient_tiles(*sizes, _block_size(problem, operands), key.shape[1], heads)
-    over_keys = _walked(operands, tables.queries, tiles)
-    plan, inputs, finish = arrange_query_gradient(problem, walked, *of_rows, over_keys, tiles)
+    walked = _walked(operands, over_keys, tiles)
+    plan, inputs, finish = arrange_query_gradient(problem, operands, *of_rows, walked, tiles)
     dquery = finish(query_gradient(plan, inputs, problem.scale))
-    if tables.keys is None:
-        loops = dataclasses.replace(operands, tables=tables.loops)
-        return dquery, *xla.backward(dataclasses.replace(problem, tiles=None), loops, dout, lse, delta)[1:]
-    tiles = choose_key_tiles(*sizes, operands.query.shape[1])
-    plan, inputs, finish = arrange_key_gradients(problem, walked, *of_rows, tables.keys, tiles)
+    if tables is None:
+        assert operands.selection is not None  # all else has tables
+        width = key_tiles.word_bits(operands.selection.query_block)
+        packs = selection_key_tables(operands.selection, operands, width)
+    else:
+        packs = tables.keys
+    plan, inputs, finish = arrange_key_gradients(problem, operands, *of_rows, packs, key_tiles)
     return dquery, *finish(*key_gradients(plan, inputs))
 
 

@@ -184,7 +184,7 @@ def positive_scale(query: Array, scale: float) -> tuple[Array, float]:
     """The kernel takes the maximum before it scales, which needs a scale above 0."""
     if scale > 0:
         return query, scale
-    return (-query, -scale) if scale < 0 else (jnp.zeros_like(query), 1.0)
+    return (-query, -scale) if scale < 0 else (query * 0, 1.0)  # of a NaN, still one
 
 
 def _sinks(sinks: Array | None, tiles: HopperTiles) -> Array | None:

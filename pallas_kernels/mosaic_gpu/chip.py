@@ -23,5 +23,6 @@ def refuse_chip() -> str | None:
         return f"needs a Hopper GPU, compute capability {HOPPER}, got {device.device_kind}, {capability}"
     version = cuda_versions.cuda_runtime_get_version() if cuda_versions is not None else None
     if version is not None and 12080 <= version < 12091:
-        return f"CUDA 12.8.0 to 12.9.0 miscompile masks, got {version // 1000}.{version % 1000 // 10}; take another"
+        # The version tells no patch, so that 12.9.1, which is sound, cannot be told from 12.9.0.
+        return f"CUDA 12.8.0 to 12.9.0 miscompile masks, got {version // 1000}.{version % 1000 // 10}; take 13"
     return None

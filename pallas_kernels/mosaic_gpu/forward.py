@@ -15,8 +15,8 @@ from jaxtyping import Array
 from pallas_kernels.mosaic_gpu.launch import barriers, launch, row_buffer
 from pallas_kernels.mosaic_gpu.plan import LOG2E, WARPGROUP_ROWS, WARPGROUPS, Plan
 from pallas_kernels.mosaic_gpu.products import add_product, product
-from pallas_kernels.mosaic_gpu.query_tile import QueryTile, shared_memory
-from pallas_kernels.mosaic_gpu.steps import ROW, WGMMA, spread
+from pallas_kernels.mosaic_gpu.query_tile import QueryTile, shared_memory, tile_grid
+from pallas_kernels.mosaic_gpu.steps import ROW, WGMMA, Step, spread
 from pallas_kernels.mosaic_gpu.tables import Inputs
 from pallas_kernels.mosaic_gpu.untyped import plgpu
 
@@ -29,7 +29,7 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
     out = jax.ShapeDtypeStruct((*inputs.query.shape[:3], plan.value_dim), plan.dtype)
     lse = jax.ShapeDtypeStruct((plan.batch, plan.num_heads, plan.tiles * plan.queries), jnp.float32)
     tile = functools.partial(ForwardTile, plan)
-    out, lse = launch(tile, inputs, (out, lse), _scratch(plan, inputs), **ForwardTile.grid(plan))
+    out, lse = launch("attend", tile, inputs, (out, lse), _scratch(plan, inputs), tile_grid(plan))
     return out, lse
 
 
@@ -47,7 +47,7 @@ class ForwardTile(QueryTile):
     """One block of threads: out and lse of 128 rows."""
 
     def compute(self) -> None:
-        plan, scratch, walk = self.plan, self.scratch, self.walk
+        plan, scratch = self.plan, self.scratch
         self.bring_rows((self.inputs.query, scratch["query"]))
 
         def of_rows(value: float):
@@ -55,7 +55,7 @@ class ForwardTile(QueryTile):
 
         out = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, plan.value_dim), jnp.float32), WGMMA)
 
-        @pl.when(walk.full_steps + walk.masked_steps > 0)
+        @pl.when(self.full_steps + self.masked_steps > 0)
         def _():
             plgpu.barrier_wait(scratch["key_ready"].at[0])
 
@@ -68,20 +68,19 @@ class ForwardTile(QueryTile):
         plgpu.barrier_arrive(self.scratch["turn"])
         plgpu.barrier_wait(self.scratch["turn"])
 
-    def _step(self, step, masked_step, carry):
+    def _step(self, step: Step, carry):
         """Online softmax over the keys of a step; maxima are of the logits times log2(e)."""
         plan, scratch = self.plan, self.scratch
         out, most, total = carry
-        stage = jax.lax.rem(step, plan.stages)
-        key, value = scratch["key"].at[stage], scratch["value"].at[stage]
+        key, value = scratch["key"].at[step.stage], scratch["value"].at[step.stage]
         query = scratch["query"].at[self.warpgroup]
         logits = product(query, key.transpose((1, 0)), (WARPGROUP_ROWS, plan.step), self._take_turns)
-        plgpu.barrier_arrive(scratch["key_free"].at[stage])
+        plgpu.barrier_arrive(scratch["key_free"].at[step.stage])
         scale = plan.scale * LOG2E
         if plan.soft_cap is not None:
             logits, scale = jnp.tanh(logits * (plan.scale / plan.soft_cap)), plan.soft_cap * LOG2E
-        if masked_step is not None:
-            logits = jnp.where(self.allowed(masked_step), logits, -jnp.inf)
+        if step.mask_stage is not None:
+            logits = jnp.where(self.allowed(step.mask_stage), logits, -jnp.inf)
         new = jnp.maximum(most, logits.max(axis=1) * scale)
         shrink = jnp.exp2(most - new)
         weights = jnp.exp2(logits * scale - spread(new, logits.shape, 0))
@@ -90,16 +89,16 @@ class ForwardTile(QueryTile):
         weights = weights.astype(plan.dtype)
         out, total, new, weights = jax.lax.optimization_barrier((out, total, new, weights))
         plgpu.barrier_arrive(scratch["turn"])
-        plgpu.barrier_wait(scratch["value_ready"].at[stage])
+        plgpu.barrier_wait(scratch["value_ready"].at[step.stage])
         plgpu.barrier_wait(scratch["turn"])
 
         def wait_for_next_key():
-            @pl.when(step + 1 < self.walk.full_steps + self.walk.masked_steps)
+            @pl.when(step.number + 1 < self.full_steps + self.masked_steps)
             def _():
-                plgpu.barrier_wait(scratch["key_ready"].at[jax.lax.rem(step + 1, plan.stages)])
+                plgpu.barrier_wait(scratch["key_ready"].at[self.next(step.stage)])
 
         out = add_product(out, weights, value, wait_for_next_key)
-        plgpu.barrier_arrive(scratch["value_free"].at[stage])
+        plgpu.barrier_arrive(scratch["value_free"].at[step.stage])
         return out, new, total
 
     def _store(self, out, most, total) -> None:
@@ -130,4 +129,4 @@ def _with_sinks(out: Array, most: Array, total: Array, sinks: Array) -> tuple[Ar
     new = jnp.maximum(most, sinks)
     shrink = jnp.exp2(most - new)
     out = out * spread(shrink, out.shape, 0)
-    return out, new, total * shrink + jnp.exp2(sinks - new)
+    return out, new, total * shrink + jnp.where(sinks == new, 1, jnp.exp2(sinks - new))

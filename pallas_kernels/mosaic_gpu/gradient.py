@@ -7,6 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.plan import LOG2E, StepPlan
+from pallas_kernels.mosaic_gpu.steps import USUAL, Registers
+
+
+def registers(plan: StepPlan) -> Registers:
+    """The sums of wide heads leave few registers for what they are made of."""
+    return Registers(240, 24) if max(plan.head_dim, plan.value_dim) > 192 else USUAL
 
 
 def weights_and_slope(plan: StepPlan, products: Array, lse: Array) -> tuple[Array, Array | None]:
@@ -22,7 +28,6 @@ def weights_and_slope(plan: StepPlan, products: Array, lse: Array) -> tuple[Arra
     return jnp.exp2(capped * (plan.soft_cap * LOG2E) - lse), 1 - capped * capped
 
 
-def logits_gradient(weights: Array, slope: Array | None, dweights: Array, delta: Array) -> Array:
-    """The gradient of the logits before their scale: dS times the slope."""
-    gradient = weights * (dweights - delta)
-    return gradient if slope is None else gradient * slope
+def times(weights: Array, slope: Array | None) -> Array:
+    """P times the slope: what the gradient of the logits before their scale, dS times the slope, grows with."""
+    return weights if slope is None else weights * slope

@@ -5,6 +5,7 @@ that are read by like queries, wherever they stand. Every block is in one pack, 
 in turn, so that nothing is added by two.
 """
 
+import dataclasses
 import functools
 import typing
 
@@ -13,41 +14,54 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.gradient import logits_gradient, weights_and_slope
+from pallas_kernels.mosaic_gpu.gradient import registers, times, weights_and_slope
 from pallas_kernels.mosaic_gpu.key_tables import KeyInputs
 from pallas_kernels.mosaic_gpu.launch import barriers, launch, row_buffer, step_buffer
 from pallas_kernels.mosaic_gpu.plan import ROWS, WARPGROUP_ROWS, WARPGROUPS, KeyPlan
 from pallas_kernels.mosaic_gpu.products import add_product, product
-from pallas_kernels.mosaic_gpu.steps import COLUMN, WGMMA, Condition, Steps, Stream, spread
+from pallas_kernels.mosaic_gpu.steps import COLUMN, WGMMA, Condition, Step, Steps, Stream, spread
 from pallas_kernels.mosaic_gpu.untyped import plgpu
 from pallas_kernels.mosaic_gpu.walk import Entry, Walk
 
+MOST_FEATURES = 256
+"""Of keys and values together, whose gradients registers can hold."""
+
 
 def key_gradients(plan: KeyPlan, inputs: KeyInputs) -> tuple[Array, Array]:
-    """dk [b, s, k, d] and dv [b, s, k, e] in the keys' dtype."""
-    results = tuple(jax.ShapeDtypeStruct(array.shape, plan.dtype) for array in (inputs.key, inputs.value))
-    grid = {"pack": plan.packs, "batch": plan.batch, "heads": plan.num_kv_heads}
-    dkey, dvalue = launch(functools.partial(Pack, plan), inputs, results, _scratch(plan, inputs), **grid)
+    """dk [b, s, k, d] and dv [b, s, k, e] in the keys' dtype; where registers cannot hold both, one after the other."""
+    if plan.head_dim + plan.value_dim <= MOST_FEATURES:
+        dkey, dvalue = _sums(plan, inputs)
+    else:
+        ((dkey,), (dvalue,)) = (_sums(dataclasses.replace(plan, gradients=(name,)), inputs) for name in plan.gradients)
     return dkey, dvalue
 
 
+def _sums(plan: KeyPlan, inputs: KeyInputs) -> tuple[Array, ...]:
+    results = tuple(jax.ShapeDtypeStruct(getattr(inputs, name).shape, plan.dtype) for name in plan.gradients)
+    grid = {"pack": plan.packs, "batch": plan.batch, "heads": plan.num_kv_heads}
+    name, pack = "_".join([*plan.gradients, "gradients"]), functools.partial(Pack, plan)
+    return launch(name, pack, inputs, results, _scratch(plan, inputs), grid, registers(plan))
+
+
 def _scratch(plan: KeyPlan, inputs: KeyInputs) -> dict:
-    stages, has_segments = plan.stages, inputs.query_segments is not None
-    of_columns = plgpu.SMEM((stages, plan.step), jnp.float32)
+    stages = plan.stages
+    has_segments, has_positions = inputs.query_segments is not None, inputs.query_positions is not None
+    of_columns, ids = plgpu.SMEM((stages, plan.step), jnp.float32), plgpu.SMEM((stages, plan.step), jnp.int32)
     return {
-        "key": row_buffer(plan, plan.head_dim),
-        "value": row_buffer(plan, plan.value_dim),
+        "key": row_buffer(plan, plan.head_dim, summed=True),
+        "value": row_buffer(plan, plan.value_dim, summed=True),
         "query": step_buffer(plan, plan.head_dim, summed=True),
         "dout": step_buffer(plan, plan.value_dim, summed=True),
         "lse": of_columns,
         "delta": of_columns,
         "words": plgpu.SMEM((stages, plan.slots * plan.words, ROWS), jnp.int32),
-        "segments": plgpu.SMEM((stages, plan.step), jnp.int32) if has_segments else None,
+        "segments": ids if has_segments else None,
+        "positions": ids if has_positions else None,
         "rows_ready": barriers(WARPGROUPS, 2 * plan.pieces),
         "rows_done": barriers(WARPGROUPS, 1),
         "query_ready": barriers(stages, plan.slots),
         "dout_ready": barriers(stages, 3 * plan.slots),
-        "mask_ready": barriers(stages, (1 + has_segments) * plan.slots),
+        "mask_ready": barriers(stages, (1 + has_segments + has_positions) * plan.slots),
         "query_free": barriers(stages, WARPGROUPS),
         "dout_free": barriers(stages, WARPGROUPS),
         "mask_free": barriers(stages, WARPGROUPS),
@@ -59,13 +73,16 @@ class Pack(Steps):
 
     plan: KeyPlan
 
-    def __init__(self, plan: KeyPlan, inputs: typing.Any, results: tuple, scratch: dict):
+    def __init__(self, plan: KeyPlan, at: dict, inputs: typing.Any, results: tuple, scratch: dict):
         self.inputs, self.results, self.scratch = inputs, results, scratch
-        self.batch, self.head = jax.lax.axis_index("batch"), jax.lax.axis_index("heads")
-        self.pack = jax.lax.axis_index("pack")
-        table = inputs.slices
-        mine = table.at[self.batch if table.shape[0] > 1 else 0, self.head, self.pack]
-        super().__init__(plan, Walk(plan, inputs.blocks, inputs.masks, mine, plan.group))
+        self.batch, self.head, self.pack = at["batch"], at["heads"], at["pack"]
+        tables = inputs.tables
+        mine = tables.slices.at[self.batch if tables.slices.shape[0] > 1 else 0, self.head, self.pack]
+
+        def walk_of(number) -> Walk:
+            return Walk(plan, tables.blocks, tables.masks, mine.at[number], plan.turns, number)
+
+        super().__init__(plan, walk_of, plan.rounds)
         # Which rows of blocks there are is known to the lists; where the first one stands, sometimes not.
         self.first = 0 if inputs.first_row is None else inputs.first_row[self.batch] * plan.pieces_of_block
 
@@ -88,10 +105,14 @@ class Pack(Steps):
         ]  # fmt: skip
         self.words, self.conditions = scratch["words"], []
         masks = [(self._words, self.words)]
-        if inputs.query_segments is not None:
-            masks.append((lambda entry: inputs.query_segments.at[self.batch, self._tokens(entry)], scratch["segments"]))
-            of_rows = inputs.kv_segments.at[self.batch, self.head, self.pack]
-            self.conditions.append(Condition(scratch["segments"], of_rows, jnp.equal))
+        for name, columns, rows, compare in (
+            ("segments", inputs.query_segments, inputs.kv_segments, jnp.equal),
+            ("positions", inputs.query_positions, inputs.kv_positions, jnp.greater_equal),
+        ):
+            if columns is not None:
+                masks.append((lambda entry, of=columns: of.at[self.batch, self._tokens(entry)], scratch[name]))
+                here = (self.batch, self.head, self.pack) if len(rows.shape) == 4 else (self.head, self.pack)
+                self.conditions.append(Condition(scratch[name], rows.at[here], compare))
         self.masks = Stream(masks, scratch["mask_ready"], scratch["mask_free"])
 
     def _head(self, entry: Entry):
@@ -102,37 +123,49 @@ class Pack(Steps):
 
     def _words(self, entry: Entry):
         words = jax.lax.rem(entry.piece, self.plan.pieces_of_block) * self.plan.words
-        return self.inputs.words.at[entry.kind, pl.ds(words, self.plan.words)]
+        return self.inputs.tables.words.at[entry.kind, pl.ds(words, self.plan.words)]
 
     # The warpgroup that loads also stores: what it takes to know where would leave the others too few registers.
 
-    def _pieces(self) -> typing.Iterator[tuple]:
-        """Where the rows are: the block's number, the tokens, the warpgroup and its rows, for every piece."""
+    def _counted(self, number: int):
+        """The same number, but not known to the compiler: what it would unroll takes too many registers."""
+        return jnp.where(self.masked_steps >= 0, number, 0)
+
+    def _for_pieces(self, each: typing.Callable) -> None:
+        """Calls `each` with where rows are: the block's number, the tokens, the warpgroup and its rows."""
         plan = self.plan
-        for first in range(0, ROWS, plan.piece):
-            block = self.inputs.members[self.head, self.pack, first // plan.block_size]
-            token = jnp.maximum(block, 0) * plan.block_size + first % plan.block_size
-            warpgroup, row = divmod(first, WARPGROUP_ROWS)
-            yield block, pl.ds(token, plan.piece), warpgroup, pl.ds(row, plan.piece)
+
+        @pl.loop(0, self._counted(WARPGROUPS * plan.pieces))
+        def _(piece):
+            first = piece * plan.piece
+            block = self.inputs.tables.members[self.head, self.pack, first // plan.key_block]
+            token = jnp.maximum(block, 0) * plan.key_block + jax.lax.rem(first, plan.key_block)
+            row = jax.lax.rem(first, WARPGROUP_ROWS)
+            each(block, pl.ds(token, plan.piece), first // WARPGROUP_ROWS, pl.ds(row, plan.piece))
 
     def load_rows(self) -> None:
         ready = self.scratch["rows_ready"]
-        for _, tokens, warpgroup, rows in self._pieces():
+
+        def load(_, tokens, warpgroup, rows):
             for source, name in ((self.inputs.key, "key"), (self.inputs.value, "value")):
                 there = self.scratch[name].at[warpgroup, rows]
                 plgpu.copy_gmem_to_smem(source.at[self.batch, tokens, self.head], there, ready.at[warpgroup])
 
-    def store_rows(self) -> None:
-        for warpgroup in range(WARPGROUPS):
-            plgpu.barrier_wait(self.scratch["rows_done"].at[warpgroup])
-        for block, tokens, warpgroup, rows in self._pieces():
+        self._for_pieces(load)
 
+    def store_rows(self) -> None:
+        @pl.loop(0, self._counted(WARPGROUPS))
+        def _(warpgroup):
+            plgpu.barrier_wait(self.scratch["rows_done"].at[warpgroup])
+
+        def store(block, tokens, warpgroup, rows):
             @pl.when(block >= 0)
-            def _(tokens=tokens, warpgroup=warpgroup, rows=rows):
-                for name, result in zip(("key", "value"), self.results, strict=True):
+            def _():
+                for name, result in zip(self.plan.gradients, self.results, strict=True):
                     here = self.scratch[name].at[warpgroup, rows]
                     plgpu.copy_smem_to_gmem(here, result.at[self.batch, tokens, self.head])
 
+        self._for_pieces(store)
         plgpu.wait_smem_to_gmem(0)
 
     # The warpgroups that compute.
@@ -144,40 +177,45 @@ class Pack(Steps):
         def zeros(features: int):
             return plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, features), jnp.float32), WGMMA)
 
-        dkey, dvalue = self.fold(self._step, (zeros(plan.head_dim), zeros(plan.value_dim)))
-        for name, gradient in (("key", dkey * plan.scale), ("value", dvalue)):
+        widths = {"key": plan.head_dim, "value": plan.value_dim}
+        sums = self.fold(self._step, {name: zeros(widths[name]) for name in plan.gradients})
+        for name, gradient in sums.items():
             buffer = scratch[name].at[self.warpgroup]
-            buffer[...] = gradient.astype(plan.dtype)
+            buffer[...] = (gradient * plan.scale if name == "key" else gradient).astype(plan.dtype)
         plgpu.commit_smem()
         plgpu.barrier_arrive(scratch["rows_done"].at[self.warpgroup])
 
-    def _step(self, step, masked_step, carry):
-        plan, scratch = self.plan, self.scratch
-        dkey, dvalue = carry
-        stage = jax.lax.rem(step, plan.stages)
-        query, dout = scratch["query"].at[stage], scratch["dout"].at[stage]
+    def _step(self, step: Step, sums: dict[str, Array]) -> dict[str, Array]:
+        plan, scratch, sums = self.plan, self.scratch, dict(sums)
+        query, dout = scratch["query"].at[step.stage], scratch["dout"].at[step.stage]
         shape = (WARPGROUP_ROWS, plan.step)
 
         def of_columns(name: str) -> Array:
-            return spread(plgpu.load(scratch[name].at[stage], layout=COLUMN, optimized=False), shape, 1)
+            return spread(plgpu.load(scratch[name].at[step.stage], layout=COLUMN, optimized=False), shape, 1)
 
         def dout_arrives():
-            plgpu.barrier_wait(scratch["dout_ready"].at[stage])
+            plgpu.barrier_wait(scratch["dout_ready"].at[step.stage])
 
-        plgpu.barrier_wait(scratch["query_ready"].at[stage])
+        plgpu.barrier_wait(scratch["query_ready"].at[step.stage])
         products = product(scratch["key"].at[self.warpgroup], query.transpose((1, 0)), shape, dout_arrives)
         weights, slope = weights_and_slope(plan, products, of_columns("lse"))
-        if masked_step is not None:
-            weights = jnp.where(self.allowed(masked_step), weights, 0)
-        dvalue = add_product(dvalue, weights.astype(plan.dtype), dout, lambda: None)
-        dweights = product(scratch["value"].at[self.warpgroup], dout.transpose((1, 0)), shape, lambda: None)
-        gradient = logits_gradient(weights, slope, dweights, of_columns("delta"))
+        if step.mask_stage is not None:
+            weights = jnp.where(self.allowed(step.mask_stage), weights, 0)
+        # Made before the products: the slope itself then takes no registers.
+        sloped = times(weights, slope)
+        if "value" in sums:
+            sums["value"] = add_product(sums["value"], weights.astype(plan.dtype), dout, lambda: None)
+        gradient = None
+        if "key" in sums:
+            dweights = product(scratch["value"].at[self.warpgroup], dout.transpose((1, 0)), shape, lambda: None)
+            gradient = sloped * (dweights - of_columns("delta"))
         # What was read here is overwritten by copies: they go another way to shared memory.
         plgpu.commit_smem()
-        plgpu.barrier_arrive(scratch["dout_free"].at[stage])
-        if masked_step is not None:
-            # What is hidden may be NaN. That it is hidden is seen in the weights, which takes no registers.
-            gradient = jnp.where(weights != 0, gradient, 0)
-        dkey = add_product(dkey, gradient.astype(plan.dtype), query, lambda: None)
-        plgpu.barrier_arrive(scratch["query_free"].at[stage])
-        return dkey, dvalue
+        plgpu.barrier_arrive(scratch["dout_free"].at[step.stage])
+        if gradient is not None:
+            if step.mask_stage is not None:
+                # What is hidden may be NaN. That it is hidden is seen in the weights, which takes no registers.
+                gradient = jnp.where(sloped != 0, gradient, 0)
+            sums["key"] = add_product(sums["key"], gradient.astype(plan.dtype), query, lambda: None)
+        plgpu.barrier_arrive(scratch["query_free"].at[step.stage])
+        return sums

@@ -15,6 +15,11 @@ WORD = 32
 LOG2E = math.log2(math.e)
 
 
+def word_bits(slot: int) -> int:
+    """How many bits of a word are used for slots of so many tokens: no word is of two slots."""
+    return min(slot, WORD)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepPlan:
     """Everything about a kernel that is known while tracing and that its code depends on.
@@ -58,7 +63,7 @@ class StepPlan:
     @property
     def words(self) -> int:
         """Words of mask bits for every row of a slot."""
-        return -(-self.slot // WORD)
+        return self.slot // word_bits(self.slot)
 
     @property
     def group(self) -> int:
@@ -109,14 +114,25 @@ class KeyPlan(StepPlan):
 
     Attributes:
       packs: how many tiles there are for every KV head.
+      key_block: keys that stand together in a pack; `block_size` is that of the queries.
+      rounds: 1 where the heads of a group read the same, else as many as there are heads, each with lists of its own.
+      gradients: of "key" and "value", those that are summed in one go.
     """
 
     packs: int
+    key_block: int
+    rounds: int
+    gradients: tuple[str, ...] = ("key", "value")
+
+    @property
+    def turns(self) -> int:
+        """How many heads walk the same lists."""
+        return self.group // self.rounds
 
     @property
     def piece(self) -> int:
         """Consecutive keys in a warpgroup."""
-        return min(self.block_size, WARPGROUP_ROWS)
+        return min(self.key_block, WARPGROUP_ROWS)
 
     @property
     def pieces(self) -> int:

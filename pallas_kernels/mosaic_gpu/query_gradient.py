@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.gradient import logits_gradient, weights_and_slope
+from pallas_kernels.mosaic_gpu.gradient import registers, times, weights_and_slope
 from pallas_kernels.mosaic_gpu.launch import barriers, launch, row_buffer
 from pallas_kernels.mosaic_gpu.plan import WARPGROUP_ROWS, WARPGROUPS, Plan
 from pallas_kernels.mosaic_gpu.products import add_product, two_products
-from pallas_kernels.mosaic_gpu.query_tile import QueryTile, shared_memory
-from pallas_kernels.mosaic_gpu.steps import ROW, WGMMA, spread
+from pallas_kernels.mosaic_gpu.query_tile import QueryTile, shared_memory, tile_grid
+from pallas_kernels.mosaic_gpu.steps import ROW, WGMMA, Step, spread
 from pallas_kernels.mosaic_gpu.tables import Inputs
 from pallas_kernels.mosaic_gpu.untyped import plgpu
 
@@ -32,14 +32,14 @@ def query_gradient(plan: Plan, inputs: Inputs, factor: float) -> Array:
         "dout": row_buffer(plan, plan.value_dim),
         "query_ready": barriers(WARPGROUPS, 2 * plan.pieces),
     }
-    return launch(tile, inputs, (dquery,), scratch, **QueryGradientTile.grid(plan))[0]
+    return launch("query_gradient", tile, inputs, (dquery,), scratch, tile_grid(plan), registers(plan))[0]
 
 
 class QueryGradientTile(QueryTile):
     """One block of threads: dq of 128 rows."""
 
-    def __init__(self, plan: Plan, factor: float, inputs, results: tuple, scratch: dict):
-        super().__init__(plan, inputs, results, scratch)
+    def __init__(self, plan: Plan, factor: float, at: dict, inputs, results: tuple, scratch: dict):
+        super().__init__(plan, at, inputs, results, scratch)
         self.factor = factor
 
     def compute(self) -> None:
@@ -52,25 +52,24 @@ class QueryGradientTile(QueryTile):
         start = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, plan.head_dim), jnp.float32), WGMMA)
         self._store(self.fold(self._step, start))
 
-    def _step(self, step, masked_step, dquery):
+    def _step(self, step: Step, dquery):
         plan, scratch = self.plan, self.scratch
-        stage = jax.lax.rem(step, plan.stages)
-        key, value = scratch["key"].at[stage], scratch["value"].at[stage]
-        plgpu.barrier_wait(scratch["key_ready"].at[stage])
-        plgpu.barrier_wait(scratch["value_ready"].at[stage])
+        key, value = scratch["key"].at[step.stage], scratch["value"].at[step.stage]
+        plgpu.barrier_wait(scratch["key_ready"].at[step.stage])
+        plgpu.barrier_wait(scratch["value_ready"].at[step.stage])
         products, dweights = two_products(
             (scratch["query"].at[self.warpgroup], key.transpose((1, 0))),
             (scratch["dout"].at[self.warpgroup], value.transpose((1, 0))),
             (WARPGROUP_ROWS, plan.step),
         )
-        plgpu.barrier_arrive(scratch["value_free"].at[stage])
+        plgpu.barrier_arrive(scratch["value_free"].at[step.stage])
         lse, delta = (spread(of_rows, products.shape, 0) for of_rows in (self.lse, self.delta))
-        gradient = logits_gradient(*weights_and_slope(plan, products, lse), dweights, delta)
-        if masked_step is not None:
+        gradient = times(*weights_and_slope(plan, products, lse)) * (dweights - delta)
+        if step.mask_stage is not None:
             # The mask goes on last: what is hidden may be NaN.
-            gradient = jnp.where(self.allowed(masked_step), gradient, 0)
+            gradient = jnp.where(self.allowed(step.mask_stage), gradient, 0)
         dquery = add_product(dquery, gradient.astype(plan.dtype), key, lambda: None)
-        plgpu.barrier_arrive(scratch["key_free"].at[stage])
+        plgpu.barrier_arrive(scratch["key_free"].at[step.stage])
         return dquery
 
     def _store(self, dquery) -> None:

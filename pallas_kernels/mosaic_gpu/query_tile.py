@@ -24,7 +24,7 @@ def shared_memory(plan: Plan, inputs: Inputs, *, summed: str) -> dict:
     per_key = plgpu.SMEM((stages, plan.step), jnp.int32)
     words = plgpu.SMEM((stages, plan.slots * plan.words, ROWS), jnp.int32)
     return {
-        "query": row_buffer(plan, plan.head_dim),
+        "query": row_buffer(plan, plan.head_dim, summed=summed == "key"),
         "key": step_buffer(plan, plan.head_dim, summed=summed == "key"),
         "value": step_buffer(plan, plan.value_dim, summed=summed == "value"),
         "words": None if inputs.words is None else words,
@@ -39,19 +39,23 @@ def shared_memory(plan: Plan, inputs: Inputs, *, summed: str) -> dict:
     }
 
 
+def tile_grid(plan: Plan) -> dict[str, int]:
+    return {"tile": plan.tiles, "batch": plan.batch, "heads": plan.num_heads // plan.heads}
+
+
 class QueryTile(Steps):
     """One block of threads and its tile of 128 rows: so many queries of a head, or fewer of several heads."""
 
     plan: Plan
 
-    def __init__(self, plan: Plan, inputs: typing.Any, results: tuple, scratch: dict):
+    def __init__(self, plan: Plan, at: dict, inputs: typing.Any, results: tuple, scratch: dict):
         self.inputs, self.results, self.scratch = inputs, results, scratch
-        self.batch, self.heads = jax.lax.axis_index("batch"), jax.lax.axis_index("heads")
+        self.batch, self.heads = at["batch"], at["heads"]
         # Blocks of threads start in the order of their numbers: with causal patterns, the longest first.
-        self.tile = plan.tiles - 1 - jax.lax.axis_index("tile")
+        self.tile = plan.tiles - 1 - at["tile"]
         table = inputs.slices
         mine = table.at[self.batch if table.shape[0] > 1 else 0, self.heads, self.tile]
-        super().__init__(plan, Walk(plan, inputs.blocks, inputs.masks, mine))
+        super().__init__(plan, lambda _: Walk(plan, inputs.blocks, inputs.masks, mine))
         kv_head = self.heads * plan.heads // plan.group
 
         def tokens_of(array):
@@ -94,10 +98,6 @@ class QueryTile(Steps):
             (inputs.kv_positions, positions, "positions"),
         )
         return [(part_of, scratch[name]) for array, part_of, name in each if array is not None]
-
-    @staticmethod
-    def grid(plan: Plan) -> dict[str, int]:
-        return {"tile": plan.tiles, "batch": plan.batch, "heads": plan.num_heads // plan.heads}
 
     def pieces(self) -> typing.Iterator[tuple]:
         """Where a warpgroup's rows are: head, tokens, and the rows, for every piece."""

@@ -30,6 +30,45 @@ def narrow(blocks: Array, slices: Array, num_full: int, query_ids: Array, kv_ids
     low, high = (edge[:, None, :, None] for edge in shared)
     own_low, own_high = (edge[:, None, :, None] for edge in own)
     own_low, own_high = jnp.where(own_low < own_high, own_low, high), jnp.where(own_low < own_high, own_high, high)
+    return _cut(blocks, slices, num_full, low, own_low, own_high, high)
+
+
+def narrow_packs(blocks: Array, slices: Array, num_full: int, query_ids: Array, kv_ids: Array, first_row) -> Array:
+    """The slices without the rows of queries that share no segment with a pack of keys.
+
+    As in `narrow`, but what is skipped, and what needs no mask, is exact for ids that ascend only. For others all rows
+    are masked, and those that lie between what is shared are walked too.
+
+    Args:
+      blocks: int32 [entries], rows, ascending within a slice.
+      slices: int32 [b|1, k, packs, rounds, parts, 2].
+      query_ids: int32 [b, rows, queries].
+      kv_ids: int32 [b, k, packs, keys].
+      first_row: int, or int32 [b, 1, 1], which row of the lists the first one is.
+    """
+    least, most, first, last = query_ids.min(-1), query_ids.max(-1), kv_ids.min(-1), kv_ids.max(-1)
+    low = _place(jax.lax.cummax(most, 1), first, "left")
+    high = jnp.maximum(low, _place(jax.lax.cummin(least, 1, reverse=True), last, "right"))
+    ascending = (jnp.diff(query_ids.reshape(len(query_ids), -1)) >= 0).all(1)[:, None, None]
+    own_low, own_high = _place(least, first, "left"), _place(most, first, "right")
+    own = ascending & (first == last) & (own_low < own_high)
+    edges = low, jnp.where(own, own_low, high), jnp.where(own, own_high, high), high
+    return _cut(blocks, slices, num_full, *((edge + first_row)[..., None, None] for edge in edges))
+
+
+def _place(rows: Array, ids: Array, side: str) -> Array:
+    """Where among rows' ids, int32 [b, rows], others, [b, ...], would stand: int32 [b, ...]."""
+    return jax.vmap(lambda rows, ids: jnp.searchsorted(rows, ids, side=side))(rows, ids).astype(jnp.int32)
+
+
+def _cut(
+    blocks: Array, slices: Array, num_full: int, low: Array, own_low: Array, own_high: Array, high: Array
+) -> Array:
+    """The slices without the blocks before `low` and from `high` on; only those of `own` need no mask still.
+
+    Returns:
+      int32 [b, ..., parts + 2 · num_full, 2], of which the first `num_full` need no mask.
+    """
     cuts = [find(blocks, slices, edge) for edge in (low, own_low, own_high, high)]
 
     def part(which: slice, start: int, stop: int) -> Array:

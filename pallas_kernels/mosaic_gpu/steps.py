@@ -11,12 +11,21 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.plan import WARPGROUP_ROWS, WARPGROUPS, WORD, StepPlan
+from pallas_kernels.mosaic_gpu.plan import WARPGROUP_ROWS, WARPGROUPS, StepPlan, word_bits
 from pallas_kernels.mosaic_gpu.untyped import plgpu
-from pallas_kernels.mosaic_gpu.walk import Entry, Walk
+from pallas_kernels.mosaic_gpu.walk import Cursor, Entry, Walk
 
 WGMMA, ROW, COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56
+
+
+class Registers(typing.NamedTuple):
+    """Of a thread that computes and of one that loads; there are 504 for two of the former and one of the latter."""
+
+    compute: int
+    load: int
+
+
+USUAL = Registers(224, 56)
 
 
 class Stream(typing.NamedTuple):
@@ -41,6 +50,20 @@ class Condition(typing.NamedTuple):
     compare: typing.Callable[[Array, Array], Array]
 
 
+class Step(typing.NamedTuple):
+    """One step of those that compute.
+
+    Attributes:
+      number: in order.
+      stage: where what it needs is.
+      mask_stage: where its masks are; None where nothing is masked.
+    """
+
+    number: typing.Any
+    stage: typing.Any
+    mask_stage: typing.Any
+
+
 class Steps:
     """One block of threads, which computes a tile of 128 rows.
 
@@ -56,10 +79,28 @@ class Steps:
     words: typing.Any
     conditions: list[Condition]
 
-    def __init__(self, plan: StepPlan, walk: Walk):
-        self.plan, self.walk = plan, walk
+    def __init__(self, plan: StepPlan, walk_of: typing.Callable[[typing.Any], Walk], rounds: int = 1):
+        """Args:
+        walk_of: what is walked in a round.
+        rounds: of all of them, the steps without a mask come first.
+        """
+        self.plan, self.rounds = plan, rounds
+        only = walk_of(0) if rounds == 1 else None
+        self.walk_of = walk_of if only is None else lambda number: only
         self.warpgroup = jax.lax.axis_index("warpgroup")
         self.rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        self.full_steps = self._in_rounds(lambda walk, steps: steps + walk.full_steps, jnp.int32(0))
+        self.masked_steps = self._in_rounds(lambda walk, steps: steps + walk.masked_steps, jnp.int32(0))
+
+    def _in_rounds(self, walked: typing.Callable[[Walk, typing.Any], typing.Any], carry):
+        """`carry = walked(walk, carry)` in every round."""
+        if self.rounds == 1:
+            return walked(self.walk_of(0), carry)
+        return jax.lax.fori_loop(0, self.rounds, lambda number, carry: walked(self.walk_of(number), carry), carry)
+
+    def next(self, stage):
+        """The stage of the next step. Counted: a remainder would take more registers than there are."""
+        return jnp.where(stage == self.plan.stages - 1, 0, stage + 1)
 
     def compute(self) -> None:
         raise NotImplementedError
@@ -73,26 +114,45 @@ class Steps:
         """What comes after them."""
 
     def load(self) -> None:
-        walk, slots = self.walk, range(self.plan.slots)
+        def entries(walk: Walk, cursor: Cursor, entry_at) -> tuple[list[Entry], Cursor]:
+            found = []
+            for _ in range(self.plan.slots):
+                found.append(entry_at(cursor))
+                cursor = walk.after(cursor)
+            return found, cursor
+
+        def load_full(walk: Walk, steps):
+            def load(step, cursor: Cursor) -> Cursor:
+                found, cursor = entries(walk, cursor, walk.full_entry)
+                self._load_step(self.streams, steps + step, found)
+                return cursor
+
+            jax.lax.fori_loop(0, walk.full_steps, load, walk.full_start())
+            return steps + walk.full_steps
+
+        def load_masked(walk: Walk, steps):
+            def load(step, cursor: Cursor) -> Cursor:
+                found, cursor = entries(walk, cursor, walk.masked_entry)
+                self._load_step(self.streams, self.full_steps + steps + step, found)
+                self._load_step([self.masks], steps + step, found)
+                return cursor
+
+            jax.lax.fori_loop(0, walk.masked_steps, load, walk.masked_start())
+            return steps + walk.masked_steps
+
         self.load_rows()
-
         if self.plan.num_full:
-
-            @pl.loop(0, walk.full_steps)
-            def _(step):
-                self._load_step(self.streams, step, [walk.full_entry(step, slot) for slot in slots])
-
-        @pl.loop(0, walk.masked_steps)
-        def _(masked_step):
-            entries = [walk.masked_entry(masked_step, slot) for slot in slots]
-            self._load_step(self.streams, walk.full_steps + masked_step, entries)
-            self._load_step([self.masks], masked_step, entries)
-
+            self._in_rounds(load_full, jnp.int32(0))
+        self._in_rounds(load_masked, jnp.int32(0))
         self.store_rows()
         # Every arrival is waited for, so that no barrier is left in the middle of a phase.
-        for stream in (*self.streams, self.masks):
-            for stage in range(self.plan.stages):
-                plgpu.barrier_wait(stream.free.at[stage])
+        for number in range(self.plan.stages):
+            self._wait_until_free(self.streams, self.full_steps + self.masked_steps + number)
+            self._wait_until_free([self.masks], self.masked_steps + number)
+
+    def _wait_until_free(self, streams: list[Stream], step) -> None:
+        for stream in streams:
+            plgpu.barrier_wait(stream.free.at[jax.lax.rem(step, self.plan.stages)])
 
     def _load_step(self, streams: list[Stream], step, entries: list[Entry]) -> None:
         stage = jax.lax.rem(step, self.plan.stages)
@@ -113,18 +173,26 @@ class Steps:
                 plgpu.barrier_arrive(stream.free.at[stage])
 
     def fold(self, step: typing.Callable, carry: typing.Any) -> typing.Any:
-        """`carry = step(number, masked_step, carry)` for all steps; `masked_step` is None where nothing is masked."""
-        walk = self.walk
-        if self.plan.num_full:
-            carry = jax.lax.fori_loop(0, walk.full_steps, lambda number, carry: step(number, None, carry), carry)
-        return jax.lax.fori_loop(
-            0, walk.masked_steps, lambda number, carry: step(walk.full_steps + number, number, carry), carry
-        )
+        """`carry = step(where, carry)` for all steps, `where` being a `Step`."""
+        stage = jnp.int32(0)
+        self._of_rows = [plgpu.load(each.rows.at[self.rows], layout=ROW, optimized=False) for each in self.conditions]
 
-    def allowed(self, masked_step) -> Array:
-        """Which columns of a step the rows see: bool [WARPGROUP_ROWS, tokens]."""
+        def full(number, state):
+            stage, carry = state
+            return self.next(stage), step(Step(number, stage, None), carry)
+
+        def masked(number, state):
+            stage, mask_stage, carry = state
+            carry = step(Step(self.full_steps + number, stage, mask_stage), carry)
+            return self.next(stage), self.next(mask_stage), carry
+
+        if self.plan.num_full:
+            stage, carry = jax.lax.fori_loop(0, self.full_steps, full, (stage, carry))
+        return jax.lax.fori_loop(0, self.masked_steps, masked, (stage, jnp.int32(0), carry))[2]
+
+    def allowed(self, stage) -> Array:
+        """Which columns of a step the rows see, by the masks of a stage: bool [WARPGROUP_ROWS, tokens]."""
         plan = self.plan
-        stage = jax.lax.rem(masked_step, plan.stages)
         shape = (WARPGROUP_ROWS, plan.step)
         plgpu.barrier_wait(self.masks.ready.at[stage])
         found = []
@@ -133,10 +201,9 @@ class Steps:
                 plgpu.load(self.words.at[stage, index, self.rows], layout=ROW, optimized=False)
                 for index in range(plan.slots * plan.words)
             ]
-            found.append(_bits(words, shape, min(plan.slot, WORD)))
-        for columns, rows, compare in self.conditions:
+            found.append(_bits(words, shape, word_bits(plan.slot)))
+        for (columns, _, compare), row in zip(self.conditions, self._of_rows, strict=True):
             column = plgpu.load(columns.at[stage], layout=COLUMN, optimized=False)
-            row = plgpu.load(rows.at[self.rows], layout=ROW, optimized=False)
             found.append(compare(spread(column, shape, 1), spread(row, shape, 0)))
         # What was read here is overwritten by copies: they go another way to shared memory.
         plgpu.commit_smem()
@@ -147,20 +214,20 @@ class Steps:
         return allowed
 
 
-def run(tile: typing.Callable[[], Steps]) -> None:
+def run(tile: typing.Callable[[], Steps], registers: Registers) -> None:
     """What each warpgroup does. Each role makes the tile for itself: what both keep would cost both registers."""
     warpgroup = jax.lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < WARPGROUPS)
     def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(registers.compute, action="increase")
         mine = tile()
         mine.free_all()
         mine.compute()
 
     @pl.when(warpgroup == WARPGROUPS)
     def _():
-        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        plgpu.set_max_registers(registers.load, action="decrease")
         tile().load()
 
 

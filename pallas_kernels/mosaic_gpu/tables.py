@@ -28,7 +28,7 @@ class Tables:
       blocks: int32 [entries], the lists.
       masks: int32 [entries], the kind of mask of every entry: 0 masks nothing, EMPTY everything.
       slices: int32 [b|1, h / heads of a tile, tiles, parts, 2]; the first `num_full` parts hold entries without a mask.
-      words: int32 [kinds, ⌈block_size / WORD⌉, ROWS], the bits of the keys that each row of a tile sees; None where
+      words: int32 [kinds, words of a block, ROWS], the bits of the keys that each row of a tile sees; None where
         positions say it.
     """
 
@@ -94,13 +94,18 @@ class Inputs:
 
 
 @functools.lru_cache(maxsize=64)
-def schedule_tables(schedule: BlockSchedule, queries: int) -> Tables:
-    """The tables of a schedule for tiles of `queries` tokens, in numpy."""
+def schedule_tables(schedule: BlockSchedule, queries: int, width: int) -> Tables:
+    """The tables of a schedule for tiles of `queries` tokens, in numpy.
+
+    Args:
+      width: bits of a word.
+    """
     lists, size = schedule.lists, schedule.block_size
     tiles = merge(lists, neighbours(lists.num_walkers, lists.num_rows, queries // size))
     blocks, masks, slices, kinds, short = _without_missing_keys(schedule, tiles)
     heads = schedule.head_index[:: ROWS // queries]
-    return Tables(blocks, masks, slices[heads][None], _words(schedule, kinds, short), tiles.lists.num_full)
+    words = pack_bits(_seen(schedule, kinds, short), width)
+    return Tables(blocks, masks, slices[heads][None], words, tiles.lists.num_full)
 
 
 def _without_missing_keys(schedule: BlockSchedule, tiles: Tiles):
@@ -112,7 +117,7 @@ def _without_missing_keys(schedule: BlockSchedule, tiles: Tiles):
     """
     lists, kinds, last = tiles.lists, tiles.masks, schedule.num_columns - 1
     slices, short = lists.slices.astype(np.int32), np.zeros(len(kinds), bool)
-    if schedule.kv_length % schedule.block_size == 0:
+    if schedule.kv_length % schedule.block_size == 0 or len(lists.blocks) == 0:
         return lists.blocks, lists.masks, slices, kinds, short
     # Lists ascend: only the last entry of a slice without masks can be the last block.
     full = slices[..., : lists.num_full, :].copy()
@@ -133,15 +138,20 @@ def _without_missing_keys(schedule: BlockSchedule, tiles: Tiles):
     )
 
 
-def _words(schedule: BlockSchedule, kinds: np.ndarray, short: np.ndarray) -> np.ndarray:
-    """int32 [kinds, words, ROWS]."""
+def _seen(schedule: BlockSchedule, kinds: np.ndarray, short: np.ndarray) -> Bool[np.ndarray, "kinds rows keys"]:
+    """What each row of a tile sees of a block."""
     size = schedule.block_size
     bits = schedule.token_masks[kinds].reshape(len(kinds), -1, size)  # [kinds, queries, keys]
     remaining = schedule.kv_length - (schedule.num_columns - 1) * size
     bits = bits & (~short[:, None, None] | (np.arange(size) < remaining))
-    bits = np.tile(bits, (1, ROWS // bits.shape[1], 1))
-    bits = np.pad(bits, ((0, 0), (0, 0), (0, -size % WORD)))
-    packed = np.packbits(bits, axis=-1, bitorder="little").view("<i4")
+    return np.tile(bits, (1, ROWS // bits.shape[1], 1))
+
+
+def pack_bits(seen: Bool[np.ndarray, "kinds rows columns"], width: int) -> Int32[np.ndarray, "kinds words rows"]:
+    """Bits of columns in words of `width` of them."""
+    bits = seen.reshape(*seen.shape[:2], -1, width)
+    bits = np.pad(bits, ((0, 0), (0, 0), (0, 0), (0, WORD - width)))
+    packed = np.packbits(bits, axis=-1, bitorder="little").view("<i4")[..., 0]
     return np.ascontiguousarray(packed.swapaxes(1, 2)).astype(np.int32)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pallas_kernels.mosaic_gpu.plan import ROWS, WORD
+from pallas_kernels.mosaic_gpu.plan import ROWS, word_bits
 from pallas_kernels.mosaic_gpu.tuned import tuned_tiles
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
@@ -37,18 +37,21 @@ class HopperTiles:
             ("keys", self.keys, (16, 32, 64, 128, 256)),
             ("stages", self.stages, range(2, 9)),
         ):
-            if not isinstance(value, int) or value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+            if type(value) is not int or value not in allowed:
+                raise ValueError(f"{name} must be one of the integers {', '.join(map(str, allowed))}, got {value!r}")
 
     @property
     def queries(self) -> int:
         """Queries of every head in a tile."""
         return ROWS // self.heads
 
+    def word_bits(self, block_size: int) -> int:
+        """How many bits of a word of a mask are used."""
+        return word_bits(min(block_size, self.keys))
+
     def shared_bytes(self, head_dim: int, value_dim: int, block_size: int, mask_arrays: int) -> int:
         """Shared memory of the forward kernel, for 2-byte elements: as much as it takes, or a little more."""
-        slot = min(block_size, self.keys)
-        words = -(-slot // WORD) * (self.keys // slot) * ROWS * 4
+        words = self.keys // self.word_bits(block_size) * ROWS * 4
         buffers = [
             ROWS * head_dim * 2,
             ROWS * value_dim * 2 if value_dim != head_dim else 0,
@@ -106,16 +109,21 @@ def choose_gradient_tiles(head_dim: int, value_dim: int, block_size: int, kv_len
         keys //= 2
 
 
-def choose_key_tiles(head_dim: int, value_dim: int, query_length: int) -> HopperTiles:
-    """Tiles for the gradients of keys and values, whose steps are queries."""
-    keys = 64 if max(head_dim, value_dim) <= 128 else 32
-    while keys > 16 and keys >= 2 * query_length:
+def choose_key_tiles(head_dim: int, value_dim: int, query_block: int, query_length: int) -> HopperTiles:
+    """Tiles for the gradients of keys and values, whose steps are queries.
+
+    Args:
+      query_block: queries that are walked together; whole steps of them, or several in a step.
+    """
+    keys = 64
+    while keys > 16 and (keys >= 2 * query_length or (query_block % keys and keys % query_block)):
         keys //= 2
-    for stages in (3, 2):
-        rows, step = 2 * ROWS * (head_dim + value_dim), 2 * keys * (head_dim + value_dim)
-        if rows + stages * (step + 8 * ALIGNMENT) + BARRIER_BYTES <= SHARED_BYTES:
-            return HopperTiles(1, keys, stages)
-    raise AssertionError(f"no tiles for head dims {head_dim} and {value_dim}")
+    while True:
+        for stages in (3, 2):
+            rows, step = 2 * ROWS * (head_dim + value_dim), 2 * keys * (head_dim + value_dim)
+            if rows + stages * (step + 8 * ALIGNMENT) + BARRIER_BYTES <= SHARED_BYTES:
+                return HopperTiles(1, keys, stages)
+        keys //= 2  # HopperTiles refuses what no kernel is for
 
 
 def choose_heads(

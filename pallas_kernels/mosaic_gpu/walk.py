@@ -14,12 +14,24 @@ class Entry(typing.NamedTuple):
     Attributes:
       piece: the number of the piece of tokens, in slots.
       kind: of its mask; None where nothing is masked.
-      turn: which of the heads that walk the same lists one after the other.
+      turn: which head of those that walk one after the other.
     """
 
     piece: typing.Any
     kind: typing.Any
     turn: typing.Any
+
+
+class Cursor(typing.NamedTuple):
+    """Where a walk stands.
+
+    Attributes:
+      turn: of the entries without a mask; those with one are walked in as many turns more.
+      piece: the number of the piece in this turn.
+    """
+
+    turn: typing.Any
+    piece: typing.Any
 
 
 class Walk:
@@ -28,61 +40,67 @@ class Walk:
     The entries without a mask that do not fill a step are walked with the masked ones.
     """
 
-    def __init__(self, plan, blocks, masks, slices, turns: int = 1):
+    def __init__(self, plan, blocks, masks, slices, turns: int = 1, first_turn=0):
         """Args:
         plan: says how a step is filled.
         blocks, masks: int32 [entries], the lists.
         slices: int32 [parts, 2], those of the tile.
         turns: how many heads walk the lists.
+        first_turn: which head is the first.
         """
-        self.plan, self.blocks, self.masks, self.turns = plan, blocks, masks, turns
+        self.plan, self.blocks, self.masks, self.turns, self.first_turn = plan, blocks, masks, turns, first_turn
         parts = [(slices[part, 0], slices[part, 1]) for part in range(plan.num_parts)]
         self.full_parts, self.masked_parts = parts[: plan.num_full], parts[plan.num_full :]
-        self.full, self.masked = _count(self.full_parts), _count(self.masked_parts)
-        pieces = turns * plan.pieces_of_block
-        self.full_steps = self.full * pieces // plan.slots
-        self.left = self.full * pieces - self.full_steps * plan.slots
-        self.masked_pieces = self.left + self.masked * pieces
-        self.masked_steps = -(-self.masked_pieces // plan.slots)
+        # Of one turn, in pieces.
+        self.full, self.masked = (_count(some) * plan.pieces_of_block for some in (self.full_parts, self.masked_parts))
+        self.full_steps = turns * self.full // plan.slots
+        left = turns * self.full - self.full_steps * plan.slots
+        self.masked_steps = -(-(left + turns * self.masked) // plan.slots)
 
-    def full_entry(self, step, slot: int) -> Entry:
-        """A slot of a step without a mask."""
-        piece, _, turn = self._entry(step * self.plan.slots + slot, self.full, self.full_parts)
-        return Entry(piece, None, turn)
+    def full_start(self) -> Cursor:
+        return Cursor(jnp.int32(0), jnp.int32(0))
 
-    def masked_entry(self, step, slot: int) -> Entry:
-        """A slot of a masked step. Where nothing is left, something that was read, with a mask that hides it all."""
-        entry = step * self.plan.slots + slot
-        exists = entry < self.masked_pieces
-        entry = jnp.minimum(entry, self.masked_pieces - 1)
-        first = self.full_steps * self.plan.slots
-        if self.turns == 1:
-            # The masked entries go on where the others end.
-            piece, position, turn = self._entry(first + entry, None, self.full_parts + self.masked_parts)
-        else:
-            left = self._entry(jnp.minimum(first + entry, first + self.left - 1), self.full, self.full_parts)
-            masked = self._entry(jnp.maximum(entry - self.left, 0), self.masked, self.masked_parts)
-            piece, position, turn = (jnp.where(entry < self.left, *pair) for pair in zip(left, masked, strict=True))
-        return Entry(piece, jnp.where(exists, self.masks[position], EMPTY), turn)
+    def masked_start(self) -> Cursor:
+        walked = self.full_steps * self.plan.slots
+        turn = jnp.where(self.full > 0, walked // jnp.maximum(self.full, 1), self.turns)
+        return Cursor(turn, walked - turn * self.full)
 
-    def _entry(self, entry, count, parts: list):
-        """The piece, the position in the lists and the turn of an entry; `count` blocks are walked in every turn."""
+    def after(self, cursor: Cursor) -> Cursor:
+        piece = cursor.piece + 1
+        ends = piece == jnp.where(cursor.turn < self.turns, self.full, self.masked)
+        return Cursor(cursor.turn + ends.astype(jnp.int32), jnp.where(ends, 0, piece))
+
+    def full_entry(self, cursor: Cursor) -> Entry:
+        """One without a mask."""
+        return self._entry(cursor.piece, self._position(cursor.piece, self.full_parts), cursor.turn, None)
+
+    def masked_entry(self, cursor: Cursor) -> Entry:
+        """One of a masked step. Where nothing is left, the last one that was read, with a mask that hides it all."""
+        turn, piece = cursor
+        exists = (turn < self.turns) | ((turn < 2 * self.turns) & (self.masked > 0))
+        full = jnp.where(exists, turn < self.turns, self.masked == 0)
+        piece = jnp.where(exists, piece, jnp.where(full, self.full, self.masked) - 1)
+        turn = jnp.where(exists, jnp.where(full, turn, turn - self.turns), self.turns - 1)
+        position = self._position(piece, self.masked_parts)
+        if self.full_parts:
+            position = jnp.where(full, self._position(piece, self.full_parts), position)
+        return self._entry(piece, position, turn, jnp.where(exists, self.masks[position], EMPTY))
+
+    def _entry(self, piece, position, turn, kind) -> Entry:
         pieces = self.plan.pieces_of_block
-        entry, piece_of_block, turn = entry // pieces, jax.lax.rem(entry, pieces), 0
+        return Entry(self.blocks[position] * pieces + jax.lax.rem(piece, pieces), kind, self.first_turn + turn)
+
+    def _position(self, piece, parts: list):
+        """Where in the lists a piece of one turn stands."""
         if not parts:
-            return 0, 0, 0
-        if self.turns > 1:
-            count = jnp.maximum(count, 1)
-            turn, entry = entry // count, jax.lax.rem(entry, count)
+            return 0
+        entry = piece // self.plan.pieces_of_block
         (start, stop), *rest = parts
         position, end = start + entry, stop - start
         for start, stop in rest:
             position = jnp.where(entry >= end, start + entry - end, position)
             end = end + stop - start
-        if self.turns > 1:
-            # Where there is nothing to walk, what comes out is not used; but it is read.
-            position = jnp.clip(position, 0, self.blocks.shape[0] - 1)
-        return self.blocks[position] * pieces + piece_of_block, position, turn
+        return position
 
 
 def _count(parts: list):

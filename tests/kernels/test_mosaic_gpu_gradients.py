@@ -3,21 +3,22 @@
 import jax
 import pytest
 
-from tests.kernels.cases import Case, parameters
+from s2jax import LocalStride
+from tests.kernels.cases import CASES, Case, parameters
 from tests.kernels.contract import traced
 from tests.kernels.test_mosaic_gpu import SHAPES
 from tests.kernels.test_mosaic_gpu import TestInterpreted as Interpreted
+from tests.kernels.test_mosaic_gpu_selections import CASES as SELECTIONS
 
-QUICK = ("local stride", "soft cap, low precision", "documents both ways", "an offset for each")
-SLOW = (
-    "blocks of 64", "first tokens both ways", "offsets in step", "t > s", "dense both ways", "local stride both ways",
-    "strided", "ranges", "relative stride, causal", "window of tokens both ways", "first tokens and a window",
-    "mixed block sizes", "one query", "one of each", "t < s", "offset within a block", "queries beyond the keys",
-    "no groups", "groups of four", "block by block", "scale", "soft cap", "sinks", "empty rows with sinks", "documents",
-    "strangers with sinks", "offset at run time", "an offset and documents", "an offset both ways",
+QUICK = (
+    "local stride", "soft cap, low precision", "documents both ways", "an offset for each", "stripes by query head",
+    "selection by KV head",
 )  # fmt: skip
-"""Cases whose groups read alike: all their gradients come from kernels, and XLA's loops beside them would wait for the
-interpreter's threads."""
+
+WIDE = [
+    # More features than registers can sum at once.
+    Case("wide heads", LocalStride(16, 1, 2), "bfloat16", 1, 70, 70, 2, 1, 192, 128),
+]
 
 
 class TestGradients(Interpreted):
@@ -27,12 +28,15 @@ class TestGradients(Interpreted):
         return jax.jit(traced(case, self.implementation, self.tilings.get(case.tiling)))
 
     @pytest.mark.usefixtures("quick_compilation")
-    @pytest.mark.parametrize("case", parameters(*QUICK))
+    @pytest.mark.parametrize("case", [*parameters(*QUICK), *WIDE])
     def test_case(self, case: Case):
         self.check(case)
 
     @pytest.mark.slow
     @pytest.mark.usefixtures("quick_compilation")
-    @pytest.mark.parametrize("case", [*parameters(*SLOW), *SHAPES[:2]])
+    @pytest.mark.parametrize(
+        "case",
+        [*parameters(*(each.name for each in CASES if each.name not in QUICK)), *SHAPES, *SELECTIONS],
+    )
     def test_other_case(self, case: Case):
         self.check(case)

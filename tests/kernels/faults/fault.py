@@ -41,6 +41,11 @@ def hopper_shape(name: str) -> str:
     return f"tests/kernels/test_mosaic_gpu.py::TestInterpreted::test_shape[{name}]"
 
 
+def gradients(name: str) -> str:
+    """Its gradients."""
+    return f"tests/kernels/test_mosaic_gpu_gradients.py::TestGradients::test_case[{name}]"
+
+
 def machine_code(name: str) -> str:
     """What the compiler for Hopper makes of a call."""
     return f"tests/benchmarks/test_hopper_code.py::test_code[{name}]"

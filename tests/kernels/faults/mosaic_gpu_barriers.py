@@ -26,49 +26,49 @@ FAULTS = [
     Fault(
         "keys given back before they are multiplied", FORWARD,
         "        logits = product(query,",
-        '        plgpu.barrier_arrive(scratch["key_free"].at[stage])\n'
+        '        plgpu.barrier_arrive(scratch["key_free"].at[step.stage])\n'
         "        logits = product(query,",
         SMALL,
     ),
     Fault(
         "keys given back while the tensor cores read them", FORWARD,
         "(WARPGROUP_ROWS, plan.step), self._take_turns)\n"
-        '        plgpu.barrier_arrive(scratch["key_free"].at[stage])\n',
+        '        plgpu.barrier_arrive(scratch["key_free"].at[step.stage])\n',
         '(WARPGROUP_ROWS, plan.step), lambda: (self._take_turns(), '
-        'plgpu.barrier_arrive(scratch["key_free"].at[stage])))\n',
+        'plgpu.barrier_arrive(scratch["key_free"].at[step.stage])))\n',
         SMALL,
     ),
     Fault(
         "values given back while the tensor cores read them", FORWARD,
         "        out = add_product(out, weights, value, wait_for_next_key)\n"
-        '        plgpu.barrier_arrive(scratch["value_free"].at[stage])\n',
-        '        back = scratch["value_free"].at[stage]\n'
+        '        plgpu.barrier_arrive(scratch["value_free"].at[step.stage])\n',
+        '        back = scratch["value_free"].at[step.stage]\n'
         "        out = add_product(out, weights, value, lambda: (wait_for_next_key(), plgpu.barrier_arrive(back)))\n",
         SMALL,
     ),
     Fault(
         "values waited for while the tensor cores read them", FORWARD,
-        '        plgpu.barrier_wait(scratch["value_ready"].at[stage])\n'
+        '        plgpu.barrier_wait(scratch["value_ready"].at[step.stage])\n'
         '        plgpu.barrier_wait(scratch["turn"])\n'
         "\n"
         "        def wait_for_next_key():\n",
         '        plgpu.barrier_wait(scratch["turn"])\n'
         "\n"
         "        def wait_for_next_key():\n"
-        '            plgpu.barrier_wait(scratch["value_ready"].at[stage])\n'
+        '            plgpu.barrier_wait(scratch["value_ready"].at[step.stage])\n'
         "\n",
         SMALL,
     ),
     Fault(
         "keys never given back", FORWARD,
-        '        plgpu.barrier_arrive(scratch["key_free"].at[stage])\n'
+        '        plgpu.barrier_arrive(scratch["key_free"].at[step.stage])\n'
         "        scale =",
         "        scale =",
         SMALL,
     ),
     Fault(
         "values never given back", FORWARD,
-        '        plgpu.barrier_arrive(scratch["value_free"].at[stage])\n'
+        '        plgpu.barrier_arrive(scratch["value_free"].at[step.stage])\n'
         "        return out, new, total",
         "        return out, new, total",
         SMALL,
@@ -82,9 +82,10 @@ FAULTS = [
     ),
     Fault(
         "masks given back before they are read", STEPS,
-        "        found = []\n",
+        "        found = []\n        if self.words",
         "        found = []\n"
-        "        plgpu.barrier_arrive(self.masks.free.at[stage])\n",
+        "        plgpu.barrier_arrive(self.masks.free.at[stage])\n"
+        "        if self.words",
         SMALL,
     ),
     Fault(
@@ -95,30 +96,30 @@ FAULTS = [
     ),
     Fault(
         "the next keys not waited for", FORWARD,
-        '                plgpu.barrier_wait(scratch["key_ready"].at[jax.lax.rem(step + 1, plan.stages)])\n',
+        '                plgpu.barrier_wait(scratch["key_ready"].at[self.next(step.stage)])\n',
         "                pass\n",
         SMALL,
     ),
     Fault(
         "keys waited for that do not come", FORWARD,
-        "@pl.when(step + 1 < self.walk",
-        "@pl.when(step < self.walk",
+        "@pl.when(step.number + 1 < self",
+        "@pl.when(step.number < self",
         SMALL,
     ),
     Fault(
         "a wait for keys where a tile reads nothing", FORWARD,
-        "walk.masked_steps > 0)",
-        "walk.masked_steps >= 0)",
+        "self.masked_steps > 0)",
+        "self.masked_steps >= 0)",
         interpreted("selection"),
     ),
     Fault(
         "the stage of this step's keys waited for again", FORWARD,
-        "rem(step + 1, plan.stages)", "rem(step, plan.stages)",
+        "at[self.next(step.stage)]", "at[step.stage]",
         SMALL,
     ),
     Fault(
         "values not waited for", FORWARD,
-        '        plgpu.barrier_wait(scratch["value_ready"].at[stage])\n'
+        '        plgpu.barrier_wait(scratch["value_ready"].at[step.stage])\n'
         '        plgpu.barrier_wait(scratch["turn"])\n',
         '        plgpu.barrier_wait(scratch["turn"])\n',
         SMALL,
@@ -189,20 +190,20 @@ FAULTS = [
     Fault("the last turn not taken", FORWARD, "        pl.when(self.warpgroup == 0)(self._take_turns)\n", "", SMALL),
     Fault(
         "a stage too few", STEPS,
-        "        stage = jax.lax.rem(step, self.plan.stages)\n",
-        "        stage = jax.lax.rem(step, self.plan.stages - 1)\n",
+        "stage == self.plan.stages - 1",
+        "stage == self.plan.stages - 2",
         SMALL,
     ),
     Fault(
         "masks in the ring of the keys", FORWARD,
-        "self.allowed(masked_step)",
-        "self.allowed(step)",
+        "self.allowed(step.mask_stage)",
+        "self.allowed(step.stage)",
         hopper_shape("four heads a tile"),
     ),
     Fault(
         "two rings begin together", STEPS,
-        "self._load_step(self.streams, walk.full_steps + masked_step,",
-        "self._load_step(self.streams, masked_step,",
+        "self._load_step(self.streams, self.full_steps + steps + step, found)",
+        "self._load_step(self.streams, steps + step, found)",
         FOUR_HEADS,
     ),
     Fault(
@@ -212,14 +213,14 @@ FAULTS = [
     ),
     Fault(
         "too few registers to compute", STEPS,
-        "COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56",
-        "COMPUTE_REGISTERS, LOAD_REGISTERS = 160, 56",
+        "USUAL = Registers(224, 56)",
+        "USUAL = Registers(160, 56)",
         machine_code("d 256"),
     ),
     Fault(
         "too few registers to load", STEPS,
-        "COMPUTE_REGISTERS, LOAD_REGISTERS = 224, 56",
-        "COMPUTE_REGISTERS, LOAD_REGISTERS = 240, 24",
+        "USUAL = Registers(224, 56)",
+        "USUAL = Registers(240, 24)",
         machine_code("block 16"),
     ),
     Fault(

@@ -1,9 +1,9 @@
 """What the Hopper kernel computes: the walk, masks, softmax."""
 
-from tests.kernels.faults.fault import Fault, hopper_shape, interpreted
+from tests.kernels.faults.fault import Fault, gradients, hopper_shape, interpreted
 
 STEPS, TILE = "pallas_kernels/mosaic_gpu/steps.py", "pallas_kernels/mosaic_gpu/query_tile.py"
-WALK_FILE = "pallas_kernels/mosaic_gpu/walk.py"
+WALK_FILE, PLAN = "pallas_kernels/mosaic_gpu/walk.py", "pallas_kernels/mosaic_gpu/plan.py"
 FORWARD = "pallas_kernels/mosaic_gpu/forward.py"
 FOUR_HEADS, HALF_BLOCKS = hopper_shape("four heads a tile"), hopper_shape("half a block a step")
 SMALL = interpreted("groups of four")
@@ -12,26 +12,32 @@ WALK = [
     # The lists.
     Fault(
         "left-over blocks left out", WALK_FILE,
-        "self.left = self.full * pieces - self.full_steps * plan.slots",
-        "self.left = 0",
+        "left = turns * self.full - self.full_steps * plan.slots",
+        "left = 0",
         FOUR_HEADS,
     ),
     Fault(
         "masked entries begin behind the left-over blocks", WALK_FILE,
-        "first = self.full_steps * self.plan.slots\n",
-        "first = self.full * self.plan.pieces_of_block\n",
+        "return Cursor(turn, walked - turn * self.full)",
+        "return Cursor(self.turns, 0 * walked)",
         FOUR_HEADS,
     ),
     Fault(
+        "masked entries begin where the first turn does", WALK_FILE,
+        "walked // jnp.maximum(self.full, 1)",
+        "0",
+        gradients("blocks of a pair"),
+    ),
+    Fault(
         "one entry more than there is", WALK_FILE,
-        "exists = entry < self.masked_pieces",
-        "exists = entry <= self.masked_pieces",
+        "((turn < 2 * self.turns) & (self.masked > 0))",
+        "((turn <= 2 * self.turns) & (self.masked > 0))",
         FOUR_HEADS,
     ),
     Fault(
         "a slot that holds nothing holds what others read", WALK_FILE,
-        "        entry = jnp.minimum(entry, self.masked_pieces - 1)\n",
-        "",
+        "jnp.where(exists, piece, jnp.where(full, self.full, self.masked) - 1)",
+        "jnp.where(exists, piece, jnp.where(full, self.full, self.masked))",
         interpreted("patterns by KV head"),
     ),
     Fault(
@@ -54,15 +60,21 @@ WALK = [
     ),
     Fault(
         "the last masked step left out", WALK_FILE,
-        "-(-self.masked_pieces // plan.slots)",
-        "self.masked_pieces // plan.slots",
+        "-(-(left + turns * self.masked) // plan.slots)",
+        "(left + turns * self.masked) // plan.slots",
         FOUR_HEADS,
     ),
     Fault(
         "parts of a block swapped for the next block's", WALK_FILE,
-        "* pieces + piece_of_block, position",
-        "* pieces, position",
+        "* pieces + jax.lax.rem(piece, pieces)",
+        "* pieces",
         HALF_BLOCKS,
+    ),
+    Fault(
+        "a word of mask for two parts of a block", PLAN,
+        "return min(slot, WORD)",
+        "return WORD if slot else slot",
+        hopper_shape("half a word a step"),
     ),
     Fault(
         "the mask of a block's first part for all", TILE,
@@ -146,8 +158,8 @@ WALK = [
     ),
     Fault(
         "masked steps without their masks", FORWARD,
-        "            logits = jnp.where(self.allowed(masked_step), logits, -jnp.inf)\n",
-        "            self.allowed(masked_step)\n",
+        "            logits = jnp.where(self.allowed(step.mask_stage), logits, -jnp.inf)\n",
+        "            self.allowed(step.mask_stage)\n",
         SMALL,
     ),
 ]  # fmt: skip
@@ -172,7 +184,7 @@ SOFTMAX = [
     ),
     Fault(
         "the greatest of no logits is -inf", FORWARD,
-        "LOWEST = -0.5 * float(np.finfo(np.float32).max)", "LOWEST = -math.inf",
+        "LOWEST = -0.5 * float(np.finfo(np.float32).max)", 'LOWEST = -float("inf")',
         interpreted("empty rows"),
     ),
     Fault("lse in the wrong base", FORWARD, "(most + jnp.log2(safe)) * (1 / LOG2E)", "most + jnp.log2(safe)", SMALL),

@@ -1,0 +1,124 @@
+"""What the Hopper kernel of the keys' gradients walks, written out query by key."""
+
+import dataclasses
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables, selection_key_tables
+from pallas_kernels.mosaic_gpu.plan import ROWS
+from pallas_kernels.mosaic_gpu.segments import narrow_packs
+from pallas_kernels.problem import Operands
+from s2jax import BlockSelection, compile_schedule
+from tests.kernels.test_mosaic_gpu_arrays import inputs
+from tests.patterns.families import HEADS, compositions
+
+pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
+
+
+def written_out(tables: KeyTables, group: int, rows: int, queries: int, key_block: int, width: int, batch: int = 0):
+    """int [h, queries, keys], how often a head's query is said to see a key, and the blocks that are in packs."""
+    slices, blocks, masks = (np.asarray(each) for each in (tables.slices, tables.blocks, tables.masks))
+    slices = slices[batch if len(slices) > 1 else 0]
+    bits = np.asarray(tables.words)[..., None] >> np.arange(width) & 1  # [kinds, words, ROWS, width]
+    bits = bits.swapaxes(1, 2).reshape(len(bits), ROWS, queries)
+    heads, packs, rounds = slices.shape[:3]
+    seen = np.zeros((heads * group, rows, tables.members.max() + 1, queries, key_block), int)
+    for head, pack, turn in np.ndindex(heads, packs, rounds):
+        for number, (low, high) in enumerate(slices[head, pack, turn]):
+            for entry in range(low, high):
+                kind = bits[masks[entry]].reshape(-1, key_block, queries).swapaxes(1, 2)
+                assert number >= tables.num_full or kind.all()
+                mine = range(head * group, (head + 1) * group) if rounds == 1 else [head * group + turn]
+                for place, member in enumerate(np.asarray(tables.members)[head, pack]):
+                    if member >= 0:
+                        seen[mine, blocks[entry], member] += kind[place]
+    return seen.swapaxes(2, 3).reshape(len(seen), rows * queries, -1)
+
+
+def each_once(members, num_blocks: int) -> bool:
+    return all(sorted(head[head >= 0].tolist()) == list(range(num_blocks)) for head in np.asarray(members))
+
+
+@hypothesis.given(st.data(), HEADS, st.sampled_from([1, 40, 100, 200]), st.sampled_from([1, 33, 180]))
+def test_packs_are_walked_by_what_reads_them(data, heads, query_length: int, kv_length: int):
+    """Whatever the heads of a group read, alike or apart; every block of keys is in one pack."""
+    pattern = data.draw(compositions(heads, max(query_length, kv_length)))
+    shapes = dataclasses.asdict(heads) | {"query_length": query_length, "kv_length": kv_length}
+    schedule = compile_schedule(pattern, **shapes)
+    size, group = schedule.block_size, heads.num_heads // heads.num_kv_heads
+    width = data.draw(st.sampled_from([16, 32])) if size > 16 else 16
+    hypothesis.assume(size <= ROWS)
+    tables = key_tables(schedule, width)
+    seen = written_out(tables, group, schedule.lists.num_rows, size, size, width)
+    np.testing.assert_array_equal(seen[:, :query_length, :kv_length], schedule.token_mask())
+    assert each_once(tables.members, schedule.num_columns)
+
+
+@hypothesis.given(
+    st.integers(0, 1 << 20), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([16, 64, 128]),
+    st.sampled_from([16, 48, 256]),
+)  # fmt: skip
+def test_a_selection_transposed(seed: int, heads: int, batch: int, block_size: int, query_block: int):
+    """Every row that reads a block of a pack is walked once, with a mask that says which blocks it reads."""
+    random = np.random.default_rng(seed)
+    kv_length, rows, most, num_heads, num_kv_heads = random.integers(1, 500), random.integers(1, 6), 5, 4, 2
+    # Some blocks stand beyond the keys, and some counts beyond what there is.
+    num_blocks = -(-kv_length // block_size)
+    kv_blocks = np.stack([random.permutation(max(num_blocks + 1, most))[:most] for _ in range(batch * heads * rows)])
+    kv_blocks = kv_blocks.reshape(batch, heads, rows, most).astype(np.int32)
+    counts = random.integers(0, most + 2, (batch, heads, rows)).astype(np.int32)
+    selection = BlockSelection(jnp.asarray(kv_blocks), jnp.asarray(counts), block_size, query_block)
+    query, key, value = inputs(tokens=kv_length, heads=num_heads, kv_heads=num_kv_heads, features=16)
+    width = min(query_block, 16)
+    tables = selection_key_tables(selection, Operands(query, key, value, selection=selection), width)
+    assert each_once(tables.members, num_blocks)
+    for sequence in range(batch):
+        seen = written_out(tables, 2, rows, query_block, block_size, width, sequence)
+        expected = np.zeros((num_heads, rows, num_blocks), int)
+        for head, row in np.ndindex(num_heads, rows):
+            chosen = kv_blocks[sequence, head * heads // num_heads, row][
+                : counts[sequence, head * heads // num_heads, row]
+            ]
+            expected[head, row, chosen[chosen < num_blocks]] = 1
+        np.testing.assert_array_equal(seen, expected.repeat(query_block, 1).repeat(block_size, 2))
+
+
+@hypothesis.given(st.integers(0, 1 << 20), st.booleans(), st.integers(0, 3))
+def test_packs_and_segments(seed: int, ascending: bool, first_row: int):
+    """Nothing that shares a segment is lost or walked twice, and nothing else goes without a mask; of ids that ascend,
+    nothing else is left."""
+    random, packs, rows = np.random.default_rng(seed), 6, 12
+    query_ids, kv_ids = (random.integers(0, 4, count * 2).repeat(random.choice([2, 4])) for count in (rows, packs))
+    if ascending:
+        query_ids.sort()
+    query_ids, kv_ids = query_ids[: rows * 4].reshape(1, -1, 4), kv_ids[: packs * 4].reshape(1, 1, -1, 4)
+    rows, packs = query_ids.shape[1], kv_ids.shape[2]
+    # Even rows without a mask, odd ones with one.
+    blocks = np.concatenate([np.arange(0, 20, 2), np.arange(1, 20, 2)]).astype(np.int32)
+    slices = np.broadcast_to(np.array([[0, 10], [10, 20]], np.int32), (1, 1, packs, 1, 2, 2))
+    narrowed = jax.jit(narrow_packs, static_argnums=2)
+    edge = jnp.full((1, 1, 1), first_row, jnp.int32)
+    cut = narrowed(blocks, slices, 1, query_ids.astype(np.int32), kv_ids.astype(np.int32), edge)
+    for pack, parts in enumerate(np.asarray(cut)[0, 0, :, 0]):
+        listed = [blocks[low:high] - first_row for low, high in parts]
+        walked = np.concatenate(listed)
+        mine = set(kv_ids[0, 0, pack].tolist())
+        shared = {row for row in range(rows) if mine & set(query_ids[0, row].tolist())}
+        assert len(walked) == len(set(walked.tolist()))
+        assert shared <= set(walked.tolist()) | set(range(20 - first_row, rows))
+        own = [row for row in shared if (row + first_row) % 2 == 0 and mine == set(query_ids[0, row].tolist())]
+        assert set(listed[0].tolist()) <= set(own) if len(mine) == 1 else not len(listed[0])
+        if ascending:
+            assert set(walked.tolist()) <= shared | between(mine, query_ids[0])
+            assert sorted(listed[0].tolist()) == (sorted(own) if len(mine) == 1 else [])
+
+
+def between(mine: set[int], query_ids) -> set[int]:
+    """Rows of other segments between those of a pack with several."""
+    rows = range(len(query_ids))
+    return {row for row in rows if min(mine) <= query_ids[row].min() and query_ids[row].max() <= max(mine)}
