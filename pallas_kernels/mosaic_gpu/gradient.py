@@ -7,12 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.plan import LOG2E, StepPlan
-from pallas_kernels.mosaic_gpu.steps import USUAL, Registers
+from pallas_kernels.mosaic_gpu.steps import Registers
 
-
-def registers(plan: StepPlan) -> Registers:
-    """The sums of wide heads leave few registers for what they are made of."""
-    return Registers(240, 24) if max(plan.head_dim, plan.value_dim) > 192 else USUAL
+REGISTERS = Registers(232, 40)
+"""More to compute with than in the forward pass, and fewer to load with."""
 
 
 def weights_and_slope(plan: StepPlan, products: Array, lse: Array) -> tuple[Array, Array | None]:

@@ -14,7 +14,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.gradient import registers, times, weights_and_slope
+from pallas_kernels.mosaic_gpu.gradient import REGISTERS, times, weights_and_slope
 from pallas_kernels.mosaic_gpu.key_tables import KeyInputs
 from pallas_kernels.mosaic_gpu.launch import barriers, launch, row_buffer, step_buffer
 from pallas_kernels.mosaic_gpu.plan import ROWS, WARPGROUP_ROWS, WARPGROUPS, KeyPlan
@@ -40,7 +40,7 @@ def _sums(plan: KeyPlan, inputs: KeyInputs) -> tuple[Array, ...]:
     results = tuple(jax.ShapeDtypeStruct(getattr(inputs, name).shape, plan.dtype) for name in plan.gradients)
     grid = {"pack": plan.packs, "batch": plan.batch, "heads": plan.num_kv_heads}
     name, pack = "_".join([*plan.gradients, "gradients"]), functools.partial(Pack, plan)
-    return launch(name, pack, inputs, results, _scratch(plan, inputs), grid, registers(plan))
+    return launch(name, pack, inputs, results, _scratch(plan, inputs), grid, REGISTERS)
 
 
 def _scratch(plan: KeyPlan, inputs: KeyInputs) -> dict:

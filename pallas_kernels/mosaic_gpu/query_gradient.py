@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.gradient import registers, times, weights_and_slope
+from pallas_kernels.mosaic_gpu.gradient import REGISTERS, times, weights_and_slope
 from pallas_kernels.mosaic_gpu.launch import barriers, launch, row_buffer
 from pallas_kernels.mosaic_gpu.plan import WARPGROUP_ROWS, WARPGROUPS, Plan
 from pallas_kernels.mosaic_gpu.products import add_product, two_products
 from pallas_kernels.mosaic_gpu.query_tile import QueryTile, shared_memory, tile_grid
-from pallas_kernels.mosaic_gpu.steps import ROW, WGMMA, Step, spread
+from pallas_kernels.mosaic_gpu.steps import ROW, WGMMA, Registers, Step, spread
 from pallas_kernels.mosaic_gpu.tables import Inputs
 from pallas_kernels.mosaic_gpu.untyped import plgpu
 
@@ -27,12 +27,14 @@ def query_gradient(plan: Plan, inputs: Inputs, factor: float) -> Array:
       factor: what dS · K is multiplied with.
     """
     dquery = jax.ShapeDtypeStruct(inputs.query.shape, plan.dtype)
+    # The sums of wide heads leave few for what they are made of.
+    registers = Registers(240, 24) if plan.head_dim > 192 else REGISTERS
     tile = functools.partial(QueryGradientTile, plan, factor)
     scratch = shared_memory(plan, inputs, summed="key") | {
         "dout": row_buffer(plan, plan.value_dim),
         "query_ready": barriers(WARPGROUPS, 2 * plan.pieces),
     }
-    return launch("query_gradient", tile, inputs, (dquery,), scratch, tile_grid(plan), registers(plan))[0]
+    return launch("query_gradient", tile, inputs, (dquery,), scratch, tile_grid(plan), registers)[0]
 
 
 class QueryGradientTile(QueryTile):

@@ -203,6 +203,7 @@ OPTIONS = [
     Case("sinks", WINDOW, "bfloat16", sinks=True),
     Case("sinks in float64", NOT_OWN, "float64", sinks=True, soft_cap=2.0, segments="packed"),
     Case("empty rows", NOT_OWN),
+    Case("nothing read at all", NOT_OWN, "bfloat16", query_length=7, kv_length=7),
     Case("empty rows with sinks", NOT_OWN, "bfloat16", sinks=True),
     Case("documents", WINDOW | FirstTokens(5), segments="packed"),
     Case("documents both ways", Dense(causal=False), "bfloat16", segments="packed", query_length=70),

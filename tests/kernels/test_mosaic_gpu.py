@@ -1,6 +1,6 @@
 """The Hopper backend in the interpreter, which simulates warpgroups, copies and barriers and finds races.
 
-The backward pass is XLA's and has tests of its own: here it is left out.
+Here the forward pass alone; the gradients are in test_mosaic_gpu_gradients.py.
 """
 
 import dataclasses
@@ -29,9 +29,13 @@ SHAPES = [
         "half a block a step", LocalStride(128, 1, 2) & (Local(tokens=170) | FirstTokens(70)), "float16", 1, 300, 300,
         2, 1, tiling="half blocks",
     ),
-    # Tiles with fewer queries than a row of the selection.
+    # A block comes in steps of half a word of mask each.
     Case(
-        "two tiles a row", Selected(block_size=32, query_block=128, heads=2, most=5), "bfloat16", 1, 200, 200,
+        "half a word a step", LocalStride(64, 1, 2) & Local(tokens=77), "float16", 1, 150, 150, 2, 1, tiling="small",
+    ),
+    # Tiles of two heads, which choose their own blocks.
+    Case(
+        "two heads a tile", Selected(block_size=32, query_block=128, heads=2, most=5), "bfloat16", 1, 200, 200,
         num_heads=4, num_kv_heads=2, sinks=True,
     ),
 ]  # fmt: skip
@@ -48,8 +52,7 @@ class TestInterpreted(AttentionContract):
         "half blocks": HopperTiles(heads=1, keys=64, stages=3),
     }
 
-    # Of gradients there are none yet.
-    test_gradients_show_the_pattern = None
+    test_gradients_show_the_pattern = None  # of gradients there are none here
 
     @pytest.fixture(autouse=True)
     def interpreted(self):

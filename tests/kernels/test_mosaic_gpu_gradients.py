@@ -1,18 +1,21 @@
 """The Hopper backend's backward pass in the interpreter: the shared table's gradients."""
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from s2jax import LocalStride
+from s2jax import LocalStride, attention
 from tests.kernels.cases import CASES, Case, parameters
 from tests.kernels.contract import traced
-from tests.kernels.test_mosaic_gpu import SHAPES
+from tests.kernels.test_mosaic_gpu import INTERPRETER, SHAPES
 from tests.kernels.test_mosaic_gpu import TestInterpreted as Interpreted
 from tests.kernels.test_mosaic_gpu_selections import CASES as SELECTIONS
 
 QUICK = (
-    "local stride", "soft cap, low precision", "documents both ways", "an offset for each", "stripes by query head",
-    "selection by KV head",
+    "local stride", "soft cap, low precision", "documents both ways", "strangers", "an offset for each",
+    "stripes by query head", "selection by KV head",
 )  # fmt: skip
 
 WIDE = [
@@ -28,7 +31,7 @@ class TestGradients(Interpreted):
         return jax.jit(traced(case, self.implementation, self.tilings.get(case.tiling)))
 
     @pytest.mark.usefixtures("quick_compilation")
-    @pytest.mark.parametrize("case", [*parameters(*QUICK), *WIDE])
+    @pytest.mark.parametrize("case", [*parameters(*QUICK), *(pytest.param(case, id=case.name) for case in WIDE)])
     def test_case(self, case: Case):
         self.check(case)
 
@@ -40,3 +43,32 @@ class TestGradients(Interpreted):
     )
     def test_other_case(self, case: Case):
         self.check(case)
+
+
+@pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NaN on purpose
+@pytest.mark.usefixtures("quick_compilation")
+def test_a_nan_goes_no_further_than_it_is_read():
+    """Of one query's dout, to its own gradient and to those of the keys that it sees: the same bits everywhere else.
+
+    The values' gradients are sums of douts, in which a weight of zero does not help.
+    """
+    random, pattern, length, bad = np.random.default_rng(0), LocalStride(16, 1, 2), 64, 37
+    query, dout = (jnp.asarray(random.standard_normal((1, length, 2, 16)), "bfloat16") for _ in range(2))
+    key, value = (jnp.asarray(random.standard_normal((1, length, 1, 16)), "bfloat16") for _ in range(2))
+
+    @jax.jit
+    def gradients(query, dout):
+        def function(*arrays):
+            return attention(*arrays, pattern, implementation="mosaic_gpu")
+
+        return jax.vjp(function, query, key, value)[1](dout)
+
+    with plgpu.force_gpu_interpret_mode(INTERPRETER):
+        clean = [np.asarray(each, np.float32) for each in gradients(query, dout)]
+        spoilt = [np.asarray(each, np.float32) for each in gradients(query, dout.at[0, bad].set(jnp.nan))]
+    seen = pattern.token_mask(2, 1, length, length)[:, bad].any(0)
+    assert np.isnan(spoilt[0][0, bad]).all()
+    for reached, before, after in zip((np.arange(length) == bad, seen), clean[:2], spoilt[:2], strict=True):
+        assert np.isnan(after[0, reached]).all()
+        np.testing.assert_array_equal(after[0, ~reached], before[0, ~reached])

@@ -4,16 +4,20 @@ import dataclasses
 
 import hypothesis
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
+from pallas_kernels import mosaic_gpu
 from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables, selection_key_tables
 from pallas_kernels.mosaic_gpu.plan import ROWS
 from pallas_kernels.mosaic_gpu.segments import narrow_packs
 from pallas_kernels.problem import Operands
-from s2jax import BlockSelection, compile_schedule
+from s2jax import BlockSelection, FirstTokens, Local, LocalStride, PerHead, attention, compile_schedule
 from tests.kernels.test_mosaic_gpu_arrays import inputs
 from tests.patterns.families import HEADS, compositions
 
@@ -122,3 +126,68 @@ def between(mine: set[int], query_ids) -> set[int]:
     """Rows of other segments between those of a pack with several."""
     rows = range(len(query_ids))
     return {row for row in rows if min(mine) <= query_ids[row].min() and query_ids[row].max() <= max(mine)}
+
+
+def test_copies_have_room(monkeypatch):
+    """A copy is cut off at the end of the whole array alone: what belongs to rows is as long as whole blocks."""
+    found = {}
+
+    def instead_of(name: str):
+        kernel = getattr(mosaic_gpu, name)
+
+        def noted(plan, given, *others):
+            found[name] = plan, given
+            shapes = jax.eval_shape(lambda: kernel(plan, given, *others))
+            return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+        monkeypatch.setattr(mosaic_gpu, name, noted)
+
+    for name in ("attend", "query_gradient", "key_gradients"):
+        instead_of(name)
+    arrays, ids = inputs(tokens=201), jnp.zeros((1, 201), jnp.int32)
+    options = {"implementation": "mosaic_gpu", "query_segment_ids": ids, "kv_segment_ids": ids}
+    jax.eval_shape(jax.grad(lambda *arrays: attention(*arrays, LocalStride(64, 2, 4), **options).sum()), *arrays)
+    plan, given = found["key_gradients"]
+    assert [each.shape[-1] for each in (given.lse, given.delta, given.query_segments)] == [256] * 3
+    assert [each.shape[1] % 8 for each in (given.query, given.dout, given.key, given.value)] == [0] * 4
+    plan, given = found["query_gradient"]
+    assert given.lse.shape == given.delta.shape == (1, plan.num_heads // plan.heads, plan.tiles, ROWS)
+    assert given.query.shape == given.dout.shape
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_packs_over_a_mesh(monkeypatch, heads: int):
+    """Every shard has the lists and the packs of its own heads, those of a group alike or apart."""
+
+    def marks(plan, given):
+        """Which slices and which members a KV head has, in the place of the gradients."""
+        tables = given.tables
+        lists = (tables.slices.astype(jnp.float32) @ jnp.asarray([1.0, 1e-3])).sum((0, 2, 3, 4))
+        packs = (tables.members * jnp.arange(tables.members[0].size).reshape(tables.members.shape[1:])).sum((1, 2))
+        return tuple(
+            jnp.broadcast_to(mark.astype(array.dtype)[:, None], array.shape)
+            for mark, array in ((lists, given.key), (packs, given.value))
+        )
+
+    monkeypatch.setattr(mosaic_gpu, "attend", lambda plan, given: (given.query, given.query[..., 0].swapaxes(1, 2)))
+    monkeypatch.setattr(mosaic_gpu, "query_gradient", lambda plan, given, factor: given.query)
+    monkeypatch.setattr(mosaic_gpu, "key_gradients", marks)
+    every = [Local(1, block_size=64), LocalStride(64, 2, 4), FirstTokens(5), Local(tokens=70)]
+    pattern = PerHead([each for each in every for _ in range(heads)])
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    arrays = inputs(heads=4 * heads, kv_heads=4, batch=2)
+
+    def results(**options):
+        def function(query, key, value):
+            return attention(query, key, value, pattern, implementation="mosaic_gpu", **options).sum()
+
+        # What stands in the kernels' places runs on the CPU, as they do in the interpreter.
+        with plgpu.force_gpu_interpret_mode():
+            return [np.asarray(each, np.float32) for each in jax.jit(jax.grad(function, (1, 2)))(*arrays)]
+
+    expected = results()
+    assert all(np.ptp(each, axis=2).all() for each in expected)  # or heads could not be told apart
+    with jax.set_mesh(mesh):
+        found = results(query_spec=P("data", None, "tensor", None))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -6,7 +6,7 @@ ARRANGE, TABLES, SEGMENTS, UNREAD, SIZES, PLAN, CHIP, BACKEND, FORWARD, LAUNCH =
     f"pallas_kernels/mosaic_gpu/{name}.py"
     for name in ("arrange", "tables", "segments", "unread", "tiles", "plan", "chip", "__init__", "forward", "launch")
 )
-FOUR_HEADS, TWO_TILES = hopper_shape("four heads a tile"), hopper_shape("two tiles a row")
+FOUR_HEADS, TWO_HEADS = hopper_shape("four heads a tile"), hopper_shape("two heads a tile")
 CHOSEN = "tests/kernels/test_mosaic_gpu_selections.py::test_selection"
 ALONE = "tests/kernels/test_mosaic_gpu_arrays.py::"
 REFUSED, MESH = ALONE + "test_what_the_kernel_cannot_do_is_refused", ALONE + "test_tables_over_a_mesh"
@@ -132,7 +132,7 @@ LISTS = [
     Fault(
         "query head i has the choice of KV head i mod k", TABLES,
         "jnp.arange(0, num_heads, tiles.heads) * heads // num_heads", "jnp.arange(0, num_heads, tiles.heads) % heads",
-        TWO_TILES,
+        TWO_HEADS,
     ),
     # Segments.
     Fault(

@@ -26,7 +26,7 @@ WALK = [
         "masked entries begin where the first turn does", WALK_FILE,
         "walked // jnp.maximum(self.full, 1)",
         "0",
-        gradients("blocks of a pair"),
+        gradients("local stride"),
     ),
     Fault(
         "one entry more than there is", WALK_FILE,
@@ -202,7 +202,7 @@ SOFTMAX = [
     Fault(
         "the lse of an empty row rounded", FORWARD,
         "reads, nothing = total != 0, -jnp.inf", "reads, nothing = total == total, -jnp.inf",
-        hopper_shape("two tiles a row"),
+        hopper_shape("two heads a tile"),
     ),
     Fault(
         "the output of an empty row divided by zero", FORWARD,
