@@ -269,8 +269,8 @@ COMPUTED = [
     Fault(
         "the usual registers for wide heads",
         QUERIES,
-        "Registers(240, 24) if max",
-        "USUAL if max",
+        "Registers(240, 24) if",
+        "REGISTERS if",
         machine_code("d 256"),
     ),
     Fault(
