@@ -66,7 +66,7 @@ def block_sparse_attention(
       query_offset: position of the first query among the keys, known at run time only: a scalar or [b]. The schedule is
         then compiled from position 0 on, for all positions that may come; the result of others is NaN.
       query_segment_ids, kv_segment_ids: queries see keys with an equal id only. Both or neither.
-      logits_soft_cap: logits become cap · tanh(logits / cap).
+      logits_soft_cap: logits become cap · tanh(logits / cap); in "mosaic_gpu" by the GPU's approximate tanh.
       sinks: one more logit per query head in the softmax's sum, neither scaled nor capped.
       return_lse: gives back (out, lse).
       query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None). The mesh must be

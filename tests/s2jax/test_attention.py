@@ -59,6 +59,13 @@ class TestImplementations:
         found = attention(*inputs, PATTERN, implementation=["xla", "reference"])
         np.testing.assert_array_equal(found, attention(*inputs, PATTERN, implementation="reference"))
 
+    def test_one_for_another_platform_leaves_it_to_the_next(self, inputs):
+        query, key, value = (array.astype("bfloat16") for array in inputs)
+        found = attention(query, key, value, PATTERN, implementation=["mosaic_gpu", "xla"])
+        np.testing.assert_array_equal(found, attention(query, key, value, PATTERN, implementation="xla"))
+        with pytest.raises(NotImplementedError, match="mosaic_gpu: needs the platform 'cuda', and this is lowered for"):
+            attention(query, key, value, PATTERN, implementation="mosaic_gpu")
+
     def test_all_that_refuse_give_their_reasons(self, inputs, monkeypatch):
         monkeypatch.setattr(xla, "refuse", lambda *_: "not today")
         with pytest.raises(NotImplementedError, match="xla: not today"):

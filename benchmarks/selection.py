@@ -1,0 +1,58 @@
+"""What it costs to transpose blocks chosen at run time, which the gradients of keys and values need.
+
+    python benchmarks/selection.py
+
+A schedule is transposed once, on the host. A selection is transposed on the device, in every backward pass: one sort of
+its entries by pack of keys and row of queries. It stands beside the forward pass over the same selection, by the
+backend of the platform.
+"""
+
+import functools
+import statistics
+
+import jax
+from attention import timed
+from points import parser, save, table
+
+import s2jax
+from pallas_kernels.mosaic_gpu.key_tables import selection_key_tables
+from pallas_kernels.problem import Operands
+
+HEADS, FEATURES, BLOCK, MOST = 8, 128, 64, 32
+
+
+def measure(tokens: int, repeats: int) -> dict:
+    """Every row reads `MOST` blocks of its past, at random; each head its own."""
+    rows, shape = tokens // BLOCK, (1, tokens, HEADS, FEATURES)
+    *keys, of_scores = jax.random.split(jax.random.key(0), 4)
+    query, key, value = (jax.random.normal(each, shape, "bfloat16") for each in keys)
+    scores = jax.random.normal(of_scores, (1, HEADS, rows, rows))
+    selection = s2jax.BlockSelection.top_k(scores, MOST, block_size=BLOCK, query_block=BLOCK)
+
+    def transpose(selection, query, key, value):
+        operands = Operands(query, key, value, selection=selection)
+        tables = selection_key_tables(selection, operands, 32)
+        return tables.blocks, tables.masks, tables.slices
+
+    def forward(selection, query, key, value):
+        return s2jax.attention(query, key, value, selection)
+
+    sides = {"transpose": jax.jit(transpose), "forward": jax.jit(forward)}
+    seconds = timed(sides, (selection, query, key, value), repeats)
+    row = {"tokens": tokens, "KV heads": HEADS, "entries": int(selection.counts.sum())}
+    row |= {f"{side} ms": statistics.median(each) * 1e3 for side, each in seconds.items()}
+    return row | {"share": row["transpose ms"] / row["forward ms"]}
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--tokens", type=int, nargs="+", default=[8 << 10, 32 << 10], help="lengths")
+    options.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
+    chosen = options.parse_args()
+    rows = list(map(functools.partial(measure, repeats=chosen.repeats), chosen.tokens))
+    print(table(rows, list(rows[0])))
+    save("selection", rows)
+
+
+if __name__ == "__main__":
+    main()
