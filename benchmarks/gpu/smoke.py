@@ -17,7 +17,7 @@ from points import Point
 
 import s2jax
 from gpu.attempt import attempt
-from gpu.sides import backward_by_xla, make_arrays
+from gpu.sides import make_arrays
 
 CASES = (
     (Point("strided", 2, 4, 4, 128, 2, 4, 1024), (64, 32, 16)),
@@ -44,11 +44,8 @@ def tried(point: Point, block: int, implementation: str) -> dict:
     inputs = arrays.query, arrays.key, arrays.value
     results = []
     for name in (implementation, "reference"):
-        if backward_by_xla():
-            results.append((jax.jit(attention(name))(*inputs),))
-        else:
-            out, pull = jax.vjp(jax.jit(attention(name)), *inputs)
-            results.append((out, *jax.jit(pull)(arrays.dout)))
+        out, pull = jax.vjp(jax.jit(attention(name)), *inputs)
+        results.append((out, *jax.jit(pull)(arrays.dout)))
     difference = max(
         float(jnp.abs(one.astype(jnp.float32) - other.astype(jnp.float32)).max())
         / float(jnp.abs(other.astype(jnp.float32)).max())
