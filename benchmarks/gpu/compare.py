@@ -71,7 +71,9 @@ def shown(row: dict) -> str:
         if f"{name} check failed" in row:
             parts.append(f"{name} check failed: {row[f'{name} check failed']}")
         if row.get(f"{name} correct") is False:
-            parts.append(f"{name}: {[(each['name'], each['error'], each['allowed']) for each in row['errors'][name]]}")
+            wrong = [each for each in row["errors"][name] if not each["error"] <= each["allowed"]]
+            told = [f"{each['name']} by {each['error']:.3g} of {each['allowed']:.3g} allowed" for each in wrong]
+            parts.append(f"{name} wrong: {', '.join(told)}")
         parts.append(_timed(row, name))
     return "; ".join(parts)
 

@@ -1,11 +1,14 @@
 """Kernels that hang, crash or refuse spoil no more than themselves."""
 
 import json
+import os
+import subprocess
 import sys
-import threading
+import time
 
 import pytest
-from gpu import guard, smoke
+from gpu import guard, machine, smoke
+from gpu.guard import Job, Teller
 
 CASES = [{"point": point.name, "block": block, "passed": True, "difference": 0.0} for point, block in smoke.cases()]
 
@@ -49,18 +52,67 @@ def test_a_small_call(capsys):
     assert "implementation must be among" in wrong["error"]
 
 
-def test_a_hanging_call_ends_the_run_and_what_there_is_is_kept():
-    ended, told = threading.Event(), []
-    watch = guard.Watch(0.2, told.append, lambda code: ended.set())
-    watch("s2jax, forward")
-    assert ended.wait(10)
-    assert "s2jax, forward" in told[0]
+HANGS = Job("point", "side", "forward")
 
 
-def test_a_run_that_is_over_is_not_watched():
-    ended = threading.Event()
-    guard.Watch(0.1, lambda reason: None, lambda code: ended.set()).over()
-    assert not ended.wait(0.5)
+def comes_to_its_end(teller):
+    teller.keep({"rows": [1]})
+
+
+def hangs(teller):
+    """Another thread compiles and is done, this one never."""
+    teller.keep({"rows": [1]})
+    with teller.beside(Job("point", "other", "forward")):
+        teller.doing(HANGS, 1.0)
+    while True:
+        time.sleep(60)
+
+
+def crashes(teller):
+    teller.doing(HANGS, 60)
+    os._exit(7)
+
+
+def spoils_the_context(teller, broken):
+    guard.lost = lambda: broken
+    teller.doing(HANGS, 60)
+    assert teller.attempt(lambda: 1) == (1, None)
+    teller.attempt(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("work", "arguments", "reason"),
+    [
+        (hangs, (), "no answer for 1 s"),
+        (crashes, (), "its process ended with 7"),
+        (spoils_the_context, ("lost",), "lost, after ZeroDivisionError: division by zero"),
+    ],
+)
+def test_whoever_hangs_or_dies_is_named_and_what_there_is_is_kept(work, arguments, reason):
+    kept = []
+    assert guard.watched(work, arguments, kept.append, time.monotonic() + 100) == guard.Ending(reason, (HANGS,))
+    assert kept == ([{"rows": [1]}] if work is hangs else [])
+
+
+def test_what_comes_to_its_end():
+    kept = []
+    assert guard.watched(comes_to_its_end, (), kept.append, time.monotonic() + 100) is None
+    assert kept == [{"rows": [1]}]
+    ending = guard.watched(comes_to_its_end, (), kept.append, time.monotonic())
+    assert ending == guard.Ending("the time was up", (), too_late=True)
+
+
+def test_a_failure_that_spoils_nothing_goes_on():
+    assert Teller(lambda message: None).attempt(lambda: 1 / 0) == (None, "ZeroDivisionError: division by zero")
+
+
+def test_a_machine_that_does_not_answer_is_not_waited_for(monkeypatch):
+    def never(command, *, timeout, **more):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine.subprocess, "run", never)
+    assert machine.state() == {}
 
 
 def test_nothing_is_lost_here():
