@@ -1,19 +1,22 @@
 """The GPU benchmark end to end on a CPU, with other implementations in the sides' places and a clock that counts."""
 
+import functools
 import json
+import pickle
 import time
 
+import attention
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as cudnn
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 import report
-from gpu import run
+from gpu import run, train_step
 from gpu.attempt import LeftOut, NoDeviceTime
 from gpu.device_time import Sample
-from gpu.guard import Teller
-from gpu.options import Budget, Left, Options
+from gpu.guard import Ending, Job, Teller
+from gpu.options import TRAIN_STEP, Budget, Left, Options, TrainStep
 from gpu.record import Record
 from gpu.sides import PASSES, SIDES, Functions, Limits, Side, make_arrays, not_worth, prepare
 from points import DENSE_POINTS, Point
@@ -155,6 +158,126 @@ def test_the_dense_pattern_is_measured_at_one_block_size():
     found = measured(options(DENSE, sides=sides))
     assert [row["side"] for row in found.rows] == ["s2jax"]
     assert found.failures() == []
+
+
+def hanging(point, block):
+    def never(query):
+        time.sleep(600)
+        return query
+
+    return lambda q, k, v: jax.pure_callback(never, jax.ShapeDtypeStruct(q.shape, q.dtype), q)
+
+
+def test_a_side_that_hangs_costs_no_other_its_results(tmp_path):
+    sides = Side("s2jax", ours), Side("hangs", hanging, dense=True), Side("cudnn", dense, dense=True)
+    found = run.run(options(DENSE, sides=sides, repeats=1, folder=tmp_path, stalled_s=4))
+    by_side = {row["side"]: row for row in found.rows}
+    assert by_side["hangs"]["left out"] == "no answer for 4 s: flat, hangs, forward"
+    assert by_side["s2jax"]["correct"]
+    assert by_side["cudnn"]["correct"]
+    assert all(f"{name} over cudnn" in by_side["s2jax"] for name in PASSES)
+    assert found.failures() == []
+    assert json.loads((tmp_path / "attention_gpu.json").read_text())["rows"] == found.rows
+
+
+def ended(found: Record, *jobs: Job, too_late: bool = False) -> Left | None:
+    return run.after(Ending("no answer", jobs, too_late), Left((TINY, DENSE)), found)
+
+
+def test_what_hangs_backward_is_tried_forward():
+    found = Record(options(TINY, DENSE, sides=FAKES[:2]))
+    found.keep({"rows": [{"point": "tiny", "side": "s2jax", "forward ms": 1.0, "correct": True}]})
+    left = ended(found, Job("tiny", "s2jax", "backward"))
+    assert left.points == (TINY, DENSE)
+    assert set(left.left_out["s2jax"]) == {"backward", "forward + backward"}
+    mine, peer = found.rows
+    assert mine["forward ms"] == 1
+    assert mine["backward failed"] == "no answer: tiny, s2jax, backward"
+    assert peer["forward failed"] == "not run, because no answer: tiny, s2jax, backward"
+    assert len(found.failures()) == 2
+    # What another process finds stands.
+    found.keep({"rows": [{"point": "tiny", "side": "cudnn", "forward ms": 2.0}]})
+    assert "forward failed" not in found.rows[1]
+    assert "backward failed" in found.rows[1]
+    # And what hangs forward is not tried again.
+    assert set(ended(found, Job("tiny", "cudnn", "forward")).left_out["cudnn"]) == set(PASSES)
+
+
+def test_what_is_no_sides_fault_costs_a_point():
+    found = Record(options(TINY, DENSE, sides=FAKES[:1]))
+    assert ended(found, Job("tiny", "", "the truth")).points == (DENSE,)
+    assert found.rows[-1] == {"point": "tiny", "side": "all", "left out": "no answer: tiny, the truth"}
+
+
+def test_when_nothing_can_go_on_the_rows_say_so():
+    found = Record(options(TINY, DENSE, sides=FAKES[:1]))
+    assert ended(found) is None
+    assert [(row["point"], row["left out"][:9]) for row in found.rows] == [("tiny", "no answer"), ("flat", "no answer")]
+    assert len(found.failures()) == 2
+    late = Record(options(TINY, DENSE, sides=FAKES[:1]))
+    assert ended(late, Job("tiny", "s2jax", "forward"), too_late=True) is None
+    assert [row["point"] for row in late.rows] == ["tiny", "flat"]
+    assert late.rows[1]["not run"].startswith("no answer")
+
+
+def test_small_calls_with_wrong_numbers_are_failures():
+    found = Record(options())
+    found.keep({"header": {"small calls": [{"point": "a", "block": 64, "passed": False, "difference": 0.5}]}})
+    assert found.failures() == ["small call a, block 64: wrong by 0.5"]
+
+
+def by_xla(point, block):
+    return lambda q, k, v: s2jax.attention(q, k, v, point.pattern(block), implementation="xla")
+
+
+def test_a_training_step():
+    point = TrainStep("step", 1, 2, 2, 16, 1, 4, 256)
+    sides = Side("s2jax", by_xla), Side("cudnn", dense, dense=True)
+    found = measured(options(point, sides=sides))
+    sparse, own, peer = found.rows
+    assert [row["side"] for row in found.rows] == ["s2jax", "s2jax dense", "cudnn"]
+    assert own["correct"]
+    assert sparse["loss"] != own["loss"]
+    assert sparse["train step over cudnn"] == pytest.approx(peer["train step ms"] / sparse["train step ms"])
+    assert sparse["train step over s2jax dense"] > 0
+    assert sparse["peak bytes"] > sparse["argument bytes"] > 4 * 32 * 32 * 2
+    assert found.failures() == []
+    table = report.attention_gpu(found.header | {"rows": found.rows, "date": "today", "jax": "0"})
+    assert "| step | s2jax dense |" in table
+    left = Left((point,)).without("cudnn train step", "train step", "it hung")
+    assert measured(options(point, sides=sides), left).rows[2]["left out"] == "it hung"
+
+
+def test_a_training_step_moves_the_weights_downhill():
+    point = TrainStep("step", 1, 2, 2, 16, 1, 4, 256)
+    weights = train_step.make_weights(point, "float32")
+    x = jax.random.normal(jax.random.key(0), (1, 256, 32))
+    taken = jax.jit(functools.partial(train_step.step, by_xla(point, 64)))
+    before, after = taken(weights, x)
+    assert {name: array.shape for name, array in after.items()} == {
+        name: array.shape for name, array in weights.items()
+    }
+    assert taken(after, x)[0] < before
+
+
+def test_all_points_or_some(capsys):
+    asked = attention.arguments(cpu=False)
+    assert asked.parse_args(["--all"]).points is None
+    with pytest.raises(SystemExit):
+        asked.parse_args(["--all", "--points", "phi3-8k"])
+    assert "--points: not allowed with argument --all" in capsys.readouterr().err
+
+
+def test_all_fits_before_everything_ends():
+    asked = Options()
+    assert asked.budget_s + 30 <= asked.limit_s <= 465
+    assert TRAIN_STEP in asked.points
+
+
+def test_what_is_sent_to_the_process_can_be():
+    sent = pickle.loads(pickle.dumps(Options()))
+    assert [side.name for side in sent.all_sides] == [side.name for side in SIDES]
+    assert sent.points == Options().points
 
 
 def test_the_backward_pass_alone_gives_the_same():
