@@ -132,8 +132,9 @@ def _checked_rows(sides: dict[str, dict]) -> str:
 
 
 def _small_calls(record: dict) -> list[str]:
-    wrong = [f"{call['point']}, block {call['block']}" for call in record.get("small calls", ()) if not call["passed"]]
-    return ["", f"Small calls that were wrong or failed: {'; '.join(wrong)}."] if wrong else []
+    wrong = [call for call in record.get("small calls", ()) if not call["passed"]]
+    told = "; ".join(f"{call['point']}, block {call['block']}, {call['pass']}" for call in wrong)
+    return ["", f"Small calls that were wrong or failed: {told}."] if wrong else []
 
 
 def _steps(steps: dict[str, dict[str, dict]]) -> list[str]:

@@ -211,7 +211,7 @@ class Found:
 
     def ended(self, ending: guard.Ending) -> bool:
         """Keeps why the process ended; whether another can go on, without the configuration that did it."""
-        reason = f"{ending.reason}: {'; '.join(map(str, ending.jobs)) or 'nothing was begun'}"
+        reason = str(ending)
         if ending.too_late or not ending.jobs:
             self.failed.append(reason)
             return False

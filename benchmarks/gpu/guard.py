@@ -23,9 +23,13 @@ import jax.numpy as jnp
 
 from gpu import smoke
 from gpu.attempt import attempt
+from gpu.sides import lost_with
 
 START_S = 90
 """A process must say something in so many seconds: it imports JAX, finds the GPU and tries its clocks."""
+
+
+Lost = dict[int, dict[str, str]]
 
 
 class Job(typing.NamedTuple):
@@ -48,7 +52,7 @@ class Teller:
 
     def __init__(self, send: Callable[[tuple], None]):
         self._send, self._lock = send, threading.Lock()
-        self._main, self._beside, self._limit_s = Job(), [], 0.0
+        self._main, self._beside, self._limit_s = Job(), [], START_S
 
     def doing(self, job: Job, limit_s: float) -> None:
         """The main thread begins this, and has ended what it did before."""
@@ -97,6 +101,9 @@ class Ending:
     reason: str
     jobs: tuple[Job, ...]
     too_late: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {'; '.join(map(str, self.jobs)) or 'nothing was begun'}"
 
 
 def watched(
@@ -149,11 +156,11 @@ def _begin(connection: typing.Any, work: Callable, arguments: tuple) -> None:
     connection.send(None)
 
 
-def tried_first(command: list[str] | None = None, timeout_s: float = 150) -> tuple[list[dict], dict[int, str]]:
-    """What the small calls gave, and for each block size whose calls did not all give something, why.
+def tried_first(command: list[str] | None = None, timeout_s: float = 120) -> tuple[list[dict], Lost]:
+    """What the small calls gave; and by block size the passes that are lost, as not all gave something, and why.
 
-    Wrong numbers are no reason to leave a block size out: they are a failure of the run, and what it does at real sizes
-    is to be seen.
+    Wrong numbers are no reason to leave anything out: they are a failure of the run, and what the kernel does at real
+    sizes is to be seen.
     """
     command = command or [sys.executable, str(pathlib.Path(smoke.__file__))]
     try:
@@ -162,15 +169,14 @@ def tried_first(command: list[str] | None = None, timeout_s: float = 150) -> tup
     except subprocess.TimeoutExpired as error:
         told, ended = _text(error.stdout), f"did not end in {timeout_s:g} s"
     found = [json.loads(line) for line in told.splitlines() if line.startswith("{") and line.endswith("}")]
-    answered = {(row["point"], row["block"]): row for row in found}
-    reasons: dict[int, str] = {}
-    for point, block in smoke.cases():
-        row = answered.get((point.name, block))
-        if row is None:
-            reasons.setdefault(block, f"the small call {point.name}, block {block}, gave nothing: the process {ended}")
-        elif "error" in row:
-            reasons.setdefault(block, f"the small call {point.name}, block {block}: {row['error']}")
-    return found, reasons
+    answered = {(row["point"], row["block"], row["pass"]): row for row in found}
+    lost: dict[int, dict[str, str]] = {}
+    for point, block, what in smoke.cases():
+        row = answered.get((point.name, block, what), {"error": f"gave nothing: the process {ended}"})
+        if "error" in row:
+            reason = f"the small call {point.name}, block {block}, {what}: {row['error']}"
+            lost[block] = dict.fromkeys(lost_with(what), reason) | lost.get(block, {})
+    return found, lost
 
 
 def _last_line(text: str) -> str:

@@ -9,7 +9,7 @@ from points import DENSE_POINTS, POINTS, Point
 from gpu import correctness
 from gpu.device_time import Clock
 from gpu.flex import NAMES as FLEX
-from gpu.sides import PASSES, SIDES, Limits, Side
+from gpu.sides import SIDES, Limits, Side, lost_with
 
 
 class TrainStep(Point):
@@ -97,8 +97,7 @@ class Left:
 
     def without(self, side: str, what: str, reason: str) -> "Left":
         """Without a side that hung: what hangs forward is not tried at all, what hangs backward is so forward alone."""
-        passes = PASSES[1:] if what in PASSES[1:] else PASSES
-        lost = dict.fromkeys(passes, reason) | self.left_out.get(side, {})
+        lost = dict.fromkeys(lost_with(what), reason) | self.left_out.get(side, {})
         return dataclasses.replace(self, left_out=self.left_out | {side: lost})
 
 

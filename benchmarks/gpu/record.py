@@ -91,7 +91,7 @@ class Record:
     def failures(self) -> list[str]:
         """What of our own is missing or wrong, a line each: our sides are to run everywhere, and to be right."""
         told = [
-            f"small call {call['point']}, block {call['block']}: {call.get('error') or _wrong(call)}"
+            f"small call {call['point']}, block {call['block']}, {call['pass']}: {call.get('error') or _wrong(call)}"
             for call in self.header.get("small calls", ())
             if not call["passed"]
         ]

@@ -19,7 +19,6 @@ from gpu.guard import Ending, Teller
 from gpu.options import Budget, Left, Options, TrainStep
 from gpu.point import Measurement
 from gpu.record import Record
-from gpu.sides import PASSES
 from pallas_kernels.mosaic_gpu import tuned
 
 
@@ -34,7 +33,7 @@ def run(options: Options, work: Callable | None = None) -> Record:
     small_calls, untried = guard.tried_first() if options.try_first else ([], {})
     found.keep({"header": {"small calls": small_calls}})
     left_out = {
-        side.name: dict.fromkeys(PASSES, untried[side.block])
+        side.name: untried[side.block]
         for side in options.all_sides
         if side.name.startswith("s2jax") and side.block in untried
     }
@@ -44,7 +43,7 @@ def run(options: Options, work: Callable | None = None) -> Record:
         left = found.what_is_left(left)
         if ending is None:
             return found
-        print(f"{ending.reason}: {', '.join(map(str, ending.jobs)) or 'nothing was begun'}", flush=True)
+        print(ending, flush=True)
         follows = after(ending, left, found)
         if follows is None:
             return found
@@ -53,7 +52,7 @@ def run(options: Options, work: Callable | None = None) -> Record:
 
 def after(ending: Ending, left: Left, found: Record) -> Left | None:
     """What is done when the process did not come to its end; None where nothing can be. The rows say why."""
-    reason = f"{ending.reason}: {', '.join(map(str, ending.jobs))}"
+    reason = str(ending)
     found.cut_short(ending.jobs, reason)
     if ending.too_late or not ending.jobs:
         found.skip(left, "not run" if ending.too_late else "left out", reason)

@@ -25,6 +25,12 @@ GRADIENTS = ("dquery", "dkey", "dvalue")
 RESULTS = {"forward": ("out",), "backward": GRADIENTS, "forward + backward": ("out", *GRADIENTS)}
 """What each pass gives."""
 
+
+def lost_with(what: str) -> tuple[str, ...]:
+    """Passes that are not tried where this one hangs: all, but forward alone where it is of the backward pass."""
+    return PASSES[1:] if what in PASSES[1:] else PASSES
+
+
 Attention = Callable[[Array, Array, Array], Array]
 """Query, key and value to out; [b, t, h, d] [b, s, k, d] [b, s, k, e] -> [b, t, h, e]."""
 

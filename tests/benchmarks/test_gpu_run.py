@@ -222,8 +222,14 @@ def test_when_nothing_can_go_on_the_rows_say_so():
 
 def test_small_calls_with_wrong_numbers_are_failures():
     found = Record(options())
-    found.keep({"header": {"small calls": [{"point": "a", "block": 64, "passed": False, "difference": 0.5}]}})
-    assert found.failures() == ["small call a, block 64: wrong by 0.5"]
+    found.keep(
+        {
+            "header": {
+                "small calls": [{"point": "a", "block": 64, "pass": "forward", "passed": False, "difference": 0.5}]
+            }
+        }
+    )
+    assert found.failures() == ["small call a, block 64, forward: wrong by 0.5"]
 
 
 def by_xla(point, block):

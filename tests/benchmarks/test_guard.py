@@ -9,8 +9,12 @@ import time
 import pytest
 from gpu import guard, machine, smoke
 from gpu.guard import Job, Teller
+from gpu.sides import PASSES
 
-CASES = [{"point": point.name, "block": block, "passed": True, "difference": 0.0} for point, block in smoke.cases()]
+CASES = [
+    {"point": point.name, "block": block, "pass": what, "passed": True, "difference": 0.0}
+    for point, block, what in smoke.cases()
+]
 
 
 def process(lines: list[dict], then: str = "") -> list[str]:
@@ -19,21 +23,22 @@ def process(lines: list[dict], then: str = "") -> list[str]:
 
 
 def test_all_block_sizes_are_tried():
-    assert {block for _, block in smoke.cases()} == {64, 32, 16}
+    assert {block for _, block, _ in smoke.cases()} == {64, 32, 16}
     assert guard.tried_first(process(CASES)) == (CASES, {})
 
 
-def test_one_that_hangs():
-    found, reasons = guard.tried_first(process(CASES[:-2], "time.sleep(60)"), timeout_s=3)
+def test_one_that_hangs_backward_costs_no_forward_pass():
+    found, lost = guard.tried_first(process(CASES[:-2], "time.sleep(60)"), timeout_s=3)
     assert len(found) == len(CASES) - 2
-    assert set(reasons) == {16}
-    assert "did not end in 3 s" in reasons[16]
+    assert {block: set(passes) for block, passes in lost.items()} == {16: {"backward", "forward + backward"}}
+    assert "did not end in 3 s" in lost[16]["backward"]
 
 
 def test_one_that_crashes():
-    _, reasons = guard.tried_first(process(CASES[:1], "sys.exit('illegal address')"))
-    assert set(reasons) == {64, 32, 16}
-    assert "ended with 1: illegal address" in reasons[64]
+    _, lost = guard.tried_first(process(CASES[:1], "sys.exit('illegal address')"))
+    assert set(lost) == {64, 32, 16}
+    assert set(lost[64]) == set(PASSES)
+    assert "ended with 1: illegal address" in lost[64]["forward"]
 
 
 def test_one_that_refuses():
@@ -44,11 +49,12 @@ def test_one_that_refuses():
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 def test_a_small_call(capsys):
-    smoke.main(smoke.cases()[:1], implementation="reference")
+    smoke.main([smoke.cases()[0], smoke.cases()[-1]], implementation="reference")
     smoke.main(smoke.cases()[:1], implementation="nothing")
-    right, wrong = map(json.loads, capsys.readouterr().out.splitlines())
+    right, backward, wrong = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (right["pass"], backward["pass"]) == ("forward", "backward")
     assert right["passed"]
-    assert right["difference"] == 0
+    assert right["difference"] == backward["difference"] == 0
     assert "implementation must be among" in wrong["error"]
 
 
