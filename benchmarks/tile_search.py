@@ -11,6 +11,7 @@ import functools
 import itertools
 import math
 import pathlib
+import signal
 import statistics
 import sys
 import time
@@ -229,6 +230,7 @@ def main() -> None:
     chosen = options.parse_args()
     machine.leave_alone()
     stop = time.monotonic() + chosen.budget_s
+    signal.alarm(int(chosen.budget_s) + COMPILES_S + 30)  # should the end of this process hang
     found = Found(chosen.folder, groups())
     while ending := guard.watched(search_all, (found.left, stop), found.keep, stop + COMPILES_S):
         if not found.ended(ending):

@@ -106,9 +106,7 @@ class Ending:
         return f"{self.reason}: {'; '.join(map(str, self.jobs)) or 'nothing was begun'}"
 
 
-def watched(
-    work: Callable, arguments: tuple, kept: Callable[[typing.Any], None], deadline: float, start_s: float = START_S
-) -> Ending | None:
+def watched(work: Callable, arguments: tuple, kept: Callable[[typing.Any], None], deadline: float) -> Ending | None:
     """Runs `work(Teller, *arguments)` in a process of its own, and ends that when it hangs.
 
     Args:
@@ -123,32 +121,34 @@ def watched(
     process = context.Process(target=_begin, args=(told, work, arguments))
     process.start()
     told.close()
-    jobs, limit_s, spoiled = (), start_s, None
     try:
-        while True:
-            wait_s = min(limit_s, deadline - time.monotonic())
-            if not heard.poll(max(0.0, wait_s)):
-                return _silent(jobs, limit_s, too_late=wait_s < limit_s)
-            match heard.recv():
-                case ("jobs", jobs, limit_s):
-                    pass
-                case ("keep", what):
-                    kept(what)
-                case ("lost", spoiled):
-                    pass
-                case None:
-                    return None
-    except (EOFError, OSError):
-        process.join(10)
-        return Ending(spoiled or f"its process ended with {process.exitcode}", jobs)
+        return _listen(process, heard, kept, deadline)
     finally:
         process.kill()
         process.join(10)
 
 
-def _silent(jobs: tuple[Job, ...], limit_s: float, *, too_late: bool) -> Ending:
-    reason = "the time was up" if too_late else f"no answer for {limit_s:g} s"
-    return Ending(reason, jobs, too_late)
+def _listen(process: typing.Any, heard: typing.Any, kept: Callable, deadline: float) -> Ending | None:
+    jobs, limit_s, spoiled = (), START_S, None
+    while True:
+        left_s = deadline - time.monotonic()
+        if not heard.poll(max(0.0, min(limit_s, left_s))):
+            late = left_s < limit_s
+            return Ending("the time was up" if late else f"no answer for {limit_s:g} s", jobs, late)
+        try:
+            message = heard.recv()
+        except (EOFError, OSError):
+            process.join(10)
+            return Ending(spoiled or f"its process ended with {process.exitcode}", jobs)
+        match message:
+            case ("jobs", jobs, limit_s):
+                pass
+            case ("keep", what):
+                kept(what)
+            case ("lost", spoiled):
+                pass
+            case None:
+                return None
 
 
 def _begin(connection: typing.Any, work: Callable, arguments: tuple) -> None:

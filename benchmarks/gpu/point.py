@@ -13,7 +13,6 @@ from schedules import forward_over_ideal, hopper_tiles, ideal_pairs
 
 import s2jax
 from gpu import correctness, machine
-from gpu.attempt import attempt
 from gpu.compare import compare, shown
 from gpu.device_time import Clock, clocked
 from gpu.flex import NAMES as FLEX
@@ -75,7 +74,7 @@ class Measurement:
                 self._keep(name, make)
 
     def _keep(self, name: str, make: Callable[[], Prepared]) -> None:
-        found, reason = attempt(make)
+        found, reason = self.teller.attempt(make)
         if found is None:
             self.rows[name]["left out"] = reason
         else:

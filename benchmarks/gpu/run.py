@@ -22,12 +22,8 @@ from gpu.record import Record
 from pallas_kernels.mosaic_gpu import tuned
 
 
-def run(options: Options, work: Callable | None = None) -> Record:
-    """Measures all points; what was found, as saved.
-
-    Args:
-      work: what the watched process does; a test may put something else in its place.
-    """
+def run(options: Options) -> Record:
+    """Measures all points; what was found, as saved."""
     start = time.monotonic()
     found = Record(options)
     small_calls, untried = guard.tried_first() if options.try_first else ([], {})
@@ -39,7 +35,7 @@ def run(options: Options, work: Callable | None = None) -> Record:
     }
     left = Left(options.points, left_out)
     while True:
-        ending = guard.watched(work or measure_all, (options, left, start), found.keep, start + options.limit_s)
+        ending = guard.watched(measure_all, (options, left, start), found.keep, start + options.limit_s)
         left = found.what_is_left(left)
         if ending is None:
             return found
