@@ -131,8 +131,12 @@ def arguments(cpu: bool) -> argparse.ArgumentParser:
         options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the inputs")
     else:
         options.add_argument("--sides", nargs="+", choices=SIDE_NAMES, help="which sides; all by default")
-        options.add_argument("--budget-s", type=float, default=400, help="seconds in which points should end")
-        options.add_argument("--xla-s", type=float, default=2, help="leaves out XLA's passes that take longer a call")
+        options.add_argument(
+            "--budget-s", type=float, default=Options.budget_s, help="seconds in which points should end"
+        )
+        options.add_argument(
+            "--xla-s", type=float, default=Options.xla_s, help="leaves out XLA's passes that take longer a call"
+        )
     return options
 
 

@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 from gpu import correctness, guard, machine
-from gpu.attempt import attempt
 from gpu.device_time import Clock, Timing, choose_clock, in_turn, matrix_product
 from gpu.guard import Job, Teller
 from gpu.record import device
@@ -185,7 +184,7 @@ def search_all(teller: Teller, left: dict[Key, Points], stop: float) -> None:
         if time.monotonic() > stop:
             print(f"{key}: no time left", flush=True)
             continue
-        entry, reason = attempt(lambda key=key, points=points: search(key, points, clock, teller))
+        entry, reason = teller.attempt(lambda key=key, points=points: search(key, points, clock, teller))
         teller.keep({"key": key, "entry": entry, "reason": reason})
 
 

@@ -40,7 +40,6 @@ class Options:
 
     Attributes:
       budget_s: no point is begun that might end later, were it as long as the longest so far.
-      limit_s: when everything ends, done or not.
       folder: where the file goes; None for nowhere.
       pairs: logits held at once when our side is checked, a sixteenth of it for others; more are more rows.
       all_sides: among which `sides` chooses, besides PyTorch's.
@@ -56,7 +55,6 @@ class Options:
     sides: tuple[str, ...] = SIDE_NAMES
     repeats: int = 5
     budget_s: float = 400
-    limit_s: float = 460
     folder: pathlib.Path | None = None
     pairs: int = correctness.PAIRS
     all_sides: tuple[Side, ...] = SIDES
@@ -66,6 +64,11 @@ class Options:
     compiling_s: float = 150
     xla_s: float = Limits.seconds
     clock: Clock | None = None
+
+    @property
+    def limit_s(self) -> float:
+        """When everything ends, done or not."""
+        return self.budget_s + 60
 
     def block_of(self, name: str) -> int:
         return next((side.block for side in self.all_sides if side.name == name), 64)

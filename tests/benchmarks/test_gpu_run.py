@@ -222,13 +222,8 @@ def test_when_nothing_can_go_on_the_rows_say_so():
 
 def test_small_calls_with_wrong_numbers_are_failures():
     found = Record(options())
-    found.keep(
-        {
-            "header": {
-                "small calls": [{"point": "a", "block": 64, "pass": "forward", "passed": False, "difference": 0.5}]
-            }
-        }
-    )
+    call = {"point": "a", "block": 64, "pass": "forward", "passed": False, "difference": 0.5}
+    found.keep({"header": {"small calls": [call]}})
     assert found.failures() == ["small call a, block 64, forward: wrong by 0.5"]
 
 
@@ -276,7 +271,7 @@ def test_all_points_or_some(capsys):
 
 def test_all_fits_before_everything_ends():
     asked = Options()
-    assert asked.budget_s + 30 <= asked.limit_s <= 465
+    assert asked.budget_s < asked.limit_s <= 465
     assert TRAIN_STEP in asked.points
 
 

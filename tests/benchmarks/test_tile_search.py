@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,29 @@ def _without_a_block(arrays, row):
     read = slice(row - 63)
     weights = jax.nn.softmax(key[read] @ query[row] / 8)
     return (weights @ value[read]).astype(arrays.query.dtype)
+
+
+def test_all_that_is_searched_is_kept(monkeypatch, tmp_path):
+    """What fails is told, what there is no time for is not begun."""
+    found = tile_search.Found(tmp_path, dict(list(tile_search.groups().items())[:2]))
+    one, other = found.left
+
+    def search(key, points, clock, teller):
+        if key == other:
+            raise ValueError("no")
+        return {"tiles": {}, "usual": {}, "of usual": 1.0}
+
+    monkeypatch.setattr(tile_search, "search", search)
+    monkeypatch.setattr(tile_search, "matrix_product", lambda: (None, None, 1.0))
+    monkeypatch.setattr(tile_search, "choose_clock", lambda *arguments: (Clock(1.0), {}))
+    teller = Teller(lambda message: found.keep(message[1]) if message[0] == "keep" else None)
+    tile_search.search_all(teller, dict(found.left), time.monotonic() - 1)
+    assert set(found.left) == {one, other}
+    tile_search.search_all(teller, dict(found.left), time.monotonic() + 60)
+    assert not found.left
+    assert found.failed == [f"{other}: ValueError: no"]
+    record = json.loads((tmp_path / "tuned.json").read_text())
+    assert (record["clock"], len(record["rows"])) == ("told", 1)
 
 
 def test_a_configuration_that_hangs_is_left_out(tmp_path, capsys):
