@@ -71,7 +71,7 @@ def attention_gpu(record: dict) -> str:
         return "\n".join(["It ended before anything was measured.", *_not_there(record["rows"])])
     lines = [
         "| point | density | forward | over cuDNN | backward | over the best dense | over FlexAttention "
-        "| block 32, 16 | cuDNN forward, backward | correct in |",
+        "| block 32, 16 | cuDNN forward, backward | rows checked |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     steps = {name: sides for name, sides in points.items() if any("train step ms" in row for row in sides.values())}
@@ -84,10 +84,10 @@ def attention_gpu(record: dict) -> str:
     device = f"{gpu.get('name', record['device'])}, driver {gpu.get('driver_version', 'unknown')}, by {record['clock']}"
     told = (
         "Forward and backward in useful TFLOP/s: only token pairs that the pattern lets through count. Times are by "
-        f"{record['clock']} where nothing else is said, and compared only with those of the same clock. Our kernel "
-        f"takes the tiles: {record['tiles of s2jax']}. The others run as they come: cuDNN with its own heuristics, "
-        "tokamax with the tuning files that it ships, FlexAttention with its default tiles (blocks of 128 × 64 with "
-        "backward tiles of its search list that fit them). Nothing was searched for them."
+        f"{record['clock']} where nothing else is said, and compared only with those of the same clock. Tiles of our "
+        f"kernel: {record['tiles of s2jax']}. The others run on their defaults, nothing was searched for them: cuDNN's "
+        "heuristics, tokamax's own tuning files where they know the shape, FlexAttention's default tiles (for blocks "
+        "of 128 × 64, which have none backward, those of its search list that fit)."
     )
     made = [*lines, "", told, *_small_calls(record), *_steps(steps), *_not_there(record["rows"]), ""]
     return "\n".join([*made, origin(record, "attention_gpu", device)])
