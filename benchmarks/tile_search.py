@@ -91,9 +91,10 @@ def search(key: Key, points: Points, clock: Clock, teller: Teller, implementatio
     others = [Candidate(tiles) for tiles in fitting(key, heads) if tiles != usual.tiles]
     candidates = [usual, *others]
     for point, block in points:
-        measure(point, block, candidates, clock, teller, implementation)
-    if usual.failed is not None:
-        raise RuntimeError(f"{usual.tiles}: {usual.failed}")
+        # What failed once is not taken, however well it does elsewhere.
+        measure(point, block, [each for each in candidates if each.failed is None], clock, teller, implementation)
+        if usual.failed is not None:
+            raise RuntimeError(f"{usual.tiles} at {point.name}: {usual.failed}")
     best = min(candidates, key=lambda each: each.score(usual))
     if best.score(usual) > MARGIN:
         best = usual

@@ -97,6 +97,27 @@ def _without_a_block(arrays, row):
     return (weights @ value[read]).astype(arrays.query.dtype)
 
 
+def test_tiles_that_fail_once_are_not_tried_again(monkeypatch):
+    key, _ = tile_search.key_of(TINY, 64)
+    measured = []
+
+    def measure(point, block, candidates, clock, teller, implementation):
+        measured.append(len(candidates))
+        for each in candidates:
+            each.milliseconds[point.name] = 1.0
+        candidates[-1].failed, candidates[-1].milliseconds = "wrong by 1", {}
+
+    monkeypatch.setattr(tile_search, "measure", measure)
+    row = tile_search.search(key, [(TINY, 64), (dataclasses.replace(TINY, name="other"), 64)], Clock(1.0), QUIET)
+    assert measured[1] == measured[0] - 1
+    assert row["tried"][-1]["failed"] == "wrong by 1"
+    monkeypatch.setattr(tile_search, "measure", lambda point, block, candidates, *rest: measure(
+        point, block, candidates[:1], *rest
+    ))  # fmt: skip
+    with pytest.raises(RuntimeError, match="at tiny: wrong by 1"):
+        tile_search.search(key, [(TINY, 64)], Clock(1.0), QUIET)
+
+
 def test_all_that_is_searched_is_kept(monkeypatch, tmp_path):
     """What fails is told, what there is no time for is not begun."""
     found = tile_search.Found(tmp_path, dict(list(tile_search.groups().items())[:2]))
