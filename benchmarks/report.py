@@ -67,26 +67,41 @@ def attention_gpu(record: dict) -> str:
     points: dict[str, dict[str, dict]] = {}
     for row in record["rows"]:
         points.setdefault(row["point"], {})[row["side"]] = row
+    if "clock" not in record:
+        return "\n".join(["It ended before anything was measured.", *_not_there(record["rows"])])
     lines = [
         "| point | density | forward | over cuDNN | backward | over the best dense | over FlexAttention "
-        "| block 32, 16 | cuDNN forward, backward |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| block 32, 16 | cuDNN forward, backward | rows checked |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_point_on_gpu(name, sides) for name, sides in points.items() if "s2jax" in sides]
+    steps = {name: sides for name, sides in points.items() if any("train step ms" in row for row in sides.values())}
+    lines += [
+        _point_on_gpu(name, sides, record["clock"])
+        for name, sides in points.items()
+        if "density" in sides.get("s2jax", {})
+    ]
     gpu = record["machine"]["gpu"]
     device = f"{gpu.get('name', record['device'])}, driver {gpu.get('driver_version', 'unknown')}, by {record['clock']}"
-    told = "Forward and backward in useful TFLOP/s: only token pairs that the pattern lets through count."
-    told += f" The backward pass is computed by {record['backward of s2jax by']}."
-    return "\n".join([*lines, "", told, *_not_there(record["rows"]), "", origin(record, "attention_gpu", device)])
+    told = (
+        "Forward and backward in useful TFLOP/s: only token pairs that the pattern lets through count. Times are by "
+        f"{record['clock']} where nothing else is said, and compared only with those of the same clock. Tiles of our "
+        f"kernel: {record['tiles of s2jax']}. The others run on their defaults, nothing was searched for them: cuDNN's "
+        "heuristics, tokamax's own tuning files where they know the shape, FlexAttention's default tiles (for blocks "
+        "of 128 × 64, which have none backward, those of its search list that fit)."
+    )
+    made = [*lines, "", told, *_small_calls(record), *_steps(steps), *_not_there(record["rows"]), ""]
+    return "\n".join([*made, origin(record, "attention_gpu", device)])
 
 
-def _point_on_gpu(name: str, sides: dict[str, dict]) -> str:
+def _point_on_gpu(name: str, sides: dict[str, dict], clock: str) -> str:
     ours = sides["s2jax"]
 
     def rate(side: str, way: str) -> str:
-        value = sides.get(side, {}).get(f"{way} useful TFLOP/s")
-        wrong = "" if sides.get(side, {}).get("correct") else " (not shown correct)"
-        return "–" if value is None else f"{value:.0f}{wrong}"
+        row = sides.get(side, {})
+        value = row.get(f"{way} useful TFLOP/s")
+        wrong = "" if row.get(f"{way} correct") else " (not shown correct)"
+        other = "" if row.get(f"{way} clock") == clock else f" (by {row.get(f'{way} clock')})"
+        return "–" if value is None else f"{value:.0f}{wrong}{other}"
 
     def over(way: str, whom: str) -> str:
         value = ours.get(f"{way} over {whom}")
@@ -97,16 +112,53 @@ def _point_on_gpu(name: str, sides: dict[str, dict]) -> str:
         return "" if value is None else f" ({value:.0%} of ideal)"
 
     def against(block: int) -> str:
-        theirs, mine = sides.get(f"s2jax block {block}", {}).get("forward ms"), ours.get("forward ms")
-        return "–" if theirs is None or mine is None else f"{theirs / mine:.2f}×"
+        theirs = sides.get(f"s2jax block {block}", {})
+        same = "forward ms" in ours and theirs.get("forward clock") == ours["forward clock"]
+        return f"{theirs['forward ms'] / ours['forward ms']:.2f}×" if same else "–"
 
     return (
         f"| {name} | {ours['density']:.3f} | {rate('s2jax', 'forward')} "
         f"| {over('forward', 'cudnn')}{of_ideal('forward')} "
         f"| {rate('s2jax', 'backward')} | {over('backward', 'best dense')}{of_ideal('backward')} "
         f"| {over('forward', 'flex')}, {over('backward', 'flex')} | {against(32)}, {against(16)} "
-        f"| {rate('cudnn', 'forward')}, {rate('cudnn', 'backward')} |"
+        f"| {rate('cudnn', 'forward')}, {rate('cudnn', 'backward')} | {_checked_rows(sides)} |"
     )
+
+
+def _checked_rows(sides: dict[str, dict]) -> str:
+    """Of our main side many rows are checked, of all others few."""
+    ours = sides["s2jax"].get("checked rows")
+    others = {row["checked rows"] for name, row in sides.items() if name != "s2jax" and "checked rows" in row}
+    told = [f"{ours} rows of ours"] if ours is not None else []
+    return ", ".join([*told, *(f"{rows} of others" for rows in sorted(others))]) or "–"
+
+
+def _small_calls(record: dict) -> list[str]:
+    wrong = [call for call in record.get("small calls", ()) if not call["passed"]]
+    told = "; ".join(f"{call['point']}, block {call['block']}, {call['pass']}" for call in wrong)
+    return ["", f"Small calls that were wrong or failed: {told}."] if wrong else []
+
+
+def _steps(steps: dict[str, dict[str, dict]]) -> list[str]:
+    """Training steps of an attention block, and the memory that each needs."""
+    lines = [
+        f"| {name} | {side} | {row['train step ms']:.1f} ms by {row['train step clock']} "
+        f"| {_times(row, 's2jax dense')} | {_times(row, 'cudnn')} | {_gib(row)} |"
+        for name, sides in steps.items()
+        for side, row in sides.items()
+        if "train step ms" in row
+    ]
+    head = ["", "A training step of one attention block, its projections, norm and SGD included:", ""]
+    head += ["| point | attention | a step | over s2jax dense | over cuDNN | peak memory, arguments included |"]
+    return [*head, "|---|---|---|---|---|---|", *lines] if lines else []
+
+
+def _times(row: dict, whom: str) -> str:
+    return f"{row[f'train step over {whom}']:.2f}×" if f"train step over {whom}" in row else "–"
+
+
+def _gib(row: dict) -> str:
+    return f"{row['peak bytes'] / 2**30:.2f} GiB" if "peak bytes" in row else "–"
 
 
 def _not_there(rows: list[dict]) -> list[str]:
@@ -114,8 +166,9 @@ def _not_there(rows: list[dict]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for row in rows:
         where = f"{row['side']} at {row['point']}"
-        if "left out" in row:
-            reasons.setdefault(row["left out"], []).append(where)
+        for key in ("left out", "not run"):
+            if key in row:
+                reasons.setdefault(row[key], []).append(where)
         for key, value in row.items():
             if key.endswith(" failed") and value:
                 reasons.setdefault(value, []).append(f"{where} ({key.removesuffix(' failed')})")

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gpu.sides import Arrays
+from gpu.sides import RESULTS, Arrays
 from s2jax.patterns import Heads, Pattern
 
-NAMES = ("out", "dquery", "dkey", "dvalue")
+NAMES = RESULTS["forward + backward"]
 PAIRS = 1 << 26
 """Logits held at once, in float32."""
 
@@ -104,20 +104,28 @@ class Truth:
     results: dict[str, Array]
     allowed: dict[str, np.ndarray]
 
-    def check(self, found: tuple[Array, ...]) -> list[Check]:
-        """Compares out [b, t, h, d], and dq, dk and dv if they are there, given `only(rows, dout)`."""
+    def check(self, found: tuple[Array, ...], names: tuple[str, ...] = NAMES) -> list[Check]:
+        """Compares results [b, t, h, d] of these names, as many as there are, given `only(rows, dout)`."""
         checks = []
-        for name, array in zip(NAMES, found, strict=False):
-            exact, allowed = self.results[name], self.allowed[name]
+        for name, array in zip(names, found, strict=False):
+            exact = self.results[name]
             positions = self.rows if name in ("out", "dquery") else np.arange(len(exact))
-            errors = np.asarray(_errors_in(exact, array, positions, bands(positions), len(allowed)))
-            worst = int(np.argmax(errors / np.maximum(allowed, 1e-30)))
-            band = f"{4**worst - 1} to {4 ** (worst + 1) - 2}"
-            checks.append(Check(name, float(errors[worst]), float(allowed[worst]), band))
+            checks.append(self._worst(name, exact, array, positions))
             if name == "dquery":
                 # Rows without a cotangent have no gradient.
                 checks.append(Check("dquery elsewhere", float(_largest_but_in(self.rows, array)), 0.0, "unsampled"))
         return checks
+
+    def alike(self, one: Float[Array, "b t h e"], other: Float[Array, "b t h e"]) -> Check:
+        """Compares two outputs with each other, in all rows: they may differ as much as one of them may be wrong."""
+        exact = one.astype(jnp.float32).swapaxes(0, 1)
+        return self._worst("out", exact, other, np.arange(one.shape[1]))
+
+    def _worst(self, name: str, exact: Array, found: Array, positions: np.ndarray) -> Check:
+        allowed = self.allowed[name]
+        errors = np.asarray(_errors_in(exact, found, positions, bands(positions), len(allowed)))
+        worst = int(np.argmax(errors / np.maximum(allowed, 1e-30)))
+        return Check(name, float(errors[worst]), float(allowed[worst]), f"{4**worst - 1} to {4 ** (worst + 1) - 2}")
 
 
 def truth(pattern: Pattern, arrays: Arrays, pairs: int = PAIRS) -> Truth:

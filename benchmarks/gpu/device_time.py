@@ -14,6 +14,9 @@ import time
 import typing
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+
 from gpu.attempt import NoDeviceTime, attempt
 
 Call = Callable[[], typing.Any]
@@ -111,6 +114,13 @@ def choose_clock(call: Call, wait: Wait, operations: float, most_per_second: flo
     raise NoDeviceTime("; ".join(f"{name}: {reason}" for name, reason in told.items()))
 
 
+def matrix_product(size: int = 8192) -> tuple[Call, Wait, float]:
+    """A known computation to try clocks with: its call, how to wait for it, and its operations."""
+    first, second = (jax.random.normal(jax.random.key(seed), (size, size), jnp.bfloat16) for seed in (0, 1))
+    product = jax.jit(jnp.matmul)
+    return lambda: product(first, second), jax.block_until_ready, 2.0 * size**3
+
+
 def _checked(clock: Clock, call: Call, wait: Wait, operations: float, most_per_second: float) -> tuple[Clock, float]:
     """The clock, and milliseconds of a call; raises where it counts what ran outside its measurements, or little."""
     wait(call())
@@ -191,14 +201,28 @@ def in_turn(
     burst_ms: float = 30,
     pause_s: float = 0.03,
     enough: Callable[[], bool] = lambda: False,
+    tried: Callable[[Callable], tuple] = attempt,
 ) -> None:
     """Samples all calls in turn, `repeats` rounds; one that fails drops out. Stops after a round if there is enough."""
     for timing in timings.values():
-        _, timing.failed = attempt(lambda timing=timing: timing.warm_up(burst_ms))
+        if timing.failed is not None:
+            continue
+        _, timing.failed = tried(lambda timing=timing: timing.warm_up(burst_ms))
     for _ in range(repeats):
         for timing in timings.values():
             if timing.failed is None and not timing.is_enough():
                 time.sleep(pause_s)
-                _, timing.failed = attempt(lambda timing=timing: timing.sample(clock))
+                _, timing.failed = tried(lambda timing=timing: timing.sample(clock))
         if enough():
             return
+
+
+def clocked(timings: dict[str, Timing], clock: Clock, repeats: int, **more: typing.Any) -> dict[str, str]:
+    """As `in_turn`, and once more by the host's clock what this one cannot see; by which clock each was timed."""
+    in_turn(timings, clock, repeats, **more)
+    names = dict.fromkeys(timings, clock.name)
+    unread = {name: timing for name, timing in timings.items() if timing.failed is None and not timing.samples}
+    if unread and clock.name != Queued.name:
+        in_turn(unread, Queued(), repeats, **more)
+        names |= dict.fromkeys(unread, Queued.name)
+    return names

@@ -11,12 +11,13 @@ import importlib.util
 import time
 import typing
 import unittest.mock
+from collections.abc import Callable
 
 import jax
 from points import Point
 
 from gpu.attempt import LeftOut, attempt
-from gpu.sides import Arrays, Prepared
+from gpu.sides import PASSES, Arrays, Prepared
 from s2jax.patterns import Heads, LocalStride
 
 NAMES = {"flex 128x64": (128, 64), "flex 128x128": (128, 128)}
@@ -28,8 +29,23 @@ BACKWARD_TILES = (64, 64, 64, 64, 3, 4)
 """Queries and keys of the passes over keys and over queries, stages, warps."""
 
 
-def prepare_flex(name: str, point: Point, arrays: Arrays, device: str = "cuda") -> Prepared:
-    """FlexAttention ready for a point; raises LeftOut."""
+def prepare_flex(
+    name: str,
+    point: Point,
+    arrays: Arrays,
+    device: str = "cuda",
+    left_out: dict[str, str] | None = None,
+    doing: Callable[[str], None] = lambda what: None,
+) -> Prepared:
+    """FlexAttention ready for a point; raises LeftOut.
+
+    Args:
+      left_out: passes that are not to be tried, and why.
+      doing: told of which pass the next part is.
+    """
+    left_out = dict(left_out or {})
+    if "forward" in left_out:
+        raise LeftOut(left_out["forward"])
     if importlib.util.find_spec("torch") is None:
         raise LeftOut("torch is not installed")
     import torch
@@ -45,6 +61,7 @@ def prepare_flex(name: str, point: Point, arrays: Arrays, device: str = "cuda") 
     if device == "cuda":
         torch.cuda.empty_cache()
     start = time.perf_counter()
+    doing("forward")
     mask = block_mask(pattern, point, NAMES[name], device)
     if device == "cuda":
         torch.cuda.synchronize()
@@ -66,16 +83,20 @@ def prepare_flex(name: str, point: Point, arrays: Arrays, device: str = "cuda") 
         if device == "cuda":
             torch.cuda.synchronize()
 
-    prepared = Prepared({"forward": forward}, lambda dout: (_back(forward()),), wait, {}, seconds)
+    results = {"forward": lambda dout: (_back(forward()),)}
+    prepared = Prepared({"forward": forward}, results, wait, left_out, seconds)
     start = time.perf_counter()
+    doing("forward")
     with _tiles(name):
         forward()
         wait(None)
         seconds["compile forward"], start = time.perf_counter() - start, time.perf_counter()
-        # The forward pass stands without it.
-        _, reason = attempt(lambda: _add_backward(prepared, attention, inputs, cotangent))
-        if reason is not None:
-            prepared.left_out |= dict.fromkeys(("backward", "forward + backward"), reason)
+        if not left_out:
+            doing("backward")
+            # The forward pass stands without it.
+            _, reason = attempt(lambda: _add_backward(prepared, attention, inputs, cotangent))
+            if reason is not None:
+                prepared.left_out |= dict.fromkeys(PASSES[1:], reason)
         wait(None)
     seconds["compile backward"] = time.perf_counter() - start
     return prepared
@@ -93,16 +114,19 @@ def _add_backward(prepared: Prepared, attention: typing.Any, inputs: list, cotan
 
     kept = attention(*leaves)
 
-    def backward():
-        return torch.autograd.grad(kept, leaves, cotangent, retain_graph=True)
+    def backward(dout=cotangent):
+        return torch.autograd.grad(kept, leaves, dout, retain_graph=True)
+
+    def gradients(dout: jax.Array):
+        return tuple(_back(each) for each in backward(_head_first(torch.from_dlpack(dout))))
 
     def results(dout: jax.Array):
-        out, gradients = both(_head_first(torch.from_dlpack(dout)))
-        return tuple(_back(each) for each in (out, *gradients))
+        out, found = both(_head_first(torch.from_dlpack(dout)))
+        return tuple(_back(each) for each in (out, *found))
 
     backward()
     prepared.calls |= {"backward": backward, "forward + backward": both}
-    prepared.results = results
+    prepared.results |= {"backward": gradients, "forward + backward": results}
 
 
 def block_mask(pattern: LocalStride, point: Point, sizes: tuple[int, int], device: str):

@@ -11,6 +11,9 @@ FIELDS = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", 
           "temperature.gpu", "pstate", "memory.total")  # fmt: skip
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-cuda-nvcc", "tokamax", "torch", "triton")
 
+MOST_PER_SECOND = 1.0e15
+"""More bfloat16 operations a second than a Hopper GPU has."""
+
 ENVIRONMENT = {
     # PyTorch wants some of the memory too.
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -30,16 +33,24 @@ def set_environment() -> None:
         os.environ[name] = value
 
 
+def leave_alone() -> None:
+    """This process does not touch the GPU: others do that for it."""
+    jax.config.update("jax_platforms", "cpu")
+
+
 def has_gpu() -> bool:
     return os.environ.get("JAX_PLATFORMS", "cuda").startswith("cuda") and shutil.which("nvidia-smi") is not None
 
 
 def state() -> dict[str, str]:
-    """By nvidia-smi, of the first GPU; empty where there is none."""
+    """By nvidia-smi, of the first GPU; empty where there is none, or where a hanging one does not answer."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout.splitlines()
+    except subprocess.TimeoutExpired:
+        return {}
     return dict(zip(FIELDS, (value.strip() for value in told[0].split(",")), strict=False)) if told else {}
 
 

@@ -3,6 +3,7 @@
 A side computes the point's pattern, or dense causal attention, which is what the speedups are over.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -18,9 +19,17 @@ from points import Point
 import s2jax
 from gpu.attempt import LeftOut, attempt
 from gpu.device_time import Call, Timing
-from pallas_kernels import op
 
 PASSES = ("forward", "backward", "forward + backward")
+GRADIENTS = ("dquery", "dkey", "dvalue")
+RESULTS = {"forward": ("out",), "backward": GRADIENTS, "forward + backward": ("out", *GRADIENTS)}
+"""What each pass gives."""
+
+
+def lost_with(what: str) -> tuple[str, ...]:
+    """Passes that are not tried where this one hangs: all, but forward alone where it is of the backward pass."""
+    return PASSES[1:] if what in PASSES[1:] else PASSES
+
 
 Attention = Callable[[Array, Array, Array], Array]
 """Query, key and value to out; [b, t, h, d] [b, s, k, d] [b, s, k, e] -> [b, t, h, e]."""
@@ -62,15 +71,15 @@ class Prepared:
     """A side compiled for a point.
 
     Attributes:
-      calls: of the passes that can run.
-      results: out, dq, dk, dv as JAX arrays, given dout; None where there is no backward pass.
+      calls: of the passes that can run, as they are timed.
+      results: what the same executables give as JAX arrays [b, t, h, d], named as `RESULTS` says, given dout.
       wait: for what the calls return.
       left_out: why a pass cannot run.
       seconds: by what was made ready, the compiled passes among them.
     """
 
     calls: dict[str, Call]
-    results: Callable[[Array], tuple[Array, ...]] | None
+    results: dict[str, Callable[[Array], tuple[Array, ...]]]
     wait: Callable[[typing.Any], typing.Any] = jax.block_until_ready
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -91,16 +100,13 @@ def make_arrays(point: Point, dtype: str = "bfloat16", seed: int = 0) -> Arrays:
     return Arrays(*(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)))
 
 
-def _ours(implementation: str):
-    def make(point: Point, block: int) -> Attention:
-        pattern = point.pattern(block)
+def _ours(implementation: str, point: Point, block: int) -> Attention:
+    pattern = point.pattern(block)
 
-        def attention(query, key, value):
-            return s2jax.attention(query, key, value, pattern, implementation=implementation)
+    def attention(query, key, value):
+        return s2jax.attention(query, key, value, pattern, implementation=implementation)
 
-        return attention
-
-    return make
+    return attention
 
 
 def _cudnn(point: Point, block: int) -> Attention:
@@ -122,12 +128,12 @@ def _tokamax(point: Point, block: int) -> Attention:
 
 
 SIDES = (
-    Side("s2jax", _ours("mosaic_gpu")),
+    Side("s2jax", functools.partial(_ours, "mosaic_gpu")),
     Side("cudnn", _cudnn, dense=True),
     Side("tokamax", _tokamax, dense=True),
-    Side("s2jax block 32", _ours("mosaic_gpu"), block=32),
-    Side("s2jax block 16", _ours("mosaic_gpu"), block=16),
-    Side("xla", _ours("xla")),
+    Side("s2jax block 32", functools.partial(_ours, "mosaic_gpu"), block=32),
+    Side("s2jax block 16", functools.partial(_ours, "mosaic_gpu"), block=16),
+    Side("xla", functools.partial(_ours, "xla")),
 )
 """Those that run in JAX; PyTorch's are in `gpu.flex`."""
 
@@ -147,75 +153,85 @@ class Limits:
     free_bytes: int | None = None
 
 
-def backward_by_xla() -> bool:
-    """Whether the backward pass of `mosaic_gpu` is XLA's loops, and not a kernel yet."""
-    return op.BACKWARD["mosaic_gpu"] is op.BACKWARD["xla"]
-
-
-def not_worth(side: Side, point: Point, operations: float, limits: Limits) -> dict[str, str]:
+def not_worth(side: Side, operations: float, limits: Limits) -> dict[str, str]:
     """Passes that are left out, and why.
 
     Args:
       operations: of the forward pass; a backward pass takes 2.5 times as many.
     """
-    ours = side.name.startswith("s2jax")
-    if point.is_dense and side.block != 64:
-        return dict.fromkeys(PASSES, "the dense pattern has no block size of its own")
-    by_xla = PASSES if side.name == "xla" else PASSES[1:] if ours and backward_by_xla() else ()
     found = {}
-    for name in by_xla:
+    for name in PASSES if side.name == "xla" else ():
         seconds = operations * {"forward": 1.0, "backward": 2.5, "forward + backward": 3.5}[name] / limits.slow_rate
         if seconds > limits.seconds:
             found[name] = (
                 f"by XLA's loops: about {seconds:.0f} s a call, estimated at {limits.slow_rate / 1e12:.0f} TFLOP/s, "
                 f"above the limit of {limits.seconds:g} s"
             )
-        elif name != "forward" and backward_by_xla() and side.name != "s2jax":
-            found[name] = "by XLA's loops, which are measured as s2jax's"
     return found
 
 
-def prepare(side: Side, point: Point, arrays: Arrays, operations: float, limits: Limits) -> Prepared:
-    """Compiles a side's passes, each alone, and runs what the backward pass alone needs.
+def prepare(
+    side: Side,
+    point: Point,
+    arrays: Arrays,
+    operations: float,
+    limits: Limits,
+    left_out: dict[str, str] | None = None,
+    compiling: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Prepared:
+    """Compiles a side's passes, each alone; nothing runs yet.
+
+    Args:
+      left_out: passes that are not to be tried, and why.
+      compiling: entered while a pass is compiled.
 
     Raises:
       LeftOut: the side cannot run here at all.
     """
     start = time.perf_counter()
-    attention = side.make(point, side.block)
-    left_out = not_worth(side, point, operations, limits)
+    left_out = not_worth(side, operations, limits) | (left_out or {})
     if len(left_out) == len(PASSES):
         raise LeftOut(left_out["forward"])
-    functions = Functions(attention)
+    functions = Functions(side.make(point, side.block))
     inputs = arrays.query, arrays.key, arrays.value
     lowered, seconds = {}, {}
     for name, function in functions.of(left_out).items():
         lower = functools.partial(_lowered, functions, name, function, inputs, arrays.dout)
         lowered[name], reason = attempt(lower)
         if reason is not None:
-            left_out |= functions.lost_with(name, reason)
+            left_out[pass_of(name)] = reason
     seconds["trace"] = time.perf_counter() - start
     compiled = {}
     with ThreadPoolExecutor() as threads:
-        compiling = {
-            name: threads.submit(_compiled, each, limits) for name, each in lowered.items() if each is not None
+        jobs = {
+            name: threads.submit(_compiled, each, limits, compiling(pass_of(name)))
+            for name, each in lowered.items()
+            if each is not None
         }
-        for name, each in compiling.items():
-            found, reason = attempt(each.result)
+        for name, job in jobs.items():
+            found, reason = attempt(job.result)
             if found is None:
-                left_out |= functions.lost_with(name, reason)
+                left_out[pass_of(name)] = reason
             else:
                 compiled[name], seconds[f"compile {name}"] = found
     return functions.prepared(compiled, inputs, arrays.dout, left_out, seconds)
+
+
+def pass_of(name: str) -> str:
+    """That a compiled function belongs to: what the backward pass starts from has a function of its own."""
+    return "backward" if name == "residuals" else name
 
 
 def _lowered(functions: "Functions", name: str, function: Callable, inputs, dout: jax.Array) -> jax.stages.Lowered:
     return jax.jit(function).lower(*functions.arguments(name, inputs, dout))
 
 
-def _compiled(lowered: jax.stages.Lowered, limits: Limits) -> tuple[jax.stages.Compiled, float]:
+def _compiled(
+    lowered: jax.stages.Lowered, limits: Limits, compiling: contextlib.AbstractContextManager
+) -> tuple[jax.stages.Compiled, float]:
     start = time.perf_counter()
-    compiled = lowered.compile()
+    with compiling:
+        compiled = lowered.compile()
     memory = compiled.memory_analysis()
     if memory is not None and limits.free_bytes is not None and memory.temp_size_in_bytes > limits.free_bytes:
         raise LeftOut(
@@ -249,9 +265,6 @@ class Functions:
         out, kept = jax.eval_shape(self.residuals, *inputs)
         return kept, *inputs, out, dout
 
-    def lost_with(self, name: str, reason: str) -> dict[str, str]:
-        return {"backward" if name == "residuals" else name: reason}
-
     def both(self, query, key, value, dout):
         """The output is a result too, so that no side can leave its forward pass out."""
         out, pull = jax.vjp(self.attention, query, key, value)
@@ -270,25 +283,27 @@ class Functions:
         return jax.tree.unflatten(self._structure, leaves)(dout)
 
     def prepared(self, compiled: dict, inputs: tuple, dout: Array, left_out: dict, seconds: dict) -> Prepared:
-        calls: dict[str, Call] = {}
-        results = None
+        """Each pass by its one executable, which is checked with some cotangents and timed with others."""
+        found: dict[str, Callable[[Array], tuple]] = {}
         if "forward" in compiled:
-            calls["forward"] = lambda: compiled["forward"](*inputs)
-        if "forward + backward" in compiled:
-            calls["forward + backward"] = lambda: compiled["forward + backward"](*inputs, dout)
+            found["forward"] = lambda dout: (compiled["forward"](*inputs),)
         if "residuals" in compiled and "backward" in compiled:
-            out, kept = compiled["residuals"](*inputs)
-            calls["backward"] = lambda: compiled["backward"](kept, *inputs, out, dout)
+            kept = functools.cache(lambda: compiled["residuals"](*inputs))
 
-        def gradients(dout: Array):
-            if "forward + backward" in compiled:
-                out, found = compiled["forward + backward"](*inputs, dout)
-                return out, *found
-            return (compiled["forward"](*inputs),)
+            def backward(dout: Array) -> tuple:
+                out, residuals = kept()
+                return compiled["backward"](residuals, *inputs, out, dout)
 
-        if {"forward", "forward + backward"} & set(compiled):
-            results = gradients
+            found["backward"] = backward
+        if "forward + backward" in compiled:
+
+            def both(dout: Array) -> tuple:
+                out, gradients = compiled["forward + backward"](*inputs, dout)
+                return out, *gradients
+
+            found["forward + backward"] = both
         for name in PASSES:
-            if name not in calls:
+            if name not in found:
                 left_out.setdefault(name, "was not compiled")
-        return Prepared(calls, results, left_out=left_out, seconds=seconds)
+        calls = {name: functools.partial(function, dout) for name, function in found.items()}
+        return Prepared(calls, found, left_out=left_out, seconds=seconds)

@@ -3,6 +3,7 @@
 Run as a process of its own before the rest, so that a kernel that hangs or spoils the GPU's context spoils no more.
 """
 
+import functools
 import json
 import pathlib
 import sys
@@ -17,7 +18,7 @@ from points import Point
 
 import s2jax
 from gpu.attempt import attempt
-from gpu.sides import backward_by_xla, make_arrays
+from gpu.sides import PASSES, make_arrays
 
 CASES = (
     (Point("strided", 2, 4, 4, 128, 2, 4, 1024), (64, 32, 16)),
@@ -27,14 +28,17 @@ CASES = (
 )
 """Points and the block sizes of their patterns."""
 
-
-def cases() -> list[tuple[Point, int]]:
-    """Block 64 first: what comes after one that hangs is not tried."""
-    pairs = [(point, block) for point, blocks in CASES for block in blocks]
-    return sorted(pairs, key=lambda pair: -pair[1])
+Case = tuple[Point, int, str]
+"""A point, a block size and a pass."""
 
 
-def tried(point: Point, block: int, implementation: str) -> dict:
+def cases() -> list[Case]:
+    """Forward first, and block 64: what comes after one that hangs is not tried."""
+    found = [(point, block, what) for point, blocks in CASES for block in blocks for what in PASSES[:2]]
+    return sorted(found, key=lambda case: (PASSES.index(case[2]), -case[1]))
+
+
+def tried(point: Point, block: int, what: str, implementation: str) -> dict:
     """How far the kernel is from the reference in the inputs' own precision; float32 truth comes at the real sizes."""
     arrays, pattern = make_arrays(point), point.pattern(block)
 
@@ -44,11 +48,11 @@ def tried(point: Point, block: int, implementation: str) -> dict:
     inputs = arrays.query, arrays.key, arrays.value
     results = []
     for name in (implementation, "reference"):
-        if backward_by_xla():
+        if what == "forward":
             results.append((jax.jit(attention(name))(*inputs),))
         else:
-            out, pull = jax.vjp(jax.jit(attention(name)), *inputs)
-            results.append((out, *jax.jit(pull)(arrays.dout)))
+            _, pull = jax.vjp(jax.jit(attention(name)), *inputs)
+            results.append(jax.jit(pull)(arrays.dout))
     difference = max(
         float(jnp.abs(one.astype(jnp.float32) - other.astype(jnp.float32)).max())
         / float(jnp.abs(other.astype(jnp.float32)).max())
@@ -57,11 +61,12 @@ def tried(point: Point, block: int, implementation: str) -> dict:
     return {"passed": difference < 2**-5, "difference": difference}
 
 
-def main(chosen: typing.Iterable[tuple[Point, int]], implementation: str = "mosaic_gpu") -> None:
-    for point, block in chosen:
-        found, reason = attempt(lambda point=point, block=block: tried(point, block, implementation))
+def main(chosen: typing.Iterable[Case], implementation: str = "mosaic_gpu") -> None:
+    for case in chosen:
+        found, reason = attempt(functools.partial(tried, *case, implementation))
         row = found or {"passed": False, "error": reason}
-        print(json.dumps({"point": point.name, "block": block, **row}), flush=True)
+        point, block, what = case
+        print(json.dumps({"point": point.name, "block": block, "pass": what, **row}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
 """The GPU benchmark end to end on a CPU, with other implementations in the sides' places and a clock that counts."""
 
-import dataclasses
+import functools
 import json
+import pickle
+import time
 
+import attention
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as cudnn
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 import report
-from gpu import run
+from gpu import run, train_step
 from gpu.attempt import LeftOut, NoDeviceTime
 from gpu.device_time import Sample
-from gpu.sides import PASSES, SIDES, Limits, Side, make_arrays, prepare
+from gpu.guard import Ending, Job, Teller
+from gpu.options import TRAIN_STEP, Budget, Left, Options, TrainStep
+from gpu.record import Record
+from gpu.sides import PASSES, SIDES, Functions, Limits, Side, make_arrays, not_worth, prepare
 from points import DENSE_POINTS, Point
 
 import s2jax
@@ -66,19 +72,32 @@ FAKES = (
 )
 
 
-def options(*points, folder, **more):
-    sides = tuple(side.name for side in FAKES)
-    return run.Options(points, sides, repeats=2, folder=folder, pairs=1 << 14, all_sides=FAKES, try_first=False, **more)
+def options(*points, sides=FAKES, clock=None, **more):
+    names = tuple(side.name for side in sides)
+    more = {"repeats": 2, "pairs": 1 << 14, "device": "cpu", "clock": clock or Counting()} | more
+    return Options(points, names, all_sides=sides, try_first=False, **more)
+
+
+def measured(options, left=None) -> Record:
+    """All in this process."""
+    found = Record(options)
+    teller = Teller(lambda message: found.keep(message[1]) if message[0] == "keep" else None)
+    run.measure_all(teller, options, left or Left(options.points), time.monotonic())
+    return found
 
 
 def test_all_in_one_run(tmp_path):
-    rows = run.run(options(TINY, folder=tmp_path), Counting())
+    found = measured(options(TINY, folder=tmp_path))
+    rows = found.rows
     by_side = {row["side"]: row for row in rows}
     assert list(by_side) == [side.name for side in FAKES]
     mine, peer = by_side["s2jax"], by_side["cudnn"]
     assert mine["correct"]
     assert peer["correct"]
-    assert set(mine["errors"]) == {"out", "dquery", "dquery elsewhere", "dkey", "dvalue"}
+    gradients = ["dquery", "dquery elsewhere", "dkey", "dvalue"]
+    checked = {name: [check["name"] for check in checks] for name, checks in mine["errors"].items()}
+    assert checked == {"forward": ["out"], "backward": gradients, "forward + backward": ["out", *gradients]}
+    assert (mine["checked rows"], peer["checked rows"]) == (64, 4)
     assert not by_side["wrong"]["correct"]
     assert by_side["refuses"]["left out"] == "NotImplementedError: needs something else"
     pairs = TINY.pattern().token_mask(4, 2, 256, 256).sum()
@@ -92,9 +111,7 @@ def test_all_in_one_run(tmp_path):
     assert mine["backward of ideal"] == pytest.approx(best / mine["backward ms"] * mine["density"])
     assert by_side["refuses"]["block"] == 16
     # Of a peer nothing is asked; what is ours is to run and to be right.
-    assert run.failures(rows) == []
-    wrong = [row | {"side": f"s2jax {name}"} for name, row in by_side.items() if name in ("wrong", "refuses")]
-    assert [line.split(": ")[1] for line in run.failures(wrong)] == ["not correct", "NotImplementedError"]
+    assert found.failures() == []
 
     record = json.loads((tmp_path / "attention_gpu.json").read_text())
     assert record["rows"] == rows
@@ -102,44 +119,203 @@ def test_all_in_one_run(tmp_path):
     table = report.attention_gpu(record)
     assert "| tiny |" in table
     assert "- NotImplementedError: needs something else: refuses at tiny" in table
+    assert "64 rows of ours" in table
+    found.keep({"rows": [by_side[name] | {"side": f"s2jax {name}"} for name in ("wrong", "refuses")]})
+    assert [line.split(": ")[1] for line in found.failures()] == ["not correct", "NotImplementedError"]
 
 
 def test_points_that_the_time_does_not_allow_are_said_to_be_skipped(tmp_path):
-    rows = run.run(options(DENSE, TINY, folder=tmp_path, budget_s=1e-9), Counting())
-    assert [row["side"] for row in rows] == ["all", "all"]
-    assert rows[1]["left out"].startswith("time budget")
+    found = measured(options(DENSE, TINY, folder=tmp_path, budget_s=1e-9))
+    assert [row["side"] for row in found.rows] == ["all", "all"]
+    assert found.rows[1]["not run"].startswith("time budget")
+    assert found.failures() == []  # nothing is wrong
     assert len(json.loads((tmp_path / "attention_gpu.json").read_text())["rows"]) == 2
 
 
-def test_what_the_clock_does_not_see_is_timed_by_the_host(tmp_path):
-    cheap = Side("cheap", lambda point, block: lambda q, k, v: q * k + v, dense=True)
-    chosen = dataclasses.replace(options(DENSE, folder=tmp_path), sides=("cheap",), all_sides=(cheap,))
-    (row,) = run.run(chosen, Counting(refused_after=2))
-    assert "forward clock" not in row
-    assert row["backward rejected"][0] == "saw no kernel"
-    assert row["backward clock"] == "queued calls, host clock"
-    assert row.get("backward ms", 1) > 0
+def test_a_point_is_begun_only_if_it_would_end_in_time():
+    now = time.monotonic()
+    assert Budget(100, now - 50, longest_s=40).skips() is None
+    assert "50 s of 100 s" in Budget(100, now - 50, longest_s=60).skips()
+
+
+def test_what_the_clock_does_not_see_is_timed_by_the_host_and_not_compared():
+    def cheap(point, block):
+        return lambda q, k, v: q * k + v
+
+    sides = Side("s2jax", cheap), Side("cudnn", cheap, dense=True)
+    # Four samples forward are seen, of the backward pass the first round of our side's.
+    mine, peer = measured(options(DENSE, sides=sides, clock=Counting(refused_after=5))).rows
+    assert (mine["forward clock"], peer["forward clock"]) == ("counting", "counting")
+    assert mine["forward over cudnn"] > 0
+    assert (mine["backward clock"], peer.get("backward clock")) == ("counting", "queued calls, host clock")
+    assert peer["backward rejected"][0] == "saw no kernel"
+    assert "backward over cudnn" not in mine
+    assert "backward over best dense" not in mine
+
+
+def test_the_dense_pattern_is_measured_at_one_block_size():
+    sides = Side("s2jax", ours), Side("s2jax block 16", ours, block=16)
+    found = measured(options(DENSE, sides=sides))
+    assert [row["side"] for row in found.rows] == ["s2jax"]
+    assert found.failures() == []
+
+
+def hanging(point, block):
+    def never(query):
+        time.sleep(600)
+        return query
+
+    return lambda q, k, v: jax.pure_callback(never, jax.ShapeDtypeStruct(q.shape, q.dtype), q)
+
+
+def test_a_side_that_hangs_costs_no_other_its_results(tmp_path):
+    sides = Side("s2jax", ours), Side("hangs", hanging, dense=True), Side("cudnn", dense, dense=True)
+    found = run.run(options(DENSE, sides=sides, repeats=1, folder=tmp_path, stalled_s=4))
+    by_side = {row["side"]: row for row in found.rows}
+    assert by_side["hangs"]["left out"] == "no answer for 4 s: flat, hangs, forward"
+    assert by_side["s2jax"]["correct"]
+    assert by_side["cudnn"]["correct"]
+    assert all(f"{name} over cudnn" in by_side["s2jax"] for name in PASSES)
+    assert found.failures() == []
+    assert json.loads((tmp_path / "attention_gpu.json").read_text())["rows"] == found.rows
+
+
+def ended(found: Record, *jobs: Job, too_late: bool = False) -> Left | None:
+    return run.after(Ending("no answer", jobs, too_late), Left((TINY, DENSE)), found)
+
+
+def test_what_hangs_backward_is_tried_forward():
+    found = Record(options(TINY, DENSE, sides=FAKES[:2]))
+    found.keep({"rows": [{"point": "tiny", "side": "s2jax", "forward ms": 1.0, "correct": True}]})
+    left = ended(found, Job("tiny", "s2jax", "backward"))
+    assert left.points == (TINY, DENSE)
+    assert set(left.left_out["s2jax"]) == {"backward", "forward + backward"}
+    mine, peer = found.rows
+    assert mine["forward ms"] == 1
+    assert mine["backward failed"] == "no answer: tiny, s2jax, backward"
+    assert peer["forward failed"] == "not run, because no answer: tiny, s2jax, backward"
+    assert len(found.failures()) == 2
+    # What another process finds stands.
+    found.keep({"rows": [{"point": "tiny", "side": "cudnn", "forward ms": 2.0}]})
+    assert "forward failed" not in found.rows[1]
+    assert "backward failed" in found.rows[1]
+    # And what hangs forward is not tried again.
+    assert set(ended(found, Job("tiny", "cudnn", "forward")).left_out["cudnn"]) == set(PASSES)
+
+
+def test_what_is_no_sides_fault_costs_a_point():
+    found = Record(options(TINY, DENSE, sides=FAKES[:1]))
+    assert ended(found, Job("tiny", "", "the truth")).points == (DENSE,)
+    assert found.rows[-1] == {"point": "tiny", "side": "all", "left out": "no answer: tiny, the truth"}
+
+
+def test_when_nothing_can_go_on_the_rows_say_so():
+    found = Record(options(TINY, DENSE, sides=FAKES[:1]))
+    assert ended(found) is None
+    assert [(row["point"], row["left out"][:9]) for row in found.rows] == [("tiny", "no answer"), ("flat", "no answer")]
+    assert len(found.failures()) == 2
+    late = Record(options(TINY, DENSE, sides=FAKES[:1]))
+    assert ended(late, Job("tiny", "s2jax", "forward"), too_late=True) is None
+    assert [row["point"] for row in late.rows] == ["tiny", "flat"]
+    assert late.rows[1]["not run"].startswith("no answer")
+
+
+def test_small_calls_with_wrong_numbers_are_failures():
+    found = Record(options())
+    call = {"point": "a", "block": 64, "pass": "forward", "passed": False, "difference": 0.5}
+    found.keep({"header": {"small calls": [call]}})
+    assert found.failures() == ["small call a, block 64, forward: wrong by 0.5"]
+
+
+def by_xla(point, block):
+    return lambda q, k, v: s2jax.attention(q, k, v, point.pattern(block), implementation="xla")
+
+
+def test_a_training_step():
+    point = TrainStep("step", 1, 2, 2, 16, 1, 4, 256)
+    sides = Side("s2jax", by_xla), Side("cudnn", dense, dense=True)
+    found = measured(options(point, sides=sides))
+    sparse, own, peer = found.rows
+    assert [row["side"] for row in found.rows] == ["s2jax", "s2jax dense", "cudnn"]
+    assert own["correct"]
+    assert sparse["loss"] != own["loss"]
+    assert sparse["train step over cudnn"] == pytest.approx(peer["train step ms"] / sparse["train step ms"])
+    assert sparse["train step over s2jax dense"] > 0
+    assert sparse["peak bytes"] > sparse["argument bytes"] > 4 * 32 * 32 * 2
+    assert found.failures() == []
+    table = report.attention_gpu(found.header | {"rows": found.rows, "date": "today", "jax": "0"})
+    assert "| step | s2jax dense |" in table
+    left = Left((point,)).without("cudnn train step", "train step", "it hung")
+    assert measured(options(point, sides=sides), left).rows[2]["left out"] == "it hung"
+
+
+def test_a_training_step_moves_the_weights_downhill():
+    point = TrainStep("step", 1, 2, 2, 16, 1, 4, 256)
+    weights = train_step.make_weights(point, "float32")
+    x = jax.random.normal(jax.random.key(0), (1, 256, 32))
+    taken = jax.jit(functools.partial(train_step.step, by_xla(point, 64)))
+    before, after = taken(weights, x)
+    assert {name: array.shape for name, array in after.items()} == {
+        name: array.shape for name, array in weights.items()
+    }
+    assert taken(after, x)[0] < before
+
+
+def test_all_points_or_some(capsys):
+    asked = attention.arguments(cpu=False)
+    assert asked.parse_args(["--all"]).points is None
+    with pytest.raises(SystemExit):
+        asked.parse_args(["--all", "--points", "phi3-8k"])
+    assert "--points: not allowed with argument --all" in capsys.readouterr().err
+
+
+def test_all_fits_before_everything_ends():
+    asked = Options()
+    assert asked.budget_s < asked.limit_s <= 465
+    assert TRAIN_STEP in asked.points
+
+
+def test_what_is_sent_to_the_process_can_be():
+    sent = pickle.loads(pickle.dumps(Options()))
+    assert [side.name for side in sent.all_sides] == [side.name for side in SIDES]
+    assert sent.points == Options().points
 
 
 def test_the_backward_pass_alone_gives_the_same():
     arrays = make_arrays(TINY)
     prepared = prepare(Side("any", ours), TINY, arrays, 1.0, Limits())
     assert not prepared.left_out
-    alone, (out, together) = (prepared.calls[name]() for name in PASSES[1:])
-    assert (prepared.calls["forward"]() == out).all()
+    alone, (out, *together) = (prepared.calls[name]() for name in PASSES[1:])
+    assert (prepared.calls["forward"]()[0] == out).all()
     for one, other in zip(alone, together, strict=True):
         assert jnp.abs(one.astype(jnp.float32) - other.astype(jnp.float32)).max() < 2**-6
 
 
+def test_the_timed_executable_is_the_checked_one(monkeypatch):
+    """Residuals that are mixed up are seen, though the passes together are right."""
+    original = Functions.backward
+    monkeypatch.setattr(Functions, "backward", lambda self, kept, q, k, v, out, dout: original(
+        self, kept, q, v, k, out, dout
+    ))  # fmt: skip
+    (row,) = measured(options(TINY, sides=FAKES[:1])).rows
+    assert [row[f"{name} correct"] for name in PASSES] == [True, False, True]
+    assert row["correct"] is False
+
+
+def test_a_pass_that_cannot_run_is_not_timed():
+    left = Left((TINY,)).without("s2jax", "backward", "it hung")
+    (row,) = measured(options(TINY, sides=FAKES[:1]), left).rows
+    assert (row["backward failed"], row["forward + backward failed"]) == ("it hung", "it hung")
+    assert "backward ms" not in row
+    assert row["correct"]
+    assert row["forward ms"] > 0
+
+
 def test_what_is_too_slow_or_too_big_is_left_out_with_its_reason():
     (mine, xla) = (next(side for side in SIDES if side.name == name) for name in ("s2jax", "xla"))
-    reasons = run.ready(
-        TINY, run.Options(sides=("xla",), all_sides=(xla,)), make_arrays(TINY), {64: {"pairs": 10**14}}
-    )[1]
-    assert "about 1280 s a call" in reasons["xla"]
-    assert mine.name not in reasons
-    with pytest.raises(LeftOut, match="no block size"):
-        prepare(Side("s2jax block 16", ours, block=16), DENSE, make_arrays(DENSE), 1.0, Limits())
+    with pytest.raises(LeftOut, match="about 1280 s a call"):
+        prepare(xla, TINY, make_arrays(TINY), 6.4e15, Limits())
+    assert not_worth(mine, 6.4e15, Limits()) == {}
     left_out = prepare(Side("any", ours), TINY, make_arrays(TINY), 1.0, Limits(free_bytes=0)).left_out
     assert "GiB of temporaries" in left_out["backward"]
 
@@ -169,7 +345,7 @@ def test_the_hopper_kernel_as_a_side():
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         side = Side("s2jax", SIDES[0].make)
         prepared = prepare(side, point, arrays, 1.0, Limits())
-        out = jax.block_until_ready(prepared.calls["forward"]())
+        (out,) = jax.block_until_ready(prepared.calls["forward"]())
     expected = ours(point, 64)(arrays.query, arrays.key, arrays.value)
     assert jnp.abs(out.astype(jnp.float32) - expected.astype(jnp.float32)).max() < 2**-6
     assert not prepared.left_out

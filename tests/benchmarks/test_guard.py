@@ -1,13 +1,20 @@
 """Kernels that hang, crash or refuse spoil no more than themselves."""
 
 import json
+import os
+import subprocess
 import sys
-import threading
+import time
 
 import pytest
-from gpu import guard, smoke
+from gpu import guard, machine, smoke
+from gpu.guard import Job, Teller
+from gpu.sides import PASSES
 
-CASES = [{"point": point.name, "block": block, "passed": True, "difference": 0.0} for point, block in smoke.cases()]
+CASES = [
+    {"point": point.name, "block": block, "pass": what, "passed": True, "difference": 0.0}
+    for point, block, what in smoke.cases()
+]
 
 
 def process(lines: list[dict], then: str = "") -> list[str]:
@@ -16,21 +23,22 @@ def process(lines: list[dict], then: str = "") -> list[str]:
 
 
 def test_all_block_sizes_are_tried():
-    assert {block for _, block in smoke.cases()} == {64, 32, 16}
+    assert {block for _, block, _ in smoke.cases()} == {64, 32, 16}
     assert guard.tried_first(process(CASES)) == (CASES, {})
 
 
-def test_one_that_hangs():
-    found, reasons = guard.tried_first(process(CASES[:-2], "time.sleep(60)"), timeout_s=3)
+def test_one_that_hangs_backward_costs_no_forward_pass():
+    found, lost = guard.tried_first(process(CASES[:-2], "time.sleep(60)"), timeout_s=3)
     assert len(found) == len(CASES) - 2
-    assert set(reasons) == {16}
-    assert "did not end in 3 s" in reasons[16]
+    assert {block: set(passes) for block, passes in lost.items()} == {16: {"backward", "forward + backward"}}
+    assert "did not end in 3 s" in lost[16]["backward"]
 
 
 def test_one_that_crashes():
-    _, reasons = guard.tried_first(process(CASES[:1], "sys.exit('illegal address')"))
-    assert set(reasons) == {64, 32, 16}
-    assert "ended with 1: illegal address" in reasons[64]
+    _, lost = guard.tried_first(process(CASES[:1], "sys.exit('illegal address')"))
+    assert set(lost) == {64, 32, 16}
+    assert set(lost[64]) == set(PASSES)
+    assert "ended with 1: illegal address" in lost[64]["forward"]
 
 
 def test_one_that_refuses():
@@ -41,26 +49,76 @@ def test_one_that_refuses():
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 def test_a_small_call(capsys):
-    smoke.main(smoke.cases()[:1], implementation="reference")
+    smoke.main([smoke.cases()[0], smoke.cases()[-1]], implementation="reference")
     smoke.main(smoke.cases()[:1], implementation="nothing")
-    right, wrong = map(json.loads, capsys.readouterr().out.splitlines())
+    right, backward, wrong = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (right["pass"], backward["pass"]) == ("forward", "backward")
     assert right["passed"]
-    assert right["difference"] == 0
+    assert right["difference"] == backward["difference"] == 0
     assert "implementation must be among" in wrong["error"]
 
 
-def test_a_hanging_call_ends_the_run_and_what_there_is_is_kept():
-    ended, told = threading.Event(), []
-    watch = guard.Watch(0.2, told.append, lambda code: ended.set())
-    watch("s2jax, forward")
-    assert ended.wait(10)
-    assert "s2jax, forward" in told[0]
+HANGS = Job("point", "side", "forward")
 
 
-def test_a_run_that_is_over_is_not_watched():
-    ended = threading.Event()
-    guard.Watch(0.1, lambda reason: None, lambda code: ended.set()).over()
-    assert not ended.wait(0.5)
+def comes_to_its_end(teller):
+    teller.keep({"rows": [1]})
+
+
+def hangs(teller):
+    """Another thread compiles and is done, this one never."""
+    teller.keep({"rows": [1]})
+    with teller.beside(Job("point", "other", "forward")):
+        teller.doing(HANGS, 1.0)
+    while True:
+        time.sleep(60)
+
+
+def crashes(teller):
+    teller.doing(HANGS, 60)
+    os._exit(7)
+
+
+def spoils_the_context(teller, broken):
+    guard.lost = lambda: broken
+    teller.doing(HANGS, 60)
+    assert teller.attempt(lambda: 1) == (1, None)
+    teller.attempt(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("work", "arguments", "reason"),
+    [
+        (hangs, (), "no answer for 1 s"),
+        (crashes, (), "its process ended with 7"),
+        (spoils_the_context, ("lost",), "lost, after ZeroDivisionError: division by zero"),
+    ],
+)
+def test_whoever_hangs_or_dies_is_named_and_what_there_is_is_kept(work, arguments, reason):
+    kept = []
+    assert guard.watched(work, arguments, kept.append, time.monotonic() + 100) == guard.Ending(reason, (HANGS,))
+    assert kept == ([{"rows": [1]}] if work is hangs else [])
+
+
+def test_what_comes_to_its_end():
+    kept = []
+    assert guard.watched(comes_to_its_end, (), kept.append, time.monotonic() + 100) is None
+    assert kept == [{"rows": [1]}]
+    ending = guard.watched(comes_to_its_end, (), kept.append, time.monotonic())
+    assert ending == guard.Ending("the time was up", (), too_late=True)
+
+
+def test_a_failure_that_spoils_nothing_goes_on():
+    assert Teller(lambda message: None).attempt(lambda: 1 / 0) == (None, "ZeroDivisionError: division by zero")
+
+
+def test_a_machine_that_does_not_answer_is_not_waited_for(monkeypatch):
+    def never(command, *, timeout, **more):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name)
+    monkeypatch.setattr(machine.subprocess, "run", never)
+    assert machine.state() == {}
 
 
 def test_nothing_is_lost_here():

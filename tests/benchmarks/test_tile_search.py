@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tile_search
+from gpu.correctness import truth
 from gpu.device_time import Sample
+from gpu.guard import Ending, Job, Teller
+from gpu.sides import make_arrays
 from points import POINTS, Point
 from schedules import forward_over_ideal
 
@@ -21,6 +25,7 @@ from pallas_kernels.mosaic_gpu.tuned import tuned_tiles
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
+QUIET = Teller(lambda message: None)
 TINY = Point("tiny", 1, 4, 1, 64, 2, 4, 256)
 
 
@@ -62,10 +67,88 @@ def test_the_fastest_is_kept_if_it_is_faster_by_more_than_noise(monkeypatch):
     times = [10.0] * (1 + len(list(tile_search.fitting(key, heads))))
     for fastest, expected in ((9.9, 0), (5.0, 3)):
         times[3] = fastest
-        row = tile_search.search(key, [(point, 64)], Clock(*times), implementation="reference")
+        row = tile_search.search(key, [(point, 64)], Clock(*times), QUIET, implementation="reference")
         assert row["tiles"] == row["tried"][expected]["tiles"]
         assert row["usual"] == row["tried"][0]["tiles"]
         assert row["of usual"] == pytest.approx(0.5 if expected else 1)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_one_forgotten_block_far_down_is_seen():
+    """Where thousands of keys are read, one block of them moves the output by less than the rounding of the first."""
+    point = Point("dense", 1, 1, 1, 64, 0, 0, 4096)
+    arrays = make_arrays(point)
+    inputs = arrays.query, arrays.key, arrays.value
+    right = s2jax.attention(*inputs, s2jax.Dense(), implementation="xla")
+    wrong = right.at[0, 4031].set(_without_a_block(arrays, 4031))
+    assert jnp.abs(right - wrong).astype(jnp.float32).max() < 2**-6
+    exact = truth(s2jax.Dense(), arrays, pairs=512 * 4096)
+    assert 4031 not in exact.rows
+    assert tile_search.agreeing(lambda *inputs: right, inputs, exact, None)[1] is right
+    with pytest.raises(ValueError, match="at positions 1023 to 4094"):
+        tile_search.agreeing(lambda *inputs: wrong, inputs, exact, right)
+
+
+def _without_a_block(arrays, row):
+    """The output of a row of the only head, if its last 64 keys are forgotten."""
+    query, key, value = (each[0, :, 0].astype(jnp.float32) for each in (arrays.query, arrays.key, arrays.value))
+    read = slice(row - 63)
+    weights = jax.nn.softmax(key[read] @ query[row] / 8)
+    return (weights @ value[read]).astype(arrays.query.dtype)
+
+
+def test_tiles_that_fail_once_are_not_tried_again(monkeypatch):
+    key, _ = tile_search.key_of(TINY, 64)
+    measured = []
+
+    def measure(point, block, candidates, clock, teller, implementation):
+        measured.append(len(candidates))
+        for each in candidates:
+            each.milliseconds[point.name] = 1.0
+        candidates[-1].failed, candidates[-1].milliseconds = "wrong by 1", {}
+
+    monkeypatch.setattr(tile_search, "measure", measure)
+    row = tile_search.search(key, [(TINY, 64), (dataclasses.replace(TINY, name="other"), 64)], Clock(1.0), QUIET)
+    assert measured[1] == measured[0] - 1
+    assert row["tried"][-1]["failed"] == "wrong by 1"
+    monkeypatch.setattr(tile_search, "measure", lambda point, block, candidates, *rest: measure(
+        point, block, candidates[:1], *rest
+    ))  # fmt: skip
+    with pytest.raises(RuntimeError, match="at tiny: wrong by 1"):
+        tile_search.search(key, [(TINY, 64)], Clock(1.0), QUIET)
+
+
+def test_all_that_is_searched_is_kept(monkeypatch, tmp_path):
+    """What fails is told, what there is no time for is not begun."""
+    found = tile_search.Found(tmp_path, dict(list(tile_search.groups().items())[:2]))
+    one, other = found.left
+
+    def search(key, points, clock, teller):
+        if key == other:
+            raise ValueError("no")
+        return {"tiles": {}, "usual": {}, "of usual": 1.0}
+
+    monkeypatch.setattr(tile_search, "search", search)
+    monkeypatch.setattr(tile_search, "matrix_product", lambda: (None, None, 1.0))
+    monkeypatch.setattr(tile_search, "choose_clock", lambda *arguments: (Clock(1.0), {}))
+    teller = Teller(lambda message: found.keep(message[1]) if message[0] == "keep" else None)
+    tile_search.search_all(teller, dict(found.left), time.monotonic() - 1)
+    assert set(found.left) == {one, other}
+    tile_search.search_all(teller, dict(found.left), time.monotonic() + 60)
+    assert not found.left
+    assert found.failed == [f"{other}: ValueError: no"]
+    record = json.loads((tmp_path / "tuned.json").read_text())
+    assert (record["clock"], len(record["rows"])) == ("told", 1)
+
+
+def test_a_configuration_that_hangs_is_left_out(tmp_path, capsys):
+    found = tile_search.Found(tmp_path, tile_search.groups())
+    number, first = len(found.left), next(iter(found.left))
+    assert found.ended(Ending("no answer for 60 s", (Job("strided", "tiles"),)))
+    assert len(found.left) == number - 1
+    assert first not in found.left
+    assert "no answer for 60 s: strided, tiles" in found.failed[0]
+    assert not found.ended(Ending("its process ended with 1", ()))
 
 
 @pytest.fixture
