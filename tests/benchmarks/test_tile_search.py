@@ -203,7 +203,7 @@ def test_executed_pairs_are_those_of_the_tables(block, kv_heads):
     pattern = s2jax.LocalStride(block, 128 // block, 4)
     schedule = s2jax.compile_schedule(pattern, num_heads=4, num_kv_heads=kv_heads, query_length=1024, kv_length=1024)
     heads = 1 if kv_heads == 4 else min(4, 128 // block)
-    slices = schedule_tables(schedule, 128 // heads).slices[0]
+    slices = schedule_tables(schedule, 128 // heads, min(block, 32)).slices[0]
     entries = (slices[..., 1] - slices[..., 0]).sum(-1)  # [tiles of heads, tiles]
     executed = (-(-entries * block // 128)).sum() * 128 * 128
     ideal = np.count_nonzero(pattern.token_mask(4, kv_heads, 1024, 1024))
