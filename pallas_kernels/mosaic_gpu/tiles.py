@@ -19,7 +19,7 @@ BARRIER_BYTES = 3 << 10
 
 @dataclasses.dataclass(frozen=True)
 class HopperTiles:
-    """Tile sizes of the Hopper kernels.
+    """Tile sizes of the Hopper kernels. Of those that a caller asks for, the gradients take the heads alone.
 
     Attributes:
       heads: query heads in a tile of 128 rows; they must read the same blocks.

@@ -58,14 +58,17 @@ class Walk:
         self.masked_steps = -(-(left + turns * self.masked) // plan.slots)
 
     def full_start(self) -> Cursor:
+        """Where the steps without a mask begin."""
         return Cursor(jnp.int32(0), jnp.int32(0))
 
     def masked_start(self) -> Cursor:
+        """Where they end."""
         walked = self.full_steps * self.plan.slots
         turn = jnp.where(self.full > 0, walked // jnp.maximum(self.full, 1), self.turns)
         return Cursor(turn, walked - turn * self.full)
 
     def after(self, cursor: Cursor) -> Cursor:
+        """One piece on."""
         piece = cursor.piece + 1
         ends = piece == jnp.where(cursor.turn < self.turns, self.full, self.masked)
         return Cursor(cursor.turn + ends.astype(jnp.int32), jnp.where(ends, 0, piece))
