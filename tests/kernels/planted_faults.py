@@ -94,7 +94,7 @@ def outcome(tree: pathlib.Path, test: str) -> Outcome:
     names = selection.split("::")
     exact = "[" in names[-1]
     where = [test] if exact else [path, "-k", " and ".join(names)]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *where]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "", *where]
     start = time.monotonic()
     # A session of its own: what hangs is ended with all that it started.
     process = subprocess.Popen(
