@@ -60,6 +60,15 @@ CONFIGS = (
     Config("sinks", WINDOW, sinks=True),
     Config("segments", WINDOW, segments=True, batch=2, tokens=32 << 10),
     Config("eight heads, segments", s2jax.LocalStride(16, 64, 8), num_kv_heads=4, segments=True, tokens=32 << 10),
+    Config(
+        "all together, block 16, heads apart",
+        s2jax.LocalStride(16, 64, 8, residues="query_head"),
+        soft_cap=30.0,
+        sinks=True,
+        segments=True,
+        batch=2,
+        tokens=8 << 10,
+    ),
     Config("selection", WINDOW, selection=True, tokens=32 << 10),
     Config("all together", WINDOW, soft_cap=30.0, sinks=True, segments=True, tokens=32 << 10),
 )
@@ -108,6 +117,7 @@ def _row(config: Config, kernel: KernelCode) -> dict:
         row[opcode] = [loop.instructions[opcode] for loop in steps]
     row["spills a step"] = [loop.instructions["LDL"] + loop.instructions["STL"] for loop in steps]
     row["spills a load"] = [loop.instructions["LDL"] + loop.instructions["STL"] for loop in loads]
+    row["TMA loads, bulk loads"] = [kernel.instructions["UTMALDG"], kernel.sass.count("UBLKCP.S.G")]
     row["instructions"] = [loop.instructions.total() for loop in steps]
     return row
 

@@ -190,7 +190,7 @@ class Pass:
         default = self.modules[self.call.implementation]
         others = {platform: self.modules[name] for platform, name in self.call.on if self.modules[name] is not default}
         branches = {platform: by(module) for platform, module in others.items()}
-        if self.call.implementation in PLATFORMS and not interpreted():
+        if default is FORWARD[self.call.implementation] and self.call.implementation in PLATFORMS and not interpreted():
             query = only_on_its_platform(self.call.implementation, operands.query)
             operands = dataclasses.replace(operands, query=query)
         if not branches:

@@ -43,14 +43,14 @@ def alike(lists: BlockLists, size: int) -> np.ndarray:
     walks is little more than each one's own. Rows that walk nothing are in no group.
     """
     lengths = lists.slices[..., 1] - lists.slices[..., 0]
-    weights = 1 << np.arange(lists.num_full)
     found = []
     for walker in range(lists.num_walkers):
-        kind = (lengths[walker, :, : lists.num_full] > 0) @ weights
-        busy = lengths[walker].any(-1)
+        busy = np.flatnonzero(lengths[walker].any(-1))
+        has = np.pad(lengths[walker, busy, : lists.num_full] > 0, ((0, 0), (0, 1)))  # there may be none
+        kinds, kind = np.unique(has, axis=0, return_inverse=True)
         groups = []
-        for each in np.unique(kind[busy]):
-            rows = np.flatnonzero(busy & (kind == each))
+        for each in range(len(kinds)):
+            rows = busy[kind.reshape(-1) == each]
             padded = np.full(-(-len(rows) // size) * size, -1, np.int32)
             padded[: len(rows)] = rows
             groups.append(padded.reshape(-1, size))

@@ -173,8 +173,7 @@ def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delt
     # Queries that do not exist seem to read, too: what nobody else reads must not be a NaN.
     key, value = (_without_unread(problem, operands, array) for array in (operands.key, operands.value))
     operands = dataclasses.replace(operands, key=key, value=value)
-    # A row that reads nothing has no weights: exp(logit - inf) is zero.
-    of_rows = dout, jnp.where(jnp.isneginf(lse), jnp.inf, lse), delta
+    of_rows = dout, lse, delta
     walked = _walked(operands, over_keys, tiles)
     plan, inputs, finish = arrange_query_gradient(problem, operands, *of_rows, walked, tiles)
     dquery = finish(query_gradient(plan, inputs, problem.scale))

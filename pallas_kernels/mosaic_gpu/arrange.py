@@ -89,7 +89,7 @@ def arrange_query_gradient(
 
     Args:
       dout: [b, t, h, e].
-      lse, delta: float32 [b, h, t]; an infinite lse hides a row.
+      lse, delta: float32 [b, h, t]; -inf where nothing is read.
     """
     plan, inputs, grid = _arrange(problem, dataclasses.replace(operands, sinks=None), tables, tiles)
     inputs = dataclasses.replace(

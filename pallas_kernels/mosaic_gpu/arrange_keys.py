@@ -22,7 +22,7 @@ def arrange_key_gradients(
 
     Args:
       dout: [b, t, h, e].
-      lse, delta: float32 [b, h, t]; an infinite lse hides a query.
+      lse, delta: float32 [b, h, t]; -inf where nothing is read.
     """
     reads = problem.schedule or operands.selection
     assert reads is not None  # one of the two says what is read
@@ -89,5 +89,6 @@ def _positions(operands: Operands, grid: Grid, tables: KeyTables, key_block: int
     position = jnp.arange(grid.tiles * grid.queries, dtype=jnp.int32)
     offset = 0 if operands.query_offset is None else operands.query_offset[:, None]
     position = jnp.broadcast_to(position + offset, (len(operands.query), len(position)))
-    keys = tables.members[..., None] * key_block + jnp.arange(key_block, dtype=jnp.int32)
-    return {"query_positions": position, "kv_positions": keys.reshape(*tables.members.shape[:2], ROWS)}
+    # Packs of a selection are the same for all heads.
+    keys = tables.members[0, :, :, None] * key_block + jnp.arange(key_block, dtype=jnp.int32)
+    return {"query_positions": position, "kv_positions": keys.reshape(-1, ROWS)}

@@ -18,7 +18,7 @@ def weights_and_slope(plan: StepPlan, products: Array, lse: Array) -> tuple[Arra
 
     Args:
       products: of queries and keys, neither scaled nor capped.
-      lse: times log2(e); infinite in rows that read nothing.
+      lse: times log2(e); -inf in rows that read nothing, which are masked, and inf where there is no row.
     """
     if plan.soft_cap is None:
         return jnp.exp2(products * (plan.scale * LOG2E) - lse), None

@@ -23,13 +23,13 @@ from pallas_kernels.mosaic_gpu.steps import COLUMN, WGMMA, Condition, Step, Step
 from pallas_kernels.mosaic_gpu.untyped import plgpu
 from pallas_kernels.mosaic_gpu.walk import Entry, Walk
 
-MOST_FEATURES = 256
-"""Of keys and values together, whose gradients registers can hold."""
+SUMMED_AT_ONCE = 256
+"""Features of keys and values together whose gradients registers can hold."""
 
 
 def key_gradients(plan: KeyPlan, inputs: KeyInputs) -> tuple[Array, Array]:
     """dk [b, s, k, d] and dv [b, s, k, e] in the keys' dtype; where registers cannot hold both, one after the other."""
-    if plan.head_dim + plan.value_dim <= MOST_FEATURES:
+    if plan.head_dim + plan.value_dim <= SUMMED_AT_ONCE:
         dkey, dvalue = _sums(plan, inputs)
     else:
         ((dkey,), (dvalue,)) = (_sums(dataclasses.replace(plan, gradients=(name,)), inputs) for name in plan.gradients)
@@ -105,15 +105,19 @@ class Pack(Steps):
         ]  # fmt: skip
         self.words, self.conditions = scratch["words"], []
         masks = [(self._words, self.words)]
-        for name, columns, rows, compare in (
-            ("segments", inputs.query_segments, inputs.kv_segments, jnp.equal),
-            ("positions", inputs.query_positions, inputs.kv_positions, jnp.greater_equal),
-        ):
-            if columns is not None:
-                masks.append((lambda entry, of=columns: of.at[self.batch, self._tokens(entry)], scratch[name]))
-                here = (self.batch, self.head, self.pack) if len(rows.shape) == 4 else (self.head, self.pack)
-                self.conditions.append(Condition(scratch[name], rows.at[here], compare))
+        for name, columns, rows, compare in self._conditions():
+            masks.append((lambda entry, of=columns: of.at[self.batch, self._tokens(entry)], scratch[name]))
+            self.conditions.append(Condition(scratch[name], rows, compare))
         self.masks = Stream(masks, scratch["mask_ready"], scratch["mask_free"])
+
+    def _conditions(self) -> typing.Iterator[tuple]:
+        """What is compared besides masks: name, of columns, of this pack's rows, how."""
+        inputs = self.inputs
+        if inputs.query_segments is not None:
+            of_rows = inputs.kv_segments.at[self.batch, self.head, self.pack]
+            yield "segments", inputs.query_segments, of_rows, jnp.equal
+        if inputs.query_positions is not None:
+            yield "positions", inputs.query_positions, inputs.kv_positions.at[self.pack], jnp.greater_equal
 
     def _head(self, entry: Entry):
         return self.head * self.plan.group + entry.turn

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,13 +45,13 @@ class KeyInputs:
 
     Attributes:
       query, dout: with the first query of a block in the first place, t rounded up.
-      lse, delta: float32 [b, h, t], t rounded up to blocks; lse times log2(e), infinite where nothing is read.
+      lse, delta: float32 [b, h, t], t rounded up to blocks; lse times log2(e), inf where there is no query.
       tables: those of the call, their slices by batch element where offsets or segments have narrowed them.
       first_row: which row of the lists the first block of queries is, where it is known at run time only.
       query_segments: int32 [b, t], t rounded up to blocks.
       kv_segments: int32 [b, k, packs, ROWS], of every row of a pack.
       query_positions: int32 [b, t], where masks do not say what comes after a query.
-      kv_positions: int32 [k, packs, ROWS].
+      kv_positions: int32 [packs, ROWS].
     """
 
     query: Float[Array, "b t h d"]
@@ -64,7 +65,7 @@ class KeyInputs:
     query_segments: Int32[Array, "b t"] | None = None
     kv_segments: Int32[Array, "b k packs rows"] | None = None
     query_positions: Int32[Array, "b t"] | None = None
-    kv_positions: Int32[Array, "k packs rows"] | None = None
+    kv_positions: Int32[Array, "packs rows"] | None = None
 
 
 @functools.lru_cache(maxsize=64)
@@ -132,7 +133,7 @@ def selection_key_tables(selection: BlockSelection, operands: Operands, width: i
     # Of every head of a round, where it has lists of its own.
     batch, heads = ends.shape[:2]
     rounds = num_heads // num_kv_heads if heads == num_heads else 1
-    walker = np.arange(num_kv_heads * rounds) * heads // (num_kv_heads * rounds)
+    walker = np.arange(num_kv_heads * rounds) % heads  # one for all, or each its own
     slices = jnp.stack([ends[..., :-1], ends[..., 1:]], -1)[:, walker]
     slices = slices.reshape(batch, num_kv_heads, rounds, packs, 1, 2).swapaxes(2, 3)
     members = np.arange(packs * size, dtype=np.int32).reshape(packs, size)
@@ -153,17 +154,34 @@ def _transposed(selection: BlockSelection, num_blocks: int, packs: int, size: in
     batch, heads, rows, most = selection.kv_blocks.shape
     used = jnp.arange(most, dtype=jnp.int32) < selection.counts[..., None]
     used &= (selection.kv_blocks >= 0) & (selection.kv_blocks < num_blocks)
-    pack = jnp.where(used, selection.kv_blocks // size, packs)
-    row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], pack.shape)
-    bit = jnp.where(used, jnp.int32(1) << selection.kv_blocks % size, 0)
-    pack, row, bit = jax.lax.sort([each.reshape(batch * heads, -1) for each in (pack, row, bit)], num_keys=2)
-    same = (pack[:, 1:] == pack[:, :-1]) & (row[:, 1:] == row[:, :-1])
-    place = jnp.cumsum(jnp.pad(~same, ((0, 0), (1, 0))), 1, dtype=jnp.int32)  # the first entry's is 0
+    block = jnp.where(used, selection.kv_blocks, packs * size)
+    row = jnp.broadcast_to(jnp.arange(rows, dtype=jnp.int32)[:, None], block.shape)
+    pack, row, place = sort_entries(
+        *(each.reshape(batch * heads, -1) for each in (block // size, row, block % size)), (packs + 1, rows, size)
+    )
+    again = _as_before(pack) & _as_before(row)
+    # Blocks of a row are distinct; one that is not counts once.
+    bit = jnp.where((pack == packs) | (again & _as_before(place)), 0, jnp.int32(1) << place)
+    entry = jnp.cumsum(~again, 1, dtype=jnp.int32) - 1
 
-    def merged(place, pack, row, bit):
-        ends = jnp.searchsorted(jnp.full_like(pack, packs).at[place].set(pack), np.arange(packs + 1, dtype=np.int32))
-        return jnp.zeros_like(row).at[place].set(row), jnp.zeros_like(bit).at[place].add(bit), ends.astype(jnp.int32)
+    def merged(entry, pack, row, bit):
+        ends = jnp.searchsorted(jnp.full_like(pack, packs).at[entry].set(pack), np.arange(packs + 1, dtype=np.int32))
+        return jnp.zeros_like(row).at[entry].set(row), jnp.zeros_like(bit).at[entry].add(bit), ends.astype(jnp.int32)
 
-    row, bits, ends = jax.vmap(merged)(place, pack, row, bit)
+    row, bits, ends = jax.vmap(merged)(entry, pack, row, bit)
     ends = ends + jnp.arange(batch * heads, dtype=jnp.int32)[:, None] * (rows * most)
     return row.reshape(-1), bits.reshape(-1), ends.reshape(batch, heads, -1)
+
+
+def sort_entries(pack: Array, row: Array, place: Array, most: tuple[int, int, int]) -> list[Array]:
+    """Sorted along the last axis by all three, which are below `most`; as one number, where they fit into one."""
+    if math.prod(most) > np.iinfo(np.int32).max:
+        return list(jax.lax.sort([pack, row, place], num_keys=3))
+    _, rows, places = most
+    number = jnp.sort((pack * rows + row) * places + place, axis=-1)
+    return [number // (rows * places), number // places % rows, number % places]
+
+
+def _as_before(array: Array) -> Array:
+    """Whether each is what the one before it along the last axis is; the first is not."""
+    return (array == jnp.roll(array, 1, -1)) & (np.arange(array.shape[-1]) > 0)

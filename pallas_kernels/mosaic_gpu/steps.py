@@ -160,9 +160,12 @@ class Steps:
             plgpu.barrier_wait(stream.free.at[stage])
             for part_of, buffer in stream.copies:
                 each = buffer.shape[1] // self.plan.slots
+                # Copies that mind the ends of arrays want addresses of 128 bytes, and 16 numbers take 64. Arrays of
+                # one number a token have room for whole blocks.
+                ends = plgpu.OOBFillMode.PROMISE_IN_BOUNDS if len(buffer.shape) == 2 else None
                 for slot, entry in enumerate(entries):
                     there = buffer.at[stage, pl.ds(slot * each, each)]
-                    plgpu.copy_gmem_to_smem(part_of(entry), there, stream.ready.at[stage])
+                    plgpu.copy_gmem_to_smem(part_of(entry), there, stream.ready.at[stage], oob_mode=ends)
 
     # The warpgroups that compute.
 

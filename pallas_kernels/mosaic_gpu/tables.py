@@ -67,8 +67,8 @@ class Inputs:
       kv_positions: int32 [s + block_size], s rounded up to blocks; the greatest int32 where there is no key.
       sinks: float32 [h / heads of a tile, ROWS], of every row.
       dout: of the backward pass.
-      lse, delta: float32 [b, h / heads of a tile, tiles, ROWS], of every row; lse times log2(e), infinite where nothing
-        is read.
+      lse, delta: float32 [b, h / heads of a tile, tiles, ROWS], of every row; lse times log2(e), inf where there is no
+        query.
     """
 
     query: Float[Array, "b t h d"]

@@ -79,6 +79,22 @@ def test_only_hopper_is_lowered_for(monkeypatch, capability: str, cuda: int | No
     assert reason is None if message is None else message in str(reason)
 
 
+def test_the_gradient_of_a_gradient_is_xla_s():
+    """Outside of the interpreter, where the platform is minded."""
+
+    def squared(*arrays):
+        def summed(*arrays):
+            return attention(*arrays, FINE, implementation="mosaic_gpu").astype(jnp.float32).sum()
+
+        return sum(jnp.square(each.astype(jnp.float32)).sum() for each in jax.grad(summed, (0, 1, 2))(*arrays))
+
+    arrays = inputs(tokens=64)
+    gradients = jax.jit(jax.grad(squared)).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in gradients.as_text()
+    with pytest.raises(NotImplementedError, match="mosaic_gpu: needs the platform 'cuda'"):
+        jax.jit(jax.grad(squared)).trace(*arrays).lower(lowering_platforms=("cpu",))
+
+
 def test_there_are_tiles_for_all_sizes():
     for head_dim in range(16, 257, 16):
         for value_dim in range(16, 257, 16):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from s2jax import LocalStride, attention
-from tests.kernels.cases import CASES, Case, parameters
+from tests.kernels.cases import CASES, Case, Selected, parameters
 from tests.kernels.contract import traced
 from tests.kernels.test_mosaic_gpu import INTERPRETER, SHAPES
 from tests.kernels.test_mosaic_gpu import TestInterpreted as Interpreted
@@ -28,7 +28,8 @@ class TestGradients(Interpreted):
     test_random_cases = test_optimised = test_shape = test_offsets_beyond_the_keys_and_nan_queries_give_nan = None
 
     def compiled(self, case: Case):
-        return jax.jit(traced(case, self.implementation, self.tilings.get(case.tiling)))
+        tiles = None if isinstance(case.pattern, Selected) else self.tilings.get(case.tiling)
+        return jax.jit(traced(case, self.implementation, tiles))
 
     @pytest.mark.usefixtures("quick_compilation")
     @pytest.mark.parametrize("case", [*parameters(*QUICK), *(pytest.param(case, id=case.name) for case in WIDE)])

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables, selection_key_tables
+from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables, selection_key_tables, sort_entries
 from pallas_kernels.mosaic_gpu.plan import ROWS
 from pallas_kernels.mosaic_gpu.segments import narrow_packs
 from pallas_kernels.problem import Operands
@@ -65,12 +65,12 @@ def test_packs_are_walked_by_what_reads_them(data, heads, query_length: int, kv_
 
 @hypothesis.given(
     st.integers(0, 1 << 20), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([16, 64, 128]),
-    st.sampled_from([16, 48, 256]),
+    st.sampled_from([16, 48, 256]), st.sampled_from([0, 1, 5]),
 )  # fmt: skip
-def test_a_selection_transposed(seed: int, heads: int, batch: int, block_size: int, query_block: int):
+def test_a_selection_transposed(seed: int, heads: int, batch: int, block_size: int, query_block: int, most: int):
     """Every row that reads a block of a pack is walked once, with a mask that says which blocks it reads."""
     random = np.random.default_rng(seed)
-    kv_length, rows, most, num_heads, num_kv_heads = random.integers(1, 500), random.integers(1, 6), 5, 4, 2
+    kv_length, rows, num_heads, num_kv_heads = random.integers(1, 500), random.integers(1, 6), 4, 2
     # Some blocks stand beyond the keys, and some counts beyond what there is.
     num_blocks = -(-kv_length // block_size)
     kv_blocks = np.stack([random.permutation(max(num_blocks + 1, most))[:most] for _ in range(batch * heads * rows)])
@@ -85,11 +85,24 @@ def test_a_selection_transposed(seed: int, heads: int, batch: int, block_size: i
         seen = written_out(tables, 2, rows, query_block, block_size, width, sequence)
         expected = np.zeros((num_heads, rows, num_blocks), int)
         for head, row in np.ndindex(num_heads, rows):
-            chosen = kv_blocks[sequence, head * heads // num_heads, row][
-                : counts[sequence, head * heads // num_heads, row]
-            ]
+            which = sequence, head * heads // num_heads, row
+            chosen = kv_blocks[which][: counts[which]]
             expected[head, row, chosen[chosen < num_blocks]] = 1
         np.testing.assert_array_equal(seen, expected.repeat(query_block, 1).repeat(block_size, 2))
+        # Once a row and pack, and none for what is not there.
+        in_packs = np.pad(expected, ((0, 0), (0, 0), (0, -num_blocks % (ROWS // block_size))))
+        in_packs = in_packs.reshape(num_heads, rows, -1, ROWS // block_size).any(-1).sum()
+        lengths = np.diff(np.asarray(tables.slices)[sequence % len(tables.slices)])[..., 0]
+        assert lengths.sum() * (num_heads // num_kv_heads // lengths.shape[2]) == in_packs
+
+
+def test_entries_are_sorted_as_one_number_or_as_three():
+    random, most = np.random.default_rng(0), (9, 50, 8)
+    entries = [random.integers(0, each, (3, 200)).astype(np.int32) for each in most]
+    for one, three in zip(sort_entries(*entries, most), sort_entries(*entries, (1 << 20, 1 << 20, 8)), strict=True):
+        np.testing.assert_array_equal(one, three)
+    order = np.lexsort(entries[::-1])
+    np.testing.assert_array_equal(sort_entries(*entries, most)[1], np.take_along_axis(entries[1], order, 1))
 
 
 @hypothesis.given(st.integers(0, 1 << 20), st.booleans(), st.integers(0, 3))
@@ -191,3 +204,32 @@ def test_packs_over_a_mesh(monkeypatch, heads: int):
         found = results(query_spec=P("data", None, "tensor", None))
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_an_offset_leaves_rows_that_exist(monkeypatch):
+    """Lists are for all positions: of an offset at run time, those of the call's own rows are left."""
+
+    def first_and_last(plan, given):
+        low, high = (given.tables.slices[..., edge] for edge in (0, 1))
+        blocks, row = given.tables.blocks, given.first_row[:, None, None, None, None]
+        first = jnp.where(low < high, blocks[low] - row, 0).min((1, 2, 3, 4))
+        last = jnp.where(low < high, blocks[high - 1] - row, 0).max((1, 2, 3, 4))
+        return tuple(
+            jnp.broadcast_to(edge[:, None, None, None], array.shape).astype(plan.dtype)
+            for edge, array in ((first, given.key), (last, given.value))
+        )
+
+    monkeypatch.setattr(mosaic_gpu, "attend", lambda plan, given: (given.query, given.query[..., 0].swapaxes(1, 2)))
+    monkeypatch.setattr(mosaic_gpu, "query_gradient", lambda plan, given, factor: given.query)
+    monkeypatch.setattr(mosaic_gpu, "key_gradients", first_and_last)
+    query, key, value = inputs(tokens=160, features=16, batch=2)
+
+    def function(query, key, value):
+        options = {"implementation": "mosaic_gpu", "query_offset": jnp.asarray([7, 64])}
+        return attention(query, key, value, LocalStride(16, 2, 2), **options).sum()
+
+    with plgpu.force_gpu_interpret_mode():
+        first, last = jax.grad(function, (1, 2))(query[:, :40], key, value)
+    # 40 queries from position 7 on stand in three blocks, from 64 on too; the kernel's tiles have room for one more.
+    assert first[:, 0, 0, 0].tolist() == [0, 0]
+    assert last[:, 0, 0, 0].tolist() == [3, 3]

@@ -7,7 +7,7 @@ other, which hides a missing wait: here every copy has a clock of its own.
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import pytest
 
-from tests.kernels import test_mosaic_gpu
+from tests.kernels import test_mosaic_gpu, test_mosaic_gpu_gradients
 from tests.kernels.cases import BY_NAME, arrays
 
 COPIES = 500
@@ -15,10 +15,16 @@ COPIES = 500
 
 @pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
 @pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
-@pytest.mark.parametrize("name", ["block by block"])
-def test_every_copy_is_waited_for(name: str):
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        (test_mosaic_gpu.TestInterpreted(), "block by block"),
+        (test_mosaic_gpu_gradients.TestGradients(), "selection by KV head"),
+    ],
+    ids=["forward", "gradients"],
+)
+def test_every_copy_is_waited_for(backend, name: str):
     params = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=COPIES)
-    backend = test_mosaic_gpu.TestInterpreted()
     with plgpu.force_gpu_interpret_mode(params):
         case = backend.adapted(BY_NAME[name])
         backend.run(case, arrays(case))

@@ -28,6 +28,7 @@ DOCUMENTS, ROOM, MESH = (
     ALONE + "test_copies_have_room",
     ALONE + "test_packs_over_a_mesh",
 )
+RACES = "tests/kernels/test_mosaic_gpu_races.py::test_every_copy_is_waited_for[gradients]"
 NAN = "tests/kernels/test_mosaic_gpu_gradients.py::test_a_nan_goes_no_further_than_it_is_read"
 
 WALKED = [
@@ -85,13 +86,6 @@ WALKED = [
         "used = jnp.arange(most, dtype=jnp.int32) <= most + 0 * selection.counts[..., None]",
         TRANSPOSED,
     ),
-    Fault(
-        "KV head i has the choice of head i mod k",
-        TABLES,
-        "np.arange(num_kv_heads * rounds) * heads // (num_kv_heads * rounds)",
-        "np.arange(num_kv_heads * rounds) % heads",
-        TRANSPOSED,
-    ),
     Fault("all blocks of a pack seen where one is", TABLES, "bits + 2", "0 * bits", TRANSPOSED),
     Fault("the first round's lists in every round", KEYS, "mine.at[number]", "mine.at[0 * number]", APART),
     Fault(
@@ -128,7 +122,7 @@ WALKED = [
         ARRANGE,
         "for edge in (first, first + grid.tiles)]",
         "for edge in (first, first + grid.tiles + 9)]",
-        OFFSET,
+        ALONE + "test_an_offset_leaves_rows_that_exist",
     ),
     Fault(
         "documents lose their last row",
@@ -210,13 +204,6 @@ COMPUTED = [
     Fault("the slope of the cap not of what was capped", SLOPE, "1 - capped * capped", "1 - capped", CAPPED),
     Fault("lse in the wrong base", ARRANGE, "of_queries(lse * LOG2E, np.inf)", "of_queries(lse, np.inf)", LOCAL),
     Fault(
-        "rows that read nothing have endless weights",
-        BACKEND,
-        "jnp.where(jnp.isneginf(lse), jnp.inf, lse)",
-        "lse",
-        STRANGERS,
-    ),
-    Fault(
         "unread keys not zeroed",
         BACKEND,
         "(_without_unread(problem, operands, array) for array in (operands.key, operands.value))",
@@ -235,7 +222,7 @@ COMPUTED = [
         ARRANGE,
         "position + offset",
         "position",
-        "tests/kernels/test_mosaic_gpu_gradients.py::TestGradients::test_case[selection by KV head]",
+        "tests/kernels/test_mosaic_gpu_gradients.py::TestGradients::test_other_case[selection from an offset]",
     ),
     Fault(
         "segments of queries compared with nobody's",
@@ -295,7 +282,7 @@ BARRIERS = [
         KEYS,
         '        plgpu.barrier_wait(scratch["rows_ready"].at[self.warpgroup])\n',
         "",
-        LOCAL,
+        RACES,
     ),
     Fault(
         "one copy of rows counts for all",
@@ -388,7 +375,14 @@ BARRIERS = [
         "",
         LOCAL,
     ),
-    Fault("dq copied before it is in shared memory", QUERIES, "        plgpu.commit_smem()\n", "", LOCAL),
+    Fault(
+        "dq copied before it is in shared memory",
+        QUERIES,
+        "        plgpu.commit_smem()\n",
+        "",
+        RACES,
+        unseen="The interpreter finds as much in the other kernels, but not here.",
+    ),
 ]
 
 FAULTS = [*WALKED, *COMPUTED, *BARRIERS]

@@ -14,7 +14,7 @@ WALK = [
         "left-over blocks left out", WALK_FILE,
         "left = turns * self.full - self.full_steps * plan.slots",
         "left = 0",
-        FOUR_HEADS,
+        interpreted("strided"),
     ),
     Fault(
         "masked entries begin behind the left-over blocks", WALK_FILE,
