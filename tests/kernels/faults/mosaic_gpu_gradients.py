@@ -77,7 +77,7 @@ WALKED = [
         "ends = jnp.maximum(ends - 1, 0) + jnp.arange(batch",
         TRANSPOSED,
     ),
-    Fault("rows of two blocks walked twice", TABLES, "jnp.pad(~same,", "jnp.pad(~same | True,", TRANSPOSED),
+    Fault("rows of two blocks walked twice", TABLES, "jnp.cumsum(~again,", "jnp.cumsum(again | True,", TRANSPOSED),
     Fault("blocks beyond the keys in the last pack", TABLES, "& (selection.kv_blocks < num_blocks)", "", TRANSPOSED),
     Fault(
         "all blocks of a row transposed, whatever their count",
@@ -213,8 +213,8 @@ COMPUTED = [
     Fault(
         "a query does not see itself",
         KEYS,
-        "inputs.kv_positions, jnp.greater_equal)",
-        "inputs.kv_positions, jnp.greater)",
+        "inputs.kv_positions.at[self.pack], jnp.greater_equal",
+        "inputs.kv_positions.at[self.pack], jnp.greater",
         CHOSEN,
     ),
     Fault(
@@ -227,8 +227,8 @@ COMPUTED = [
     Fault(
         "segments of queries compared with nobody's",
         KEYS,
-        "inputs.kv_segments, jnp.equal)",
-        "inputs.kv_segments, jnp.greater_equal)",
+        "inputs.query_segments, of_rows, jnp.equal",
+        "inputs.query_segments, of_rows, jnp.greater_equal",
         gradients("documents both ways"),
     ),
     Fault("all rows in the first piece's place", KEYS, "pl.ds(row, plan.piece))", "pl.ds(0 * row, plan.piece))", LOCAL),
@@ -249,7 +249,7 @@ COMPUTED = [
     Fault(
         "both gradients of wide heads at once",
         KEYS,
-        "if plan.head_dim + plan.value_dim <= MOST_FEATURES:",
+        "if plan.head_dim + plan.value_dim <= SUMMED_AT_ONCE:",
         "if True:",
         machine_code("d 256"),
     ),
