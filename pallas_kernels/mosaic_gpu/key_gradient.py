@@ -19,7 +19,7 @@ from pallas_kernels.mosaic_gpu.key_tables import KeyInputs
 from pallas_kernels.mosaic_gpu.launch import barriers, launch, row_buffer, step_buffer
 from pallas_kernels.mosaic_gpu.plan import ROWS, WARPGROUP_ROWS, WARPGROUPS, KeyPlan
 from pallas_kernels.mosaic_gpu.products import add_product, product
-from pallas_kernels.mosaic_gpu.steps import COLUMN, WGMMA, Condition, Step, Steps, Stream, spread
+from pallas_kernels.mosaic_gpu.steps import COLUMN, WGMMA, Condition, Registers, Step, Steps, Stream, spread
 from pallas_kernels.mosaic_gpu.untyped import plgpu
 from pallas_kernels.mosaic_gpu.walk import Entry, Walk
 
@@ -40,7 +40,9 @@ def _sums(plan: KeyPlan, inputs: KeyInputs) -> tuple[Array, ...]:
     results = tuple(jax.ShapeDtypeStruct(getattr(inputs, name).shape, plan.dtype) for name in plan.gradients)
     grid = {"pack": plan.packs, "batch": plan.batch, "heads": plan.num_kv_heads}
     name, pack = "_".join([*plan.gradients, "gradients"]), functools.partial(Pack, plan)
-    return launch(name, pack, inputs, results, _scratch(plan, inputs), grid, REGISTERS)
+    # With a soft cap there is more to compute with, and where a step takes one copy there is little to load with.
+    registers = Registers(240, 24) if plan.soft_cap is not None and plan.slots == 1 else REGISTERS
+    return launch(name, pack, inputs, results, _scratch(plan, inputs), grid, registers)
 
 
 def _scratch(plan: KeyPlan, inputs: KeyInputs) -> dict:

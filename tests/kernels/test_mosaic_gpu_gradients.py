@@ -23,6 +23,12 @@ WIDE = [
     Case("wide heads", LocalStride(16, 1, 2), "bfloat16", 1, 70, 70, 2, 1, 192, 128),
 ]
 
+OTHERS = [each.name for each in CASES if each.name not in QUICK]
+
+
+def named(*cases: Case) -> list:
+    return [pytest.param(case, id=case.name) for case in cases]
+
 
 class TestGradients(Interpreted):
     test_random_cases = test_optimised = test_shape = test_offsets_beyond_the_keys_and_nan_queries_give_nan = None
@@ -32,16 +38,13 @@ class TestGradients(Interpreted):
         return jax.jit(traced(case, self.implementation, tiles))
 
     @pytest.mark.usefixtures("quick_compilation")
-    @pytest.mark.parametrize("case", [*parameters(*QUICK), *(pytest.param(case, id=case.name) for case in WIDE)])
+    @pytest.mark.parametrize("case", [*parameters(*QUICK), *named(*WIDE)])
     def test_case(self, case: Case):
         self.check(case)
 
     @pytest.mark.slow
     @pytest.mark.usefixtures("quick_compilation")
-    @pytest.mark.parametrize(
-        "case",
-        [*parameters(*(each.name for each in CASES if each.name not in QUICK)), *SHAPES, *SELECTIONS],
-    )
+    @pytest.mark.parametrize("case", [*parameters(*OTHERS), *named(*SHAPES, *SELECTIONS)])
     def test_other_case(self, case: Case):
         self.check(case)
 

@@ -222,7 +222,7 @@ COMPUTED = [
         ARRANGE,
         "position + offset",
         "position",
-        "tests/kernels/test_mosaic_gpu_gradients.py::TestGradients::test_other_case[selection from an offset]",
+        "tests/kernels/test_mosaic_gpu_gradients.py::TestGradients::test_other_case[from an offset]",
     ),
     Fault(
         "segments of queries compared with nobody's",
