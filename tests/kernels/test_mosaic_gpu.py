@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas_kernels import HopperTiles
 from s2jax import FirstTokens, Local, LocalStride
-from tests.kernels.cases import Case, Selected
+from tests.kernels.cases import Case, Selected, parameters
 from tests.kernels.contract import AttentionContract, traced_forward
 
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True)
@@ -40,6 +40,24 @@ SHAPES = [
     ),
 ]  # fmt: skip
 """What this backend alone has."""
+
+ELSEWHERE = (
+    # The gradients' tests check the forward pass too.
+    "local stride", "soft cap, low precision", "strangers", "an offset for each", "stripes by query head",
+    "selection by KV head",
+    # Others are like them, and these take long.
+    "documents", "offset at run time", "offsets in step", "an offset both ways", "block by block",
+    "one query of each, at run time",
+)  # fmt: skip
+"""Cases of the table that are left to the slow tests."""
+
+
+def less(cases: list) -> list:
+    slow = pytest.mark.slow
+    return [
+        pytest.param(*each.values, id=each.id, marks=(*each.marks, *([slow] if each.id in ELSEWHERE else [])))
+        for each in cases
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NaN on purpose
@@ -90,6 +108,12 @@ class TestInterpreted(AttentionContract):
 
         return function
 
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize("case", less(parameters()))
+    def test_case(self, case: Case):
+        self.check(case)
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["an offset for each"])  # what XLA computes here is little
     def test_optimised(self, name: str):
         super().test_optimised(name)

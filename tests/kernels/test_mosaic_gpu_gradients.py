@@ -14,7 +14,7 @@ from tests.kernels.test_mosaic_gpu import TestInterpreted as Interpreted
 from tests.kernels.test_mosaic_gpu_selections import CASES as SELECTIONS
 
 QUICK = (
-    "local stride", "soft cap, low precision", "documents both ways", "strangers", "an offset for each",
+    "local stride", "soft cap, low precision", "strangers", "an offset for each",
     "stripes by query head", "selection by KV head",
 )  # fmt: skip
 

@@ -58,6 +58,7 @@ class TestVmap:
     def test_over_the_batch(self):
         self.assert_maps(self.attention, *inputs(2))
 
+    @pytest.mark.slow
     def test_over_offsets(self):
         query, key, value = (array[0] for array in inputs(1))
         self.assert_maps(lambda at: self.attention(query[:, :40], key, value, query_offset=at), jnp.asarray([3, 50]))

@@ -229,7 +229,7 @@ COMPUTED = [
         KEYS,
         "inputs.query_segments, of_rows, jnp.equal",
         "inputs.query_segments, of_rows, jnp.greater_equal",
-        gradients("documents both ways"),
+        STRANGERS,
     ),
     Fault("all rows in the first piece's place", KEYS, "pl.ds(row, plan.piece))", "pl.ds(0 * row, plan.piece))", LOCAL),
     Fault(
