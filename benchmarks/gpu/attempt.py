@@ -13,17 +13,21 @@ class NoDeviceTime(RuntimeError):
     """A measurement that cannot be believed; the message says why."""
 
 
+FORESEEN = (RuntimeError, ValueError, TypeError, ImportError, OSError)
+"""Of JAX, XLA, Triton's callers and PyTorch, out of memory and not implemented among them."""
+
+
 def attempt[Result](action: Callable[[], Result]) -> tuple[Result, None] | tuple[None, str]:
     """What the action gives and None, or None and why it failed, in one line.
 
-    What compilers, drivers and five libraries raise has no common class. So everything is caught, here and nowhere
-    else, and whatever nobody foresaw is printed with its traceback as well.
+    What compilers, drivers and libraries raise where they cannot do something, `FORESEEN`, is printed with its
+    traceback as well. Anything else ends the process, and whoever watches it notes that and goes on without the side.
     """
     try:
         return action(), None
     except (LeftOut, NoDeviceTime) as reason:
         return None, one_line(reason)
-    except Exception as error:
+    except FORESEEN as error:
         traceback.print_exc(file=sys.stderr)
         return None, one_line(error)
 

@@ -83,6 +83,11 @@ def spoils_the_context(teller, broken):
     guard.lost = lambda: broken
     teller.doing(HANGS, 60)
     assert teller.attempt(lambda: 1) == (1, None)
+    teller.attempt(lambda: int("one"))
+
+
+def raises_what_nobody_foresaw(teller):
+    teller.doing(HANGS, 60)
     teller.attempt(lambda: 1 / 0)
 
 
@@ -91,7 +96,8 @@ def spoils_the_context(teller, broken):
     [
         (hangs, (), "no answer for 1 s"),
         (crashes, (), "its process ended with 7"),
-        (spoils_the_context, ("lost",), "lost, after ZeroDivisionError: division by zero"),
+        (raises_what_nobody_foresaw, (), "its process ended with 1"),
+        (spoils_the_context, ("lost",), "lost, after ValueError: invalid literal for int() with base 10: 'one'"),
     ],
 )
 def test_whoever_hangs_or_dies_is_named_and_what_there_is_is_kept(work, arguments, reason):
@@ -109,7 +115,10 @@ def test_what_comes_to_its_end():
 
 
 def test_a_failure_that_spoils_nothing_goes_on():
-    assert Teller(lambda message: None).attempt(lambda: 1 / 0) == (None, "ZeroDivisionError: division by zero")
+    assert (
+        Teller(lambda message: None).attempt(lambda: int("one"))[1]
+        == "ValueError: invalid literal for int() with base 10: 'one'"
+    )
 
 
 def test_a_machine_that_does_not_answer_is_not_waited_for(monkeypatch):
