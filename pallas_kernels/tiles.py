@@ -3,9 +3,9 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
-from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, expand
+from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule, expand
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -137,3 +137,43 @@ def _with_written_out(lists: BlockLists, cores: np.ndarray, written) -> BlockLis
     offsets = np.append(lists.offsets, offset).astype(np.int32)
     slices = np.concatenate([cores, full, partial], 2)
     return BlockLists(np.concatenate(blocks), np.concatenate(masks), offsets, slices, lists.num_full + full.shape[2])
+
+
+def without_missing_keys(schedule: BlockSchedule, tiles: Tiles):
+    """The lists where the last block, if it is not filled with keys, has masks of its own.
+
+    Returns:
+      blocks, masks and slices, with one more part and one more entry where needed; the token masks of every kind, and
+      whether it is for the last block.
+    """
+    lists, kinds, last = tiles.lists, tiles.masks, schedule.num_columns - 1
+    slices, short = lists.slices.astype(np.int32), np.zeros(len(kinds), bool)
+    if schedule.kv_length % schedule.block_size == 0 or len(lists.blocks) == 0:
+        return lists.blocks, lists.masks, slices, kinds, short
+    # Lists ascend: only the last entry of a slice without masks can be the last block.
+    full = slices[..., : lists.num_full, :].copy()
+    busy = full[..., 1] > full[..., 0]
+    ends = busy & (lists.blocks[np.where(busy, full[..., 1] - 1, 0)] == last)
+    full[..., 1] -= ends
+    entry = len(lists.blocks)
+    one = np.where(ends.any(-1)[..., None], np.array([entry, entry + 1], np.int32), np.int32(0))[..., None, :]
+    found, which = np.unique(lists.masks[lists.blocks == last], return_inverse=True)
+    masks = lists.masks.copy()
+    masks[lists.blocks == last] = len(kinds) + 1 + which
+    return (
+        np.append(lists.blocks, last).astype(np.int32),
+        np.append(masks, len(kinds)).astype(np.int32),
+        np.concatenate([full, slices[..., lists.num_full :, :], one], -2).astype(np.int32),
+        np.concatenate([kinds, np.full_like(kinds[:1], WHOLE), kinds[found]]),
+        np.append(short, np.ones(len(found) + 1, bool)),
+    )
+
+
+def seen_by_kind(
+    schedule: BlockSchedule, kinds: np.ndarray, short: np.ndarray
+) -> Bool[np.ndarray, "kinds queries keys"]:
+    """What each query of a tile sees of a block."""
+    size = schedule.block_size
+    bits = schedule.token_masks[kinds].reshape(len(kinds), -1, size)  # [kinds, queries, keys]
+    remaining = schedule.kv_length - (schedule.num_columns - 1) * size
+    return bits & (~short[:, None, None] | (np.arange(size) < remaining))

@@ -25,10 +25,10 @@ from pallas_kernels.mosaic_gpu.tiles import (
     choose_key_tiles,
     choose_tiles,
 )
-from pallas_kernels.mosaic_gpu.unread import depends_on_arrays, unread_keys, without_unread
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.sharding import Sharding
+from pallas_kernels.unread import depends_on_arrays, unread_keys, without_unread
 
 TILES = HopperTiles
 DTYPES = ("bfloat16", "float16")

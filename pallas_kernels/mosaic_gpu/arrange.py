@@ -3,16 +3,16 @@
 import dataclasses
 import typing
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pallas_kernels.grid import Grid, edge_ids, make_grid, pad, positive_scale, round_up
 from pallas_kernels.mosaic_gpu.plan import LOG2E, ROWS, Plan
-from pallas_kernels.mosaic_gpu.segments import narrow
 from pallas_kernels.mosaic_gpu.tables import Inputs, Tables
 from pallas_kernels.mosaic_gpu.tiles import HopperTiles
 from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.segments import narrow
 
 NOWHERE = np.iinfo(np.int32).max
 """The position of a key that is not there: behind every query."""
@@ -22,54 +22,6 @@ FEATURES = 16
 
 LENGTH = 8
 """Copies need lengths of a multiple of the rows that lie together in shared memory."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """Queries in tiles: the first `shift` rows of the first tile are empty.
-
-    Attributes:
-      shift: int, or int32 [b].
-      first: int, or int32 [b], which tile of the tables the first one is.
-    """
-
-    queries: int
-    tiles: int
-    length: int
-    shift: int | Array
-    first: int | Array
-
-    def place(self, array: Array, length: int, nothing: float = 0) -> Array:
-        """[b, t, ...] -> [b, length, ...], `nothing` where there is no query."""
-        if isinstance(self.shift, int):
-            after = length - self.shift - self.length
-            widths = ((0, 0), (self.shift, after), *((0, 0) for _ in array.shape[2:]))
-            return jnp.pad(array, widths, constant_values=nothing)
-        room = jnp.full((array.shape[0], length, *array.shape[2:]), nothing, array.dtype)
-        return jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice_in_dim(r, a, at, 0))(room, array, self.shift)
-
-    def take_back(self, array: Array, axis: int) -> Array:
-        """The inverse, along an axis after the batch."""
-        if isinstance(self.shift, int):
-            return jax.lax.slice_in_dim(array, self.shift, self.shift + self.length, axis=axis)
-        return jax.vmap(lambda a, at: jax.lax.dynamic_slice_in_dim(a, at, self.length, axis - 1))(array, self.shift)
-
-    def rows(self, array: Array) -> Array:
-        """[b, t] -> [b, tiles, ROWS]: the rows of the tiles, the same queries once for every head."""
-        array = self.place(array, self.tiles * self.queries).reshape(array.shape[0], self.tiles, self.queries)
-        return jnp.tile(array, (1, 1, ROWS // self.queries))
-
-
-def make_grid(problem: Problem, operands: Operands, queries: int) -> Grid:
-    length, offset = operands.query.shape[1], operands.query_offset
-    if problem.schedule is None:
-        shift, first, most = 0, 0, 0
-    elif offset is None:
-        shift = problem.schedule.query_offset % problem.schedule.block_size
-        first, most = 0, shift
-    else:
-        shift, first, most = offset % queries, offset // queries, queries - 1
-    return Grid(queries, -(-(length + most) // queries), length, shift, first)
 
 
 def arrange(problem: Problem, operands: Operands, tables: Tables, tiles: HopperTiles):
@@ -167,37 +119,12 @@ def _attributes(problem: Problem, operands: Operands, grid: Grid, block_size: in
         if not operands.selection.causal:
             position = jnp.full_like(position, NOWHERE - 1)
         keys = jnp.arange(whole + block_size, dtype=jnp.int32)
-        found["query_positions"] = grid.rows(position)
+        found["query_positions"] = grid.rows(position, ROWS)
         found["kv_positions"] = jnp.where(keys < operands.key.shape[1], keys, NOWHERE)
     return found
-
-
-def edge_ids(grid: Grid, ids: Array) -> Array:
-    """[b, t] -> [b, tiles, queries]; where there is no query the nearest one's, so that no tile is mixed by it."""
-    index = jnp.arange(grid.tiles * grid.queries, dtype=jnp.int32)
-    shift = jnp.full(ids.shape[0], grid.shift, jnp.int32) if isinstance(grid.shift, int) else grid.shift
-    index = jnp.clip(index - shift[:, None], 0, grid.length - 1)
-    return jnp.take_along_axis(ids, index, 1).reshape(ids.shape[0], grid.tiles, grid.queries)
-
-
-def positive_scale(query: Array, scale: float) -> tuple[Array, float]:
-    """The kernel takes the maximum before it scales, which needs a scale above 0."""
-    if scale > 0:
-        return query, scale
-    return (-query, -scale) if scale < 0 else (query * 0, 1.0)  # of a NaN, still one
 
 
 def _sinks(sinks: Array | None, tiles: HopperTiles) -> Array | None:
     if sinks is None:
         return None
     return jnp.repeat(sinks.astype(jnp.float32).reshape(-1, tiles.heads), tiles.queries, 1)
-
-
-def round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def pad(array: Array, axis: int, multiple: int) -> Array:
-    after = -array.shape[axis] % multiple
-    widths = [(0, after if each == axis else 0) for each in range(array.ndim)]
-    return jnp.pad(array, widths) if after else array

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.arrange import FEATURES, LENGTH, Grid, edge_ids, make_grid, pad, positive_scale, round_up
+from pallas_kernels.grid import Grid, edge_ids, make_grid, pad, positive_scale, round_up
+from pallas_kernels.mosaic_gpu.arrange import FEATURES, LENGTH
 from pallas_kernels.mosaic_gpu.key_tables import KeyInputs, KeyTables
 from pallas_kernels.mosaic_gpu.plan import LOG2E, ROWS, KeyPlan
-from pallas_kernels.mosaic_gpu.segments import find, narrow_packs
 from pallas_kernels.mosaic_gpu.tiles import HopperTiles
 from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.segments import find, narrow_packs
 
 
 def arrange_key_gradients(

@@ -13,7 +13,7 @@ from pallas_kernels.mosaic_gpu.plan import ROWS, WORD
 from pallas_kernels.mosaic_gpu.tiles import HopperTiles
 from pallas_kernels.problem import Operands
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockSchedule
-from pallas_kernels.tiles import Tiles, merge, neighbours
+from pallas_kernels.tiles import merge, neighbours, seen_by_kind, without_missing_keys
 
 EMPTY = NOTHING
 """The kind of mask of a slot that holds no entry."""
@@ -102,49 +102,11 @@ def schedule_tables(schedule: BlockSchedule, queries: int, width: int) -> Tables
     """
     lists, size = schedule.lists, schedule.block_size
     tiles = merge(lists, neighbours(lists.num_walkers, lists.num_rows, queries // size))
-    blocks, masks, slices, kinds, short = _without_missing_keys(schedule, tiles)
+    blocks, masks, slices, kinds, short = without_missing_keys(schedule, tiles)
     heads = schedule.head_index[:: ROWS // queries]
-    words = pack_bits(_seen(schedule, kinds, short), width)
+    seen = seen_by_kind(schedule, kinds, short)
+    words = pack_bits(np.tile(seen, (1, ROWS // seen.shape[1], 1)), width)
     return Tables(blocks, masks, slices[heads][None], words, tiles.lists.num_full)
-
-
-def _without_missing_keys(schedule: BlockSchedule, tiles: Tiles):
-    """The lists where the last block, if it is not filled with keys, has masks of its own.
-
-    Returns:
-      blocks, masks and slices, with one more part and one more entry where needed; the token masks of every kind, and
-      whether it is for the last block.
-    """
-    lists, kinds, last = tiles.lists, tiles.masks, schedule.num_columns - 1
-    slices, short = lists.slices.astype(np.int32), np.zeros(len(kinds), bool)
-    if schedule.kv_length % schedule.block_size == 0 or len(lists.blocks) == 0:
-        return lists.blocks, lists.masks, slices, kinds, short
-    # Lists ascend: only the last entry of a slice without masks can be the last block.
-    full = slices[..., : lists.num_full, :].copy()
-    busy = full[..., 1] > full[..., 0]
-    ends = busy & (lists.blocks[np.where(busy, full[..., 1] - 1, 0)] == last)
-    full[..., 1] -= ends
-    entry = len(lists.blocks)
-    one = np.where(ends.any(-1)[..., None], np.array([entry, entry + 1], np.int32), np.int32(0))[..., None, :]
-    found, which = np.unique(lists.masks[lists.blocks == last], return_inverse=True)
-    masks = lists.masks.copy()
-    masks[lists.blocks == last] = len(kinds) + 1 + which
-    return (
-        np.append(lists.blocks, last).astype(np.int32),
-        np.append(masks, len(kinds)).astype(np.int32),
-        np.concatenate([full, slices[..., lists.num_full :, :], one], -2).astype(np.int32),
-        np.concatenate([kinds, np.full_like(kinds[:1], WHOLE), kinds[found]]),
-        np.append(short, np.ones(len(found) + 1, bool)),
-    )
-
-
-def _seen(schedule: BlockSchedule, kinds: np.ndarray, short: np.ndarray) -> Bool[np.ndarray, "kinds rows keys"]:
-    """What each row of a tile sees of a block."""
-    size = schedule.block_size
-    bits = schedule.token_masks[kinds].reshape(len(kinds), -1, size)  # [kinds, queries, keys]
-    remaining = schedule.kv_length - (schedule.num_columns - 1) * size
-    bits = bits & (~short[:, None, None] | (np.arange(size) < remaining))
-    return np.tile(bits, (1, ROWS // bits.shape[1], 1))
 
 
 def pack_bits(seen: Bool[np.ndarray, "kinds rows columns"], width: int) -> Int32[np.ndarray, "kinds words rows"]:

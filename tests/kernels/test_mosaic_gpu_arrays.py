@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import HopperTiles, mosaic_gpu
 from pallas_kernels.mosaic_gpu import chip
 from pallas_kernels.mosaic_gpu.arrange import positive_scale
-from pallas_kernels.mosaic_gpu.segments import narrow
 from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, choose_tiles
+from pallas_kernels.segments import narrow
 from s2jax import BlockSelection, FirstTokens, Local, LocalStride, PerHead, attention
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")

@@ -2,10 +2,11 @@
 
 from tests.kernels.faults.fault import Fault, hopper_shape, interpreted, machine_code
 
-ARRANGE, TABLES, SEGMENTS, UNREAD, SIZES, PLAN, CHIP, BACKEND, FORWARD, LAUNCH = (
+ARRANGE, TABLES, SIZES, PLAN, CHIP, BACKEND, FORWARD, LAUNCH = (
     f"pallas_kernels/mosaic_gpu/{name}.py"
-    for name in ("arrange", "tables", "segments", "unread", "tiles", "plan", "chip", "__init__", "forward", "launch")
+    for name in ("arrange", "tables", "tiles", "plan", "chip", "__init__", "forward", "launch")
 )
+GRID, MERGED, SEGMENTS, UNREAD = (f"pallas_kernels/{name}.py" for name in ("grid", "tiles", "segments", "unread"))
 FOUR_HEADS, TWO_HEADS = hopper_shape("four heads a tile"), hopper_shape("two heads a tile")
 CHOSEN = "tests/kernels/test_mosaic_gpu_selections.py::test_selection"
 ALONE = "tests/kernels/test_mosaic_gpu_arrays.py::"
@@ -35,29 +36,29 @@ ROWS_AND_KEYS = [
         ROOM,
     ),
     Fault(
-        "the shift of an offset off by one", ARRANGE,
+        "the shift of an offset off by one", GRID,
         "shift = problem.schedule.query_offset % problem.schedule.block_size",
         "shift = 1 + problem.schedule.query_offset % problem.schedule.block_size",
         interpreted("offset within a block"),
     ),
     Fault(
-        "the tile of an offset at run time counted in blocks", ARRANGE,
+        "the tile of an offset at run time counted in blocks", GRID,
         "offset % queries, offset // queries, queries - 1",
         "offset % queries, offset // problem.schedule.block_size, queries - 1",
         interpreted("offset at run time"),
     ),
     Fault(
-        "the last tile forgotten where an offset at run time shifts", ARRANGE,
+        "the last tile forgotten where an offset at run time shifts", GRID,
         "offset // queries, queries - 1", "offset // queries, 0",
         interpreted("an offset for each"),
     ),
     Fault(
-        "the scale of a turned query not turned", ARRANGE,
+        "the scale of a turned query not turned", GRID,
         "(-query, -scale) if scale < 0", "(query, -scale) if scale < 0",
         FOUR_HEADS,
     ),
     Fault(
-        "a scale of zero divides", ARRANGE,
+        "a scale of zero divides", GRID,
         "(query * 0, 1.0)", "(query, scale)",
         ALONE + "test_a_scale_that_is_not_positive",
     ),
@@ -68,14 +69,14 @@ ROWS_AND_KEYS = [
         FOUR_HEADS,
     ),
     Fault(
-        "segments not shifted with the rows", ARRANGE,
+        "segments not shifted with the rows", GRID,
         "jnp.clip(index - shift[:, None], 0, grid.length - 1)",
         "jnp.clip(index + 0 * shift[:, None], 0, grid.length - 1)",
         interpreted("an offset and documents"),
     ),
     Fault(
-        "positions of rows for every head in turn", ARRANGE,
-        "return jnp.tile(array, (1, 1, ROWS // self.queries))", "return jnp.repeat(array, ROWS // self.queries, 2)",
+        "positions of rows for every head in turn", GRID,
+        "return jnp.tile(array, (1, 1, rows // self.queries))", "return jnp.repeat(array, rows // self.queries, 2)",
         CHOSEN + "[from an offset]",
     ),
     Fault(
@@ -92,24 +93,24 @@ ROWS_AND_KEYS = [
 
 LISTS = [
     Fault(
-        "keys beyond the end of the last block", TABLES,
+        "keys beyond the end of the last block", MERGED,
         "if schedule.kv_length % schedule.block_size == 0 or", "if True or",
         interpreted("local stride both ways"),
     ),
     Fault(
-        "one key too many in the last block", TABLES,
+        "one key too many in the last block", MERGED,
         "(np.arange(size) < remaining)", "(np.arange(size) <= remaining)",
         interpreted("local stride both ways"),
     ),
     Fault(
-        "the last block lost where it is not filled", TABLES,
+        "the last block lost where it is not filled", MERGED,
         "ends.any(-1)[..., None], np.array([entry, entry + 1], np.int32)",
         "ends.any(-1)[..., None], np.array([entry, entry], np.int32)",
         interpreted("dense both ways"),
     ),
     Fault(
         "masks for every row of a head in turn", TABLES,
-        "np.tile(bits, (1, ROWS // bits.shape[1], 1))", "np.repeat(bits, ROWS // bits.shape[1], 1)",
+        "np.tile(seen, (1, ROWS // seen.shape[1], 1))", "np.repeat(seen, ROWS // seen.shape[1], 1)",
         FOUR_HEADS,
     ),
     Fault("the bits of a word in the wrong order", TABLES, 'bitorder="little"', 'bitorder="big"', FOUR_HEADS),

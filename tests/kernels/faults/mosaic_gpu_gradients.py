@@ -2,7 +2,7 @@
 
 from tests.kernels.faults.fault import Fault, gradients, machine_code
 
-KEYS, TABLES, ARRANGE, QUERIES, SLOPE, STEPS, SEGMENTS, BACKEND, LAUNCH, SIZES = (
+KEYS, TABLES, ARRANGE, QUERIES, SLOPE, STEPS, BACKEND, LAUNCH, SIZES = (
     f"pallas_kernels/mosaic_gpu/{name}.py"
     for name in (
         "key_gradient",
@@ -11,12 +11,12 @@ KEYS, TABLES, ARRANGE, QUERIES, SLOPE, STEPS, SEGMENTS, BACKEND, LAUNCH, SIZES =
         "query_gradient",
         "gradient",
         "steps",
-        "segments",
         "__init__",
         "launch",
         "tiles",
     )
 )
+SEGMENTS = "pallas_kernels/segments.py"
 LOCAL, APART, OFFSET, CHOSEN = (
     gradients(name) for name in ("local stride", "stripes by query head", "an offset for each", "selection by KV head")
 )
