@@ -12,10 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import mosaic_gpu, reference, xla
+from pallas_kernels import mosaic_gpu, mosaic_tpu, reference, xla
 from pallas_kernels.checks import check_number, check_operands
-from pallas_kernels.mosaic_gpu.products import interpreted
-from pallas_kernels.platforms import PLATFORMS, only_on_its_platform
+from pallas_kernels.platforms import PLATFORMS, interpreted, only_on_its_platform
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
@@ -29,12 +28,17 @@ OUT_NAME, LSE_NAME = "s2jax_out", "s2jax_lse"
 
 with_own_gradient: typing.Any = functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 
-FORWARD: dict[str, types.ModuleType] = {"xla": xla, "mosaic_gpu": mosaic_gpu, "reference": reference}
+FORWARD: dict[str, types.ModuleType] = {
+    "xla": xla,
+    "mosaic_gpu": mosaic_gpu,
+    "mosaic_tpu": mosaic_tpu,
+    "reference": reference,
+}
 BACKWARD = FORWARD
-DIFFERENTIABLE: dict[str, types.ModuleType] = FORWARD | {"mosaic_gpu": xla}
+DIFFERENTIABLE: dict[str, types.ModuleType] = FORWARD | {"mosaic_gpu": xla, "mosaic_tpu": xla}
 """Which module computes the passes of each implementation, and the backward pass that is differentiated again."""
 
-PREFERRED = ("mosaic_gpu", "xla")
+PREFERRED = ("mosaic_gpu", "mosaic_tpu", "xla")
 """What is taken where no implementation is asked for: the first that can do it on the platform."""
 
 

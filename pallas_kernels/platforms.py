@@ -2,12 +2,18 @@
 
 import functools
 
+from jax._src import config
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array
 
-PLATFORMS = {"mosaic_gpu": "cuda"}
+PLATFORMS = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
 """The one platform of implementations that have one; all others are for every platform."""
+
+
+def interpreted() -> bool:
+    """Whether kernels traced now run in an interpreter."""
+    return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def only_on_its_platform(name: str, array: Array) -> Array:

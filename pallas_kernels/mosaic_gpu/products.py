@@ -7,10 +7,10 @@ that is waited for too late.
 
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
-from jax._src import config
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.untyped import plgpu
+from pallas_kernels.platforms import interpreted
 
 
 def product(first, second, shape: tuple[int, int], meanwhile) -> Array:
@@ -42,11 +42,6 @@ def add_product(total: Array, first: Array, second, meanwhile) -> Array:
     late = jnp.dot(first, second[...], preferred_element_type=jnp.float32)
     plgpu.commit_smem()
     return total + (early + late) / 2
-
-
-def interpreted() -> bool:
-    """Whether kernels traced now run in the interpreter."""
-    return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 def two_products(first: tuple, second: tuple, shape: tuple[int, int]) -> tuple[Array, Array]:

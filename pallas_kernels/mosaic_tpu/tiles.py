@@ -1,0 +1,83 @@
+"""Tile sizes of the TPU kernels, and which to take."""
+
+import dataclasses
+
+from pallas_kernels.schedule import BlockSchedule
+from pallas_kernels.selection import BlockSelection
+
+LANES = 128
+"""Columns of a vector register."""
+
+MOST_ROWS = 512
+"""Rows of a tile, and keys of a step: enough for the matrix units to hide all that is not a product."""
+
+LEAST_ROWS = 16
+"""Rows of bfloat16 that lie together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuTiles:
+    """Tile sizes of the TPU kernels.
+
+    Attributes:
+      heads: query heads in a tile; they must read the same blocks.
+      queries: of each of them.
+      keys: keys of a step.
+    """
+
+    heads: int = 1
+    queries: int = 512
+    keys: int = 512
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("heads", self.heads, (1, 2, 4, 8, 16)),
+            ("queries", self.queries, (16, 32, 64, 128, 256, 512, 1024)),
+            ("keys", self.keys, (128, 256, 512, 1024)),
+        ):
+            if type(value) is not int or value not in allowed:
+                raise ValueError(f"{name} must be one of the integers {', '.join(map(str, allowed))}, got {value!r}")
+
+    @property
+    def rows(self) -> int:
+        return self.heads * self.queries
+
+
+def choose_tiles(
+    schedule: BlockSchedule | None,
+    selection: BlockSelection | None,
+    num_heads: int,
+    num_kv_heads: int,
+    query_length: int,
+    kv_length: int,
+) -> TpuTiles:
+    """As many heads of a group as read the same, for then few rows of blocks are merged; and large tiles."""
+    heads = choose_heads(schedule, selection, num_heads, num_kv_heads)[-1]
+    most = MOST_ROWS // heads
+    if selection is not None:
+        most = min(most, selection.query_block & -selection.query_block)
+    least = schedule.block_size if schedule is not None else LEAST_ROWS
+    queries = max(least, min(most, power_of_two(query_length)))
+    return TpuTiles(heads, queries, max(LANES, min(MOST_ROWS, power_of_two(kv_length))))
+
+
+def choose_heads(
+    schedule: BlockSchedule | None, selection: BlockSelection | None, num_heads: int, num_kv_heads: int
+) -> tuple[int, ...]:
+    """How many query heads a tile can have, the best last."""
+    group = num_heads // num_kv_heads
+    if selection is not None:
+        shared, least = selection.counts.shape[1] != num_heads or group == 1, LEAST_ROWS
+    else:
+        assert schedule is not None  # one of the two says what is read
+        shared, least = schedule.shares_groups, schedule.block_size
+    return tuple(
+        heads
+        for heads in (1, 2, 4, 8, 16)
+        if heads == 1 or (group % heads == 0 and shared and MOST_ROWS // heads >= least)
+    )
+
+
+def power_of_two(number: int) -> int:
+    """The least one that is not below the number."""
+    return 1 << (number - 1).bit_length()
