@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.grid import Grid, edge_ids, make_grid, pad
+from pallas_kernels.mosaic_tpu.launch import Specs
 from pallas_kernels.mosaic_tpu.plan import LOG2E, Plan
-from pallas_kernels.mosaic_tpu.tables import Tables
+from pallas_kernels.mosaic_tpu.tables import EMPTY, Tables
 from pallas_kernels.mosaic_tpu.tiles import LANES, TpuTiles
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.segments import narrow
@@ -19,77 +20,108 @@ from pallas_kernels.segments import narrow
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The arrays that a kernel of tiles of queries is called with; what is absent is None.
+    """The arrays that a kernel is called with, and after that their specs, or references; what is absent is None.
+
+    The rows of a tile are those of `first` and `second`, its columns come from the source: queries with douts, and keys
+    with values, or the other way round.
 
     Attributes:
-      lists: int32 [b|1 · heads of tiles], of scalars that are there before anything else.
+      lists: int32 [lists], one for every head of tiles, and sequence if they differ.
       entries: int32 [lists, 1, entries].
-      slices: int32 [b|1, heads of tiles, 1, tiles · parts · 2].
-      words: int32 [kinds, words, keys].
-      query: with whole tiles of queries.
-      key_value: keys and values side by side, each padded to lanes; tokens of all heads, in whole blocks each.
-      sinks: float32 [h], in scalar memory.
-      query_segments, query_positions: int32 [b, tiles, 1, rows of a tile].
-      kv_segments: int32 [b, s / LANES, LANES].
-      dout: of the backward pass.
-      lse, delta: float32 [b, heads of tiles, tiles, 1, rows]; lse times log2(e), inf where there is no query.
+      slices: int32 [b|1, heads of tiles, 1, rows · parts · 2].
+      words: int32 [kinds, words, columns].
+      source: [b · heads, tokens, f], the two halves of what is walked side by side, each padded to lanes.
+      first, second: [b, heads, tokens, d] and [b, heads, tokens, e].
+      sinks: float32 [h].
+      row_segments: int32 [b, tiles, 1, rows], or for every head [b, heads of tiles, tiles, 1, rows].
+      row_positions: int32 [b|1, tiles, 1, rows].
+      column_segments: int32 [b, tokens / LANES, LANES].
+      first_token, first_position: int32 [b], which token the source's first one is, and where it stands.
+      lse, delta: float32, of rows [b, heads of tiles, tiles, 1, rows], or of columns [b, h, tokens / LANES, LANES]; lse
+        times log2(e), inf where there is no query.
     """
 
     lists: Int32[Array, " lists"]
     entries: Int32[Array, "lists 1 entries"]
-    slices: Int32[Array, "#b heads 1 numbers"]
-    words: Int32[Array, "kinds words keys"] | None
-    query: Float[Array, "b h t d"]
-    key_value: Float[Array, "b*k*s f"]
+    slices: Int32[Array, "#b h 1 numbers"]
+    words: Int32[Array, "kinds words columns"] | None
+    source: Float[Array, "b*heads tokens f"]
+    first: Float[Array, "b h tokens d"]
+    second: Float[Array, "b h tokens e"] | None = None
     sinks: Float[Array, " h"] | None = None
-    query_segments: Int32[Array, "b tiles 1 rows"] | None = None
-    query_positions: Int32[Array, "b tiles 1 rows"] | None = None
-    kv_segments: Int32[Array, "b s lanes"] | None = None
-    dout: Float[Array, "b h t e"] | None = None
-    lse: Float[Array, "b heads tiles 1 rows"] | None = None
-    delta: Float[Array, "b heads tiles 1 rows"] | None = None
+    row_segments: Int32[Array, "b *tiles 1 rows"] | None = None
+    row_positions: Int32[Array, "#b tiles 1 rows"] | None = None
+    column_segments: Int32[Array, "b s lanes"] | None = None
+    first_token: Int32[Array, " b"] | None = None
+    first_position: Int32[Array, " b"] | None = None
+    lse: Float[Array, "b h tokens lanes"] | Float[Array, "b h tiles 1 rows"] | None = None
+    delta: Float[Array, "b h tokens lanes"] | Float[Array, "b h tiles 1 rows"] | None = None
+
+    def specs(self, plan: Plan) -> typing.Any:
+        """Which block of each a tile is given."""
+        specs = Specs(plan, self.lists)
+        of_ids = (
+            specs.rows if self.row_segments is not None and self.row_segments.ndim == 5 else specs.rows_of_all_heads
+        )
+        of_numbers = specs.rows if self.lse is not None and self.lse.ndim == 5 else specs.of_head
+        kinds = {
+            "entries": specs.list, "slices": specs.scalars_of_head, "words": specs.whole, "source": specs.source,
+            "first": specs.tokens, "second": specs.tokens, "sinks": specs.scalars, "row_segments": of_ids,
+            "row_positions": specs.rows_of_all_heads, "column_segments": specs.of_batch, "first_token": specs.scalars,
+            "first_position": specs.scalars, "lse": of_numbers, "delta": of_numbers,
+        }  # fmt: skip
+        given = {name: getattr(self, name) for name in kinds}
+        found = {name: None if array is None else kinds[name](array) for name, array in given.items()}
+        return dataclasses.replace(self, lists=None, **found)
+
+
+def _has_axes(array: Array | None, axes: int) -> bool:
+    return array is not None and array.ndim == axes
 
 
 def arrange(problem: Problem, operands: Operands, tables: Tables, tiles: TpuTiles) -> tuple[Plan, Inputs, Grid]:
     """The plan and the inputs of the forward kernel, and how its tiles stand."""
     grid = make_grid(problem, operands, tiles.queries)
-    query = scaled(operands.query, problem)
     reads = problem.schedule or operands.selection
     assert reads is not None  # one of the two says what is read
-    size = reads.block_size
-    attributes = _attributes(problem, operands, grid, tiles, size)
+    query, key, value, size = operands.query, operands.key, operands.value, reads.block_size
+    attributes = _attributes(operands, grid, tiles, size)
     slices = jnp.asarray(tables.slices)
     if not isinstance(grid.first, int):
         tile = jnp.minimum(grid.first[:, None] + jnp.arange(grid.tiles, dtype=jnp.int32), slices.shape[2] - 1)
         slices = slices[0][:, tile].swapaxes(0, 1)
-    if "kv_segments" in attributes and problem.schedule is not None:
-        ids = attributes["query_segments"][:, :, 0, : grid.queries]
-        kv_ids = attributes["kv_segments"].reshape(len(ids), -1)
+    if "row_segments" in attributes and problem.schedule is not None:
+        ids = attributes["row_segments"][:, :, 0, : grid.queries]
+        kv_ids = attributes["column_segments"].reshape(len(ids), -1)
         slices = narrow(tables.blocks, slices, tables.num_full, ids, kv_ids, size)
-    lists, key_value = jnp.asarray(tables.lists), beside(operands.key, operands.value, size)
     plan = Plan(
-        batch=query.shape[0], head_tiles=slices.shape[1], tiles=grid.tiles, heads=tiles.heads, queries=tiles.queries,
-        group=query.shape[2] // operands.key.shape[2], key_dim=lanes(query.shape[3]),
-        value_dim=lanes(operands.value.shape[3]), dtype=np.dtype(query.dtype), step=tiles.keys, block_size=size,
-        block_bits=tables.block_bits, num_parts=slices.shape[3], num_full=tables.num_full,
-        list_length=tables.entries.shape[1], kv_length=key_value.shape[2], soft_cap=problem.logits_soft_cap,
+        batch=query.shape[0], head_tiles=slices.shape[1], tiles=grid.tiles, rounds=1, row_heads=tiles.heads,
+        row_tokens=tiles.queries, group=query.shape[2] // key.shape[2], key_dim=lanes(query.shape[3]),
+        value_dim=lanes(value.shape[3]), dtype=np.dtype(query.dtype), step=tiles.keys, step_heads=1, block_size=size,
+        block_bits=tables.block_bits, nothing=EMPTY, num_parts=slices.shape[3], num_full=tables.num_full,
+        list_length=tables.entries.shape[1], scale=problem.scale, soft_cap=problem.logits_soft_cap, ascending=True,
     )  # fmt: skip
     inputs = Inputs(
-        lists.reshape(-1), jnp.asarray(tables.entries)[:, None], slices.reshape(*slices.shape[:2], 1, -1),
-        None if tables.words is None else jnp.asarray(tables.words),
-        of_tiles(grid, query), key_value.reshape(-1, key_value.shape[3]),
+        jnp.asarray(tables.lists).reshape(-1), jnp.asarray(tables.entries)[:, None],
+        slices.reshape(*slices.shape[:2], 1, -1), None if tables.words is None else jnp.asarray(tables.words),
+        flat(beside(pad(key, 1, size), pad(value, 1, size))), of_tiles(grid, query),
         sinks=None if operands.sinks is None else operands.sinks.astype(jnp.float32), **attributes,
     )  # fmt: skip
     return plan, inputs, grid
 
 
-def scaled(query: Array, problem: Problem) -> Array:
-    """Queries whose products with keys are logits times log2(e), or with a soft cap what its tanh is taken of.
+def arrange_query_gradient(
+    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, tables: Tables, tiles: TpuTiles
+) -> tuple[Plan, Inputs, Grid]:
+    """The same for the gradient of the queries.
 
-    Rounded to the queries' own dtype, like the weights: that is less than what rounded logits would lose.
+    Args:
+      dout: [b, t, h, e].
+      lse, delta: float32 [b, h, t]; -inf where nothing is read.
     """
-    factor = problem.scale * (LOG2E if problem.logits_soft_cap is None else 1 / problem.logits_soft_cap)
-    return (query.astype(jnp.float32) * factor).astype(query.dtype)
+    plan, inputs, grid = arrange(problem, dataclasses.replace(operands, sinks=None), tables, tiles)
+    lse, delta = rows_of(grid, lse * LOG2E, tiles.heads, np.inf), rows_of(grid, delta, tiles.heads, 0)
+    return plan, dataclasses.replace(inputs, second=of_tiles(grid, dout), lse=lse, delta=delta), grid
 
 
 def lanes(features: int) -> int:
@@ -101,10 +133,14 @@ def of_tiles(grid: Grid, array: Array) -> Array:
     return pad(grid.place(array, grid.tiles * grid.queries), 3, LANES).swapaxes(1, 2)
 
 
-def beside(first: Array, second: Array, size: int) -> Array:
-    """[b, s, k, d] and [b, s, k, e] -> [b, k, s in whole blocks, d and e in whole lanes]: one copy brings both."""
-    both = jnp.concatenate([pad(first, 3, LANES), pad(second, 3, LANES)], 3)
-    return pad(both, 1, size).swapaxes(1, 2)
+def beside(first: Array, second: Array) -> Array:
+    """[b, s, k, d] and [b, s, k, e] -> [b, k, s, d and e in whole lanes]: one copy brings both."""
+    return jnp.concatenate([pad(first, 3, LANES), pad(second, 3, LANES)], 3).swapaxes(1, 2)
+
+
+def flat(array: Array) -> Array:
+    """[b, k, s, f] -> [b · k, s, f]."""
+    return array.reshape(-1, *array.shape[2:])
 
 
 def rows_of(grid: Grid, array: Array, heads: int, nothing: float) -> Array:
@@ -121,8 +157,15 @@ def rows_back(grid: Grid, array: Array, heads: int) -> Array:
     return grid.take_back(array.reshape(batch, head_tiles * heads, -1), 2)
 
 
-def _attributes(problem: Problem, operands: Operands, grid: Grid, tiles: TpuTiles, size: int) -> dict:
-    """Segments and positions of rows and keys, those that are needed."""
+def by_lanes(array: Array, nothing: float = 0) -> Array:
+    """[..., tokens] -> [..., tokens / LANES, LANES]."""
+    after = -array.shape[-1] % LANES
+    array = jnp.pad(array, [*[(0, 0)] * (array.ndim - 1), (0, after)], constant_values=nothing)
+    return array.reshape(*array.shape[:-1], -1, LANES)
+
+
+def _attributes(operands: Operands, grid: Grid, tiles: TpuTiles, size: int) -> dict:
+    """Segments and positions of rows and columns, those that are needed."""
     found: dict[str, typing.Any] = {}
     if operands.query_segment_ids is not None:
         kv_ids = operands.kv_segment_ids
@@ -130,9 +173,9 @@ def _attributes(problem: Problem, operands: Operands, grid: Grid, tiles: TpuTile
         # Keys that are not there take the last one's id: a tile in one segment sees one segment in that block too.
         whole = max(size, LANES)
         kv_ids = jnp.pad(kv_ids, ((0, 0), (0, -kv_ids.shape[1] % whole)), mode="edge")
-        found["kv_segments"] = kv_ids.reshape(len(kv_ids), -1, LANES)
+        found["column_segments"] = by_lanes(kv_ids)
         ids = edge_ids(grid, operands.query_segment_ids)
-        found["query_segments"] = jnp.tile(ids, (1, 1, tiles.heads))[:, :, None]
+        found["row_segments"] = jnp.tile(ids, (1, 1, tiles.heads))[:, :, None]
     selection = operands.selection
     if selection is not None:
         batch, length = operands.query.shape[:2]
@@ -141,5 +184,5 @@ def _attributes(problem: Problem, operands: Operands, grid: Grid, tiles: TpuTile
             position = position + operands.query_offset[:, None]
         last = operands.key.shape[1] - 1
         position = jnp.minimum(position, last) if selection.causal else jnp.full_like(position, last)
-        found["query_positions"] = grid.rows(position, tiles.rows)[:, :, None]
+        found["row_positions"] = grid.rows(position, tiles.rows)[:, :, None]
     return found

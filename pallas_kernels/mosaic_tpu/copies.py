@@ -6,20 +6,27 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array
 
-from pallas_kernels.mosaic_tpu.masks import Slot
-from pallas_kernels.mosaic_tpu.plan import AT_ONCE, Plan
-from pallas_kernels.mosaic_tpu.walk import entry_of
+from pallas_kernels.mosaic_tpu.plan import Plan
+from pallas_kernels.mosaic_tpu.walk import AT_ONCE, Row, entry_of
 
 PLACES = 2 * AT_ONCE
 """Steps that the ring holds: those that are computed, and as many that are copied meanwhile."""
+
+
+class Slot(typing.NamedTuple):
+    """What a slot of a step holds: the kind of its mask, and its first token."""
+
+    kind: typing.Any
+    token: typing.Any
 
 
 class Ring(typing.NamedTuple):
     """A buffer of PLACES steps.
 
     Attributes:
-      buffer: [PLACES · step, features].
+      buffer: [PLACES · slots · heads of a step, slot, features].
       entries, tokens: int32 [PLACES · slots] in scalar memory, what every slot of the buffer holds: its entry, and its
         first token.
       ready: semaphores [PLACES].
@@ -31,35 +38,40 @@ class Ring(typing.NamedTuple):
     ready: typing.Any
 
     @classmethod
-    def scratch(cls, plan: Plan, features: int) -> "Ring":
+    def scratch(cls, plan: Plan) -> "Ring":
         numbers = pltpu.SMEM((PLACES * plan.slots,), jnp.int32)
-        buffer = pltpu.VMEM((PLACES * plan.step, features), plan.dtype)
-        return cls(buffer, numbers, numbers, pltpu.SemaphoreType.DMA((PLACES,)))
+        shape = PLACES * plan.slots * plan.step_heads, plan.slot, plan.key_dim + plan.value_dim
+        return cls(pltpu.VMEM(shape, plan.dtype), numbers, numbers, pltpu.SemaphoreType.DMA((PLACES,)))
 
-    def begin(self, plan: Plan, lists, row, step, place, source, first) -> None:
+    def begin(self, plan: Plan, lists, row: Row, step, place, source, head, first_token) -> None:
         """Starts the copies of a step of a row.
 
         Args:
           lists: reference of the entries, int32 [1, list_length].
-          place: of the ring.
-          source: reference [rows, features].
-          first: the row of the source where the tokens begin.
+          source: reference [heads, tokens, features].
+          head: the first of the source.
+          first_token: which the source's first one is.
         """
         for slot in range(plan.slots):
             entry, piece = entry_of(plan, row, lists, step * plan.slots + slot)
-            at, token = place * plan.slots + slot, piece * plan.slot
+            at, token = place * plan.slots + slot, piece * plan.slot - first_token
             self.entries[at], self.tokens[at] = entry, token
-            here = source.at[pl.ds(pl.multiple_of(first + token, plan.slot), plan.slot)]
-            there = self.buffer.at[pl.ds(pl.multiple_of(at * plan.slot, plan.slot), plan.slot)]
+            tokens = pl.ds(pl.multiple_of(token, plan.slot), plan.slot)
+            here = source.at[pl.ds(head, plan.step_heads), tokens]
+            there = self.buffer.at[pl.ds(at * plan.step_heads, plan.step_heads)]
             pltpu.make_async_copy(here, there, self.ready.at[place]).start()
 
     def wait(self, plan: Plan, place) -> None:
-        here = self.part(plan, place)
+        each = plan.slots * plan.step_heads
+        here = self.buffer.at[pl.ds(place * each, each)]
         pltpu.make_async_copy(here, here, self.ready.at[place]).wait()
 
-    def part(self, plan: Plan, place):
-        """A reference of a step."""
-        return self.buffer.at[pl.ds(pl.multiple_of(place * plan.step, plan.step), plan.step)]
+    def read(self, plan: Plan, place) -> tuple[Array, Array]:
+        """The two halves of a step: [step, key_dim] and [step, value_dim]."""
+        each = plan.slots * plan.step_heads
+        here = self.buffer.at[pl.ds(place * each, each)]
+        first, second = here[:, :, : plan.key_dim], here[:, :, plan.key_dim :]
+        return first.reshape(plan.step, plan.key_dim), second.reshape(plan.step, plan.value_dim)
 
     def slots(self, plan: Plan, place) -> list[Slot]:
         """What the slots of a step hold."""

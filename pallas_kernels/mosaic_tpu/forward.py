@@ -8,23 +8,23 @@ terms come, so a step of keys is filled with any blocks, each brought by a copy 
 import functools
 import typing
 
+import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_tpu.arrange import Inputs
-from pallas_kernels.mosaic_tpu.masks import allowed
+from pallas_kernels.mosaic_tpu.launch import Specs, launch
+from pallas_kernels.mosaic_tpu.masks import widen
 from pallas_kernels.mosaic_tpu.plan import LOG2E, Plan
-from pallas_kernels.mosaic_tpu.products import across, along, to_lanes, widen
-from pallas_kernels.mosaic_tpu.query_tile import QueryTile, Turn, launch_query_tiles
+from pallas_kernels.mosaic_tpu.products import across, along, to_lanes
+from pallas_kernels.mosaic_tpu.query_tile import QueryTile
+from pallas_kernels.mosaic_tpu.tile import Scratch, Turn, scratch_of
 from pallas_kernels.mosaic_tpu.tiles import LANES
 
 LEAST = float(jnp.finfo(jnp.float32).min)
 """Below every logit, and finite: a difference of two of them is a number."""
-
-STRIP = 128
-"""Rows whose softmax is computed at a time."""
 
 
 class Sums(typing.NamedTuple):
@@ -48,58 +48,52 @@ class Sums(typing.NamedTuple):
 
 def attend(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
     """out [b, h, t, e] in the query's dtype and lse [b, heads of tiles, tiles, 1, rows], in whole tiles."""
-    tokens = plan.tiles * plan.queries
-    of_out = pl.BlockSpec((None, plan.heads, plan.queries, plan.value_dim), lambda b, h, t, _: (b, h, t, 0))
-    of_rows = pl.BlockSpec((None, None, None, 1, plan.rows), lambda b, h, t, _: (b, h, t, 0, 0))
-    out_shape = plan.batch, plan.head_tiles * plan.heads, tokens, plan.value_dim
+    out_shape = plan.batch, plan.head_tiles * plan.row_heads, plan.tiles * plan.row_tokens, plan.value_dim
     lse_shape = plan.batch, plan.head_tiles, plan.tiles, 1, plan.rows
-    results = {"out": (out_shape, plan.dtype, of_out), "lse": (lse_shape, jnp.float32, of_rows)}
+    specs = Specs(plan, inputs.lists)
+    out, lse = jax.ShapeDtypeStruct(out_shape, plan.dtype), jax.ShapeDtypeStruct(lse_shape, jnp.float32)
+    results = (out, specs.tokens(out)), (lse, specs.rows(lse))
     per_row = pltpu.VMEM((plan.rows, LANES), jnp.float32)
-    scratch = (per_row, per_row, pltpu.VMEM((plan.rows, plan.value_dim), jnp.float32))
-    return launch_query_tiles("s2jax_forward", plan, inputs, results, scratch, functools.partial(_tile, plan))
+    sums = Sums(per_row, per_row, pltpu.VMEM((plan.rows, plan.value_dim), jnp.float32))
 
+    def run(inputs, lists, results, scratch: Scratch) -> None:
+        tile, sums = QueryTile(plan, inputs, lists, scratch), scratch.own
+        tile.begin()
+        pl.when(tile.is_first)(sums.clear)
+        tile.fold(functools.partial(_turn, plan, tile, sums))
+        _finish(plan, tile, sums, *results)
 
-def _tile(plan: Plan, tile: QueryTile, results: list, scratch: list) -> None:
-    sums = Sums(*scratch)
-    pl.when(tile.is_first)(sums.clear)
-    tile.fold(functools.partial(_turn, plan, tile, sums))
-    _finish(plan, tile, sums, *results)
+    out, lse = launch("forward", plan, inputs, inputs.specs(plan), results, scratch_of(plan, inputs, sums), run)
+    return out, lse
 
 
 def _turn(plan: Plan, tile: QueryTile, sums: Sums, turn: Turn) -> None:
-    query = tile.inputs.query[...].reshape(plan.rows, plan.key_dim)
-    parts = [tile.ring.part(plan, place) for place in turn.places]
+    query = tile.inputs.first[...].reshape(plan.rows, plan.key_dim)
+    keys_and_values = [tile.ring.read(plan, place) for place in turn.places]
     # All products with keys first, so that the second one runs under the first softmax.
-    logits = [along(query, part[:, : plan.key_dim]) for part in parts]
-    values = [part[:, plan.key_dim :] for part in parts]
-    slots = [tile.ring.slots(plan, place) for place in turn.places] if turn.masked else []
+    products = [along(query, key) for key, _ in keys_and_values]
+    masks = [tile.allowed(place) for place in turn.places] if turn.masked else []
     turn.begin_next()
-    strips = [slice(first, first + STRIP) for first in range(0, plan.rows, STRIP)]
-    most, total = ([ref[strip] for strip in strips] for ref in (sums.most, sums.total))
-    for step in range(len(parts)):
-        scores = capped(plan, logits[step])
+    most, total = sums.most[...], sums.total[...]
+    for step, (_, value) in enumerate(keys_and_values):
+        logits = scaled(plan, products[step])
         if turn.masked:
-            scores = jnp.where(allowed(plan, tile.conditions, slots[step]), scores, -jnp.inf)
-        weights, shrinks = [], []
-        # The compiler finds more to do at the same time, with fewer registers, where it is given a few rows at a time.
-        for number, strip in enumerate(strips):
-            mine, before = scores[strip], most[number]
-            most[number] = jnp.maximum(before, mine.max(1, keepdims=True))
-            shrinks.append(jnp.exp2(before - most[number]))
-            powers = jnp.exp2(mine - widen(most[number], plan.step))
-            lanes = [powers[:, first : first + LANES] for first in range(0, plan.step, LANES)]
-            total[number] = total[number] * shrinks[-1] + sum(lanes[1:], lanes[0])
-            weights.append(powers.astype(plan.dtype))
-        out = across(jnp.concatenate(weights, 0), values[step])
-        for strip, shrink in zip(strips, shrinks, strict=True):
-            sums.out[strip] = sums.out[strip] * widen(shrink, plan.value_dim) + out[strip]
-    for number, strip in enumerate(strips):
-        sums.most[strip], sums.total[strip] = most[number], total[number]
+            logits = jnp.where(masks[step], logits, -jnp.inf)
+        before, most = most, jnp.maximum(most, logits.max(1, keepdims=True))
+        shrink = jnp.exp2(before - most)
+        weights = jnp.exp2(logits - widen(most, plan.step))
+        lanes = [weights[:, first : first + LANES] for first in range(0, plan.step, LANES)]
+        total = total * shrink + sum(lanes[1:], lanes[0])
+        out = across(weights.astype(plan.dtype), value)
+        sums.out[...] = sums.out[...] * widen(shrink, plan.value_dim) + out
+    sums.most[...], sums.total[...] = most, total
 
 
-def capped(plan: Plan, logits: Array) -> Array:
-    """What products of scaled queries and keys are logits of, times log2(e)."""
-    return logits if plan.soft_cap is None else jnp.tanh(logits) * (plan.soft_cap * LOG2E)
+def scaled(plan: Plan, products: Array) -> Array:
+    """Of products of queries and keys the logits, times log2(e)."""
+    if plan.soft_cap is None:
+        return products * (plan.scale * LOG2E)
+    return jnp.tanh(products * (plan.scale / plan.soft_cap)) * (plan.soft_cap * LOG2E)
 
 
 def _finish(plan: Plan, tile: QueryTile, sums: Sums, out, lse) -> None:
@@ -107,7 +101,7 @@ def _finish(plan: Plan, tile: QueryTile, sums: Sums, out, lse) -> None:
     total = jnp.broadcast_to(sums.total[...].sum(1, keepdims=True), most.shape)
     if tile.inputs.sinks is not None:
         # One more logit for every row, which has no value.
-        sinks = _by_row(plan, tile, [tile.inputs.sinks[tile.head * plan.heads + head] for head in range(plan.heads)])
+        sinks = _sinks(plan, tile)
         new = jnp.maximum(most, sinks)
         shrink = jnp.exp2(most - new)
         total = total * shrink + jnp.where(sinks == new, 1.0, jnp.exp2(sinks - new))
@@ -115,13 +109,14 @@ def _finish(plan: Plan, tile: QueryTile, sums: Sums, out, lse) -> None:
     reads = total != 0
     safe = jnp.where(reads, total, 1.0)
     result = result * widen(1 / safe, plan.value_dim)
-    out[...] = result.reshape(plan.heads, plan.queries, plan.value_dim).astype(out.dtype)
+    out[...] = result.reshape(plan.row_heads, plan.row_tokens, plan.value_dim).astype(out.dtype)
     # For the next tile: here stores have time.
     sums.clear()
     lse[...] = to_lanes(jnp.where(reads, (most + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf))
 
 
-def _by_row(plan: Plan, tile: QueryTile, of_heads: list) -> Array:
-    """A number for each head of a tile, times log2(e), for all rows: float32 [rows, LANES]."""
-    each = [jnp.full((plan.queries, LANES), number * LOG2E, jnp.float32) for number in of_heads]
-    return jnp.concatenate(each, 0)
+def _sinks(plan: Plan, tile: QueryTile) -> Array:
+    """Of every row, times log2(e): float32 [rows, LANES]."""
+    first = tile.head_tile * plan.row_heads
+    of_heads = [tile.inputs.sinks[first + head] * LOG2E for head in range(plan.row_heads)]
+    return jnp.concatenate([jnp.full((plan.row_tokens, LANES), each, jnp.float32) for each in of_heads], 0)

@@ -1,4 +1,4 @@
-"""Which keys of a step the rows of a tile see: bits of the schedule's masks, segments, positions."""
+"""What a step's columns have, and which of them the rows of a tile see: bits of masks, segments, positions."""
 
 import typing
 
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.mosaic_tpu.copies import Slot
 from pallas_kernels.mosaic_tpu.plan import Plan
-from pallas_kernels.mosaic_tpu.tables import EMPTY, WORD
+from pallas_kernels.mosaic_tpu.tables import WORD
 from pallas_kernels.mosaic_tpu.tiles import LANES
 
 SUBLANES = 8
@@ -17,93 +18,105 @@ NOWHERE = 2**31 - 1
 """The position of a key that is not there: behind every query."""
 
 
-class Slot(typing.NamedTuple):
-    """What a slot of a step holds: the kind of its mask, and its first token."""
-
-    kind: typing.Any
-    token: typing.Any
-
-
 class Conditions(typing.NamedTuple):
-    """What masks are made of; what is absent is None.
+    """What masks are made of, in references; what is absent is None.
 
     Attributes:
-      words: reference, int32 [kinds, words, keys].
-      query_segments, query_positions: reference, int32 [rows, LANES], each row's in all lanes.
-      kv_segments: reference, int32 [s / LANES, LANES].
+      words: int32 [kinds, words, columns].
+      row_segments, row_positions: int32 [rows, LANES], each row's in all lanes.
+      segments: int32 [tokens / LANES, LANES], of columns.
+      first: position of the columns' first token.
     """
 
     words: typing.Any
-    query_segments: typing.Any
-    query_positions: typing.Any
-    kv_segments: typing.Any
+    row_segments: typing.Any
+    row_positions: typing.Any
+    segments: typing.Any
+    first: typing.Any
 
 
 def allowed(plan: Plan, conditions: Conditions, slots: list[Slot]) -> Array:
-    """Which of a step's keys the rows of a tile see: bool [rows, step]."""
+    """Which columns of a step the rows of a tile see: bool [rows, step]."""
     found = []
     if conditions.words is not None:
         found.append(_bits(plan, conditions.words, slots))
-    if conditions.kv_segments is not None:
-        ids = _over_lanes(plan, slots, lambda slot, lane: _segment_ids(plan, conditions.kv_segments, slot, lane))
-        found.append(over_step(plan, conditions.query_segments[...]) == ids[:1])
-    if conditions.query_positions is not None:
+    if plan.member_size is not None:
+        found.append(_members(plan, slots))
+    if conditions.segments is not None:
+        ids = over_lanes(plan, slots, lambda slot, _, lane: lane_row(plan, conditions.segments, slot, lane))
+        found.append(widen(conditions.row_segments[...], plan.step) == ids[:1])
+    if conditions.row_positions is not None:
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, max(plan.slot, LANES)), 1)
-        in_slot = lane & (plan.slot - 1)
+        in_slot = (lane & (plan.slot - 1)) + conditions.first
 
-        def position(slot: Slot, _) -> Array:
-            return jnp.where(slot.kind == EMPTY, NOWHERE, slot.token + in_slot)
+        def position(slot: Slot, *_) -> Array:
+            here = slot.token + in_slot
+            return jnp.where(slot.kind == plan.nothing, NOWHERE, here) if plan.ascending else here
 
-        positions = _over_lanes(plan, slots, position)
-        found.append(positions <= over_step(plan, conditions.query_positions[...]))
+        columns = over_lanes(plan, slots, position)
+        rows = widen(conditions.row_positions[...], plan.step)
+        found.append(columns <= rows if plan.ascending else columns >= rows)
     allowed = found[0]
     for each in found[1:]:
         allowed = allowed & each
     return allowed
 
 
-def over_step(plan: Plan, array: Array) -> Array:
-    """[rows, LANES], the same in all lanes, for all keys of a step."""
-    return jnp.tile(array, (1, plan.step // LANES))
+def widen(array: Array, columns: int) -> Array:
+    """[rows, LANES], the same in all lanes, for more of them."""
+    return jnp.tile(array, (1, columns // LANES))
 
 
-def _over_lanes(plan: Plan, slots: list[Slot], read: typing.Callable[[Slot, int], Array]) -> Array:
-    """What every slot has for each of its keys, one slot beside the other: [rows, step].
+def over_lanes(plan: Plan, slots: list[Slot], read: typing.Callable[[Slot, int, int], Array]) -> Array:
+    """What every slot has for each of its columns, one beside the other, all heads' for each: [rows, step].
 
     Args:
-      read: a slot's own [rows, keys], and where there are more lanes than it has keys, those from a given lane on.
+      read: of a slot, one of its heads and a lane, the head's own [rows, columns]; where they are fewer than there are
+        lanes, from that lane on.
     """
-    each = max(1, LANES // plan.slot)
-    groups = []
-    for first in range(0, len(slots), each):
-        found = read(slots[first], 0)
+    pieces = [(slot, head) for slot in slots for head in range(plan.step_heads)]
+    each, groups = max(1, LANES // plan.slot), []
+    for first in range(0, len(pieces), each):
+        found = read(*pieces[first], 0)
         lane = jax.lax.broadcasted_iota(jnp.int32, found.shape, 1)
         for index in range(1, each):
-            found = jnp.where(lane < index * plan.slot, found, read(slots[first + index], index * plan.slot))
+            at = index * plan.slot
+            found = jnp.where(lane < at, found, read(*pieces[first + index], at))
         groups.append(found)
     return jnp.concatenate(groups, 1)
 
 
-def _bits(plan: Plan, table, slots: list[Slot]) -> Array:
-    width, piece = min(plan.queries, WORD), plan.pieces_of_block
-
-    def read(slot: Slot, _) -> Array:
-        if piece == 1:
-            return table[slot.kind]
-        part = jax.lax.rem(jax.lax.div(slot.token, plan.slot), piece)
-        return table[slot.kind, :, pl.ds(pl.multiple_of(part * plan.slot, plan.slot), plan.slot)]
-
-    words = _over_lanes(plan, slots, read)
-    bit = jnp.left_shift(1, jax.lax.broadcasted_iota(jnp.int32, (width, plan.step), 0))
-    seen = [jnp.broadcast_to(words[index : index + 1], bit.shape) & bit != 0 for index in range(plan.queries // width)]
-    return jnp.concatenate(seen * plan.heads, 0)
-
-
-def _segment_ids(plan: Plan, table, slot: Slot, lane: int) -> Array:
-    """[SUBLANES, keys], all rows alike; the slot's own from a lane on."""
+def lane_row(plan: Plan, table, slot: Slot, lane: int) -> Array:
+    """A slot's part of a table [tokens / LANES, LANES]: [SUBLANES, columns], all rows alike, from a lane on."""
     row = jax.lax.div(slot.token, LANES)
     if plan.slot >= LANES:
         found = [table[pl.ds(row + index, 1)] for index in range(plan.slot // LANES)]
         return jnp.broadcast_to(jnp.concatenate(found, 1), (SUBLANES, plan.slot))
     found = jnp.broadcast_to(table[pl.ds(row, 1)], (SUBLANES, LANES))
     return pltpu.roll(found, jax.lax.rem(lane + LANES - jax.lax.rem(slot.token, LANES), LANES), 1)
+
+
+def _bits(plan: Plan, table, slots: list[Slot]) -> Array:
+    width, piece = min(plan.row_tokens, WORD), plan.pieces_of_block
+
+    def read(slot: Slot, *_) -> Array:
+        if piece == 1:
+            return table[slot.kind]
+        part = jax.lax.rem(jax.lax.div(slot.token, plan.slot), piece)
+        return table[slot.kind, :, pl.ds(pl.multiple_of(part * plan.slot, plan.slot), plan.slot)]
+
+    words = over_lanes(plan, slots, read)
+    bit = jnp.left_shift(1, jax.lax.broadcasted_iota(jnp.int32, (width, plan.step), 0))
+    seen = [
+        jnp.broadcast_to(words[index : index + 1], bit.shape) & bit != 0 for index in range(plan.row_tokens // width)
+    ]
+    return jnp.concatenate(seen * plan.row_heads, 0)
+
+
+def _members(plan: Plan, slots: list[Slot]) -> Array:
+    """Of entries that have a bit for each block of rows."""
+    assert plan.member_size is not None  # else there are no such bits
+    shape = SUBLANES, max(plan.slot, LANES)
+    kinds = over_lanes(plan, slots, lambda slot, *_: jnp.full(shape, slot.kind, jnp.int32))
+    member = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.step), 0) >> (plan.member_size.bit_length() - 1)
+    return jnp.broadcast_to(kinds[:1], member.shape) >> member & 1 != 0

@@ -6,54 +6,68 @@ import math
 import numpy as np
 
 LOG2E = math.log2(math.e)
-AT_ONCE = 2
-"""Steps that are computed in one go where there are as many left: what one waits for, the other hides."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything about a kernel that is known while tracing and that its code depends on.
 
+    The rows of a tile are queries of one or more heads, and its steps are keys; or, in the kernel of the keys'
+    gradients, the rows are keys and the steps are queries of one or more heads.
+
     Attributes:
-      heads, queries: of a tile.
-      step: tokens of a step.
+      head_tiles: how many times the tiles are walked, once for all heads in a tile.
+      tiles: how many there are each time.
+      rounds: how many times each tile is walked, each time by lists of its own.
+      row_heads, row_tokens: of a tile.
       key_dim, value_dim: padded to lanes.
+      step: rows of what a step multiplies the tile with.
+      step_heads: heads that a step has of every token.
       block_size: of the lists.
+      block_bits: of an entry, which the block's number takes.
+      nothing: what stands above them in an entry that is masked altogether.
       num_parts, num_full: of the slices.
       list_length: entries of a list.
-      kv_length: in whole blocks.
+      scale: of the logits.
+      ascending: whether a row sees what comes before it: where rows are queries.
+      member_size: where an entry has a bit for each of the row's blocks of keys, how many tokens those have.
     """
 
     batch: int
     head_tiles: int
     tiles: int
-    heads: int
-    queries: int
+    rounds: int
+    row_heads: int
+    row_tokens: int
     group: int
     key_dim: int
     value_dim: int
     dtype: np.dtype
     step: int
+    step_heads: int
     block_size: int
     block_bits: int
+    nothing: int
     num_parts: int
     num_full: int
     list_length: int
-    kv_length: int
+    scale: float
     soft_cap: float | None
+    ascending: bool
+    member_size: int | None = None
 
     @property
     def rows(self) -> int:
-        return self.heads * self.queries
+        return self.row_heads * self.row_tokens
 
     @property
     def slot(self) -> int:
         """Tokens that one copy brings: a block, or as much of it as a step holds."""
-        return min(self.block_size, self.step)
+        return min(self.block_size, self.step // self.step_heads)
 
     @property
     def slots(self) -> int:
-        return self.step // self.slot
+        return self.step // (self.slot * self.step_heads)
 
     @property
     def pieces_of_block(self) -> int:

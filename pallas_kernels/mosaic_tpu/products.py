@@ -32,8 +32,3 @@ def to_rows(array: Array) -> Array:
 def to_lanes(array: Array) -> Array:
     """[rows, LANES] -> [1, rows], of what is the same in all lanes of a row."""
     return array.T[:1]
-
-
-def widen(array: Array, features: int) -> Array:
-    """[rows, LANES], the same in all lanes, for more of them."""
-    return jnp.tile(array, (1, features // LANES))

@@ -5,12 +5,14 @@ import typing
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.mosaic_tpu.plan import AT_ONCE, Plan
-from pallas_kernels.mosaic_tpu.tables import EMPTY
+from pallas_kernels.mosaic_tpu.plan import Plan
+
+AT_ONCE = 2
+"""Steps that are computed in one go where there are as many left: what one waits for, the other hides."""
 
 
 class Row(typing.NamedTuple):
-    """The entries of one tile, those without a mask first; numbered from 0 on, in pieces of a slot each.
+    """The entries of one tile in one round, those without a mask first; numbered from 0 on, in pieces of a slot each.
 
     Attributes:
       total: pieces.
@@ -34,22 +36,23 @@ class Row(typing.NamedTuple):
 
 
 class Cursor(typing.NamedTuple):
-    """A step of all those that the tiles of a head walk, one tile after the other.
+    """A step of all those that the rows of a head walk, one row after the other.
 
     Attributes:
+      row: of the slices: a tile in a round.
       place: of the ring, where it is brought to.
     """
 
-    tile: typing.Any
+    row: typing.Any
     step: typing.Any
     place: typing.Any
 
 
 def read_row(plan: Plan, slices, first, number) -> Row:
-    """The row of a tile.
+    """One row.
 
     Args:
-      slices: reference, int32 [1, tiles · parts · 2].
+      slices: reference, int32 [1, rows · parts · 2].
       first: where the list begins among all lists.
     """
     at = number * (2 * plan.num_parts)
@@ -70,7 +73,7 @@ def entry_of(plan: Plan, row: Row, entries, piece):
       entries: reference, int32 [1, list_length].
 
     Returns:
-      The entry, and the piece's number among all pieces of the keys.
+      The entry, and the piece's number among all pieces of tokens.
     """
     last = jnp.minimum(piece, row.total - 1)
     offset = row.offsets[0]
@@ -80,6 +83,6 @@ def entry_of(plan: Plan, row: Row, entries, piece):
     position = jax.lax.div(last, of_block) + offset if of_block > 1 else last + offset
     found = entries[0, jnp.clip(position, 0, plan.list_length - 1)]
     block = found & ((1 << plan.block_bits) - 1)
-    entry = jnp.where(piece < row.total, found, block | EMPTY << plan.block_bits)
+    entry = jnp.where(piece < row.total, found, block | plan.nothing << plan.block_bits)
     where = block * of_block + jax.lax.rem(jnp.maximum(last, 0), of_block) if of_block > 1 else block
     return entry, where

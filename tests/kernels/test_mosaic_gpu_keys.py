@@ -13,8 +13,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables, selection_key_tables, sort_entries
+from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables, selection_key_tables
 from pallas_kernels.mosaic_gpu.plan import ROWS
+from pallas_kernels.packs import sort_entries
 from pallas_kernels.problem import Operands
 from pallas_kernels.segments import narrow_packs
 from s2jax import BlockSelection, FirstTokens, Local, LocalStride, PerHead, attention, compile_schedule
