@@ -10,10 +10,28 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
 from pallas_kernels import xla
-from pallas_kernels.mosaic_tpu.arrange import arrange, rows_back
+from pallas_kernels.mosaic_tpu.arrange import arrange, arrange_query_gradient, rows_back
+from pallas_kernels.mosaic_tpu.arrange_keys import arrange_key_gradients, from_packs
 from pallas_kernels.mosaic_tpu.forward import attend
-from pallas_kernels.mosaic_tpu.tables import Tables, schedule_tables, selection_tables
-from pallas_kernels.mosaic_tpu.tiles import LEAST_ROWS, MOST_ROWS, TpuTiles, choose_heads, choose_tiles
+from pallas_kernels.mosaic_tpu.key_gradient import key_gradients
+from pallas_kernels.mosaic_tpu.query_gradient import query_gradient
+from pallas_kernels.mosaic_tpu.tables import (
+    KeyTables,
+    Tables,
+    key_tables,
+    schedule_tables,
+    selection_key_tables,
+    selection_tables,
+)
+from pallas_kernels.mosaic_tpu.tiles import (
+    LEAST_ROWS,
+    MOST_ROWS,
+    KeyTiles,
+    TpuTiles,
+    choose_heads,
+    choose_key_tiles,
+    choose_tiles,
+)
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.sharding import Sharding
 from pallas_kernels.unread import depends_on_arrays, unread_keys, without_unread
@@ -39,6 +57,20 @@ class ForwardTables:
     walked: Tables
     unread: Bool[Array | np.ndarray, "k s"] | None
     walks: typing.Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BackwardTables:
+    """What the backward pass walks.
+
+    Attributes:
+      queries: for their gradient.
+      keys: for those of keys and values.
+    """
+
+    queries: ForwardTables
+    keys: KeyTables
 
 
 def refuse(problem: Problem, operands: Operands) -> str | None:
@@ -91,23 +123,33 @@ def forward_tables(problem: Problem, operands: Operands) -> ForwardTables | None
     return ForwardTables(walked, unread_keys(schedule), None)
 
 
-def backward_tables(problem: Problem, operands: Operands) -> typing.Any:
-    """Those of XLA, which computes the backward pass."""
-    return xla.backward_tables(dataclasses.replace(problem, tiles=None), operands)
+def backward_tables(problem: Problem, operands: Operands) -> BackwardTables | None:
+    """What the kernels of the gradients walk; None for a selection."""
+    queries = forward_tables(problem, operands)
+    if problem.schedule is None or queries is None:
+        return None
+    return BackwardTables(queries, key_tables(problem.schedule, _key_tiles(problem, operands).rows))
 
 
-def table_specs(tables: typing.Any, sharding: Sharding) -> typing.Any:
+def _key_tiles(problem: Problem, operands: Operands) -> KeyTiles:
+    query, key = operands.query, operands.key
+    lengths = query.shape[1], key.shape[1]
+    return choose_key_tiles(problem.schedule, operands.selection, query.shape[2], key.shape[2], *lengths)
+
+
+def table_specs(tables: ForwardTables | BackwardTables, sharding: Sharding) -> typing.Any:
     """How the tables are split over a mesh: slices and the choice of a list with their heads, all else not at all."""
-    if not isinstance(tables, ForwardTables):
-        return xla.table_specs(tables, sharding)
-    walked = dataclasses.replace(
-        jax.tree.map(lambda array: PartitionSpec(), tables.walked),
-        lists=sharding.of(heads=1, ndim=2),
-        slices=sharding.of(heads=1, ndim=5),
-    )
+    if isinstance(tables, BackwardTables):
+        keys = KeyTables(_split(tables.keys.walked, sharding), typing.cast(typing.Any, sharding.of(heads=0, ndim=3)))
+        return BackwardTables(table_specs(tables.queries, sharding), keys)
     unread = None if tables.unread is None else sharding.of(heads=0, ndim=2)
     walks = None if tables.walks is None else xla.table_specs(tables.walks, sharding)
-    return ForwardTables(typing.cast(typing.Any, walked), typing.cast(typing.Any, unread), walks)
+    return ForwardTables(_split(tables.walked, sharding), typing.cast(typing.Any, unread), walks)
+
+
+def _split(walked: Tables, sharding: Sharding) -> typing.Any:
+    whole: typing.Any = jax.tree.map(lambda array: PartitionSpec(), walked)
+    return dataclasses.replace(whole, lists=sharding.of(heads=1, ndim=2), slices=sharding.of(heads=1, ndim=5))
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
@@ -121,8 +163,35 @@ def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     return out, rows_back(grid, lse, tiles.heads)
 
 
-def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array):
-    return xla.backward(dataclasses.replace(problem, tiles=None), operands, dout, lse, delta)
+def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
+    """dq, dk and dv in the inputs' dtype.
+
+    Args:
+      dout: [b, t, h, e].
+      lse: [b, h, t], sinks included.
+      delta: [b, h, t], Σ out · dout - dlse.
+    """
+    tables: BackwardTables | None = operands.tables
+    over_keys = None if tables is None else tables.queries
+    tiles, key_tiles = _tiles(problem, operands), _key_tiles(problem, operands)
+    operands = dataclasses.replace(operands, tables=over_keys)
+    # Queries that do not exist seem to read, too: what nobody else reads must not be a NaN.
+    key, value = (_without_unread(problem, operands, array) for array in (operands.key, operands.value))
+    operands = dataclasses.replace(operands, key=key, value=value)
+    of_rows = dout, lse, delta
+    plan, inputs, grid = arrange_query_gradient(problem, operands, *of_rows, _walked(operands, over_keys, tiles), tiles)
+    dquery = grid.take_back(query_gradient(plan, inputs).swapaxes(1, 2), 1)[..., : operands.query.shape[3]]
+    if tables is None:
+        assert operands.selection is not None  # all else has tables
+        packs = selection_key_tables(operands, operands.selection, key_tiles.rows)
+    else:
+        packs = tables.keys
+    plan, inputs = arrange_key_gradients(problem, operands, *of_rows, packs, key_tiles)
+    reads = problem.schedule or operands.selection
+    assert reads is not None  # one of the two says what is read
+    members = jnp.asarray(packs.members)
+    dkey, dvalue = (from_packs(each, members, reads.block_size, key.shape[1]) for each in key_gradients(plan, inputs))
+    return dquery, dkey[..., : key.shape[3]], dvalue[..., : value.shape[3]]
 
 
 def _walked(operands: Operands, tables: ForwardTables | None, tiles: TpuTiles) -> Tables:

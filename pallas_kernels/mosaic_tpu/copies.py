@@ -50,11 +50,14 @@ class Ring(typing.NamedTuple):
           lists: reference of the entries, int32 [1, list_length].
           source: reference [heads, tokens, features].
           head: the first of the source.
-          first_token: which the source's first one is.
+          first_token: which the source's first one is; None for 0.
         """
         for slot in range(plan.slots):
             entry, piece = entry_of(plan, row, lists, step * plan.slots + slot)
-            at, token = place * plan.slots + slot, piece * plan.slot - first_token
+            at, token = place * plan.slots + slot, piece * plan.slot
+            if first_token is not None:
+                # A row that reads nothing may name what is not there.
+                token = jnp.clip(token - first_token, 0, source.shape[1] - plan.slot)
             self.entries[at], self.tokens[at] = entry, token
             tokens = pl.ds(pl.multiple_of(token, plan.slot), plan.slot)
             here = source.at[pl.ds(head, plan.step_heads), tokens]

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int32
 
 from pallas_kernels.mosaic_tpu.tiles import LANES, TpuTiles
+from pallas_kernels.packs import pack_keys, transpose_selection
 from pallas_kernels.problem import Operands
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockSchedule, expand
 from pallas_kernels.selection import BlockSelection
@@ -104,6 +105,59 @@ def pack_rows(seen: np.ndarray) -> Int32[np.ndarray, "kinds words keys"]:
     bits = np.pad(seen.reshape(kinds, -1, width, keys), ((0, 0), (0, 0), (0, WORD - width), (0, 0)))
     packed = np.packbits(np.ascontiguousarray(bits.swapaxes(2, 3)), axis=-1, bitorder="little").view("<i4")[..., 0]
     return np.tile(packed, (1, 1, max(1, LANES // keys))).astype(np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeyTables:
+    """Packs of keys that walk lists of rows of queries.
+
+    Attributes:
+      walked: `slices` is [b|1, k, packs · rounds, parts, 2]; `words` are bits of keys, or None where every entry has a
+        bit for each block of the pack.
+      members: int32 [k, packs, blocks of a pack], the blocks of keys in it; -1 for none.
+    """
+
+    walked: Tables
+    members: Int32[Array | np.ndarray, "k packs blocks"]
+
+
+@functools.lru_cache(maxsize=64)
+def key_tables(schedule: BlockSchedule, rows: int) -> KeyTables:
+    """Those of a schedule, in numpy, for packs of so many keys."""
+    packs = pack_keys(schedule, rows)
+    num_rows = schedule.lists.num_rows
+    groups, num_packs, rounds = packs.slices.shape[:3]
+    slices = packs.slices.reshape(groups, num_packs * rounds, *packs.slices.shape[3:])
+    entries, slices = apart(packs.blocks, packs.masks, slices, bits_of(num_rows))
+    walked = Tables(
+        entries, packs.group_of.reshape(1, -1).astype(np.int32), slices[packs.group_of][None], pack_rows(packs.seen),
+        packs.num_full, bits_of(num_rows),
+    )  # fmt: skip
+    return KeyTables(walked, packs.members[packs.group_of].astype(np.int32))
+
+
+def selection_key_tables(operands: Operands, selection: BlockSelection, rows: int) -> KeyTables:
+    """Those of a traced selection: its transpose, made by one sort of its entries by pack and row."""
+    size = rows // selection.block_size
+    num_heads, (kv_length, num_kv_heads) = operands.query.shape[2], operands.key.shape[1:3]
+    num_blocks = -(-kv_length // selection.block_size)
+    packs, block_bits = -(-num_blocks // size), bits_of(selection.kv_blocks.shape[2])
+    row, members, ends = transpose_selection(selection, num_blocks, packs, size)
+    batch, heads = ends.shape[:2]
+    # One list for all heads, or one for each KV head, in which those of its query heads follow one another.
+    rounds = num_heads // num_kv_heads if heads == num_heads else 1
+    lists = heads // rounds
+    entries = (row | members << block_bits).reshape(batch * lists, -1)
+    length = entries.shape[1]
+    entries = jnp.pad(entries, ((0, 0), (0, -length % LANES)))
+    number, mine = np.arange(batch * lists, dtype=np.int32).reshape(batch, lists), np.arange(num_kv_heads) % lists
+    slices = jnp.stack([ends[..., :-1], ends[..., 1:]], -1).reshape(batch, lists, rounds, packs, 2)
+    slices = slices + (number * (entries.shape[1] - length))[..., None, None, None]
+    slices = slices.swapaxes(2, 3).reshape(batch, lists, packs * rounds, 1, 2)[:, mine]
+    blocks = np.arange(packs * size, dtype=np.int32).reshape(packs, size)
+    blocks = np.broadcast_to(np.where(blocks < num_blocks, blocks, -1), (num_kv_heads, packs, size))
+    return KeyTables(Tables(entries, number[:, mine], slices, None, 0, block_bits), blocks)
 
 
 def selection_tables(operands: Operands, selection: BlockSelection, tiles: TpuTiles) -> Tables:

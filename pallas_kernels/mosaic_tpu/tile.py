@@ -76,7 +76,7 @@ class Tile:
         self.is_first, self.is_last = self.tile == 0, self.tile == plan.tiles - 1
         self.scratch = scratch
         self.source_head = self._source_head(batch)
-        self.first_token = 0 if inputs.first_token is None else inputs.first_token[batch]
+        self.first_token = None if inputs.first_token is None else inputs.first_token[batch]
         first = 0 if inputs.first_position is None else inputs.first_position[batch]
         self.conditions = Conditions(
             inputs.words, scratch.row_segments, scratch.row_positions, inputs.column_segments, first

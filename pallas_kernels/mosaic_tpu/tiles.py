@@ -11,6 +11,9 @@ LANES = 128
 MOST_ROWS = 512
 """Rows of a tile, and keys of a step: enough for the matrix units to hide all that is not a product."""
 
+PACK_ROWS = 256
+"""Keys of a pack: fewer than queries of a tile, for what is packed together is walked by all that read some of it."""
+
 LEAST_ROWS = 16
 """Rows of bfloat16 that lie together."""
 
@@ -41,6 +44,46 @@ class TpuTiles:
     @property
     def rows(self) -> int:
         return self.heads * self.queries
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyTiles:
+    """Of the kernel of the keys' gradients.
+
+    Attributes:
+      rows: keys of a pack.
+      step: queries of a step, of all its heads.
+      heads: in a step.
+    """
+
+    rows: int
+    step: int
+    heads: int
+
+
+def choose_key_tiles(
+    schedule: BlockSchedule | None,
+    selection: BlockSelection | None,
+    num_heads: int,
+    num_kv_heads: int,
+    query_length: int,
+    kv_length: int,
+) -> KeyTiles:
+    """As many heads of a group at once as read the same; packs that are small enough to be of like blocks."""
+    group = num_heads // num_kv_heads
+    if selection is not None:
+        size, query_block = selection.block_size, selection.query_block
+        alike = selection.counts.shape[1] != num_heads or group == 1
+        # Every block of a pack takes a bit of an entry.
+        most = min(PACK_ROWS, size * (30 - max(1, (selection.kv_blocks.shape[2] - 1).bit_length())))
+    else:
+        assert schedule is not None  # one of the two says what is read
+        size = query_block = schedule.block_size
+        alike, most = schedule.shares_groups, PACK_ROWS
+    rows = max(size, min(1 << most.bit_length() - 1, power_of_two(kv_length)))
+    step = max(LANES, min(MOST_ROWS, power_of_two(query_length * group)))
+    fitting = [heads for heads in (1, 2, 4, 8) if group % heads == 0 and heads * query_block <= step]
+    return KeyTiles(rows, step, fitting[-1] if alike and fitting else 1)
 
 
 def choose_tiles(

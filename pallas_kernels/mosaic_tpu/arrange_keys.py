@@ -1,0 +1,120 @@
+"""From a call of the backward pass to a call of the kernel of the keys' gradients, and the way back."""
+
+import typing
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels.grid import Grid, edge_ids, make_grid, pad
+from pallas_kernels.mosaic_tpu.arrange import Inputs, beside, by_lanes, flat, lanes
+from pallas_kernels.mosaic_tpu.plan import LOG2E, Plan
+from pallas_kernels.mosaic_tpu.tables import EMPTY, KeyTables
+from pallas_kernels.mosaic_tpu.tiles import LANES, KeyTiles
+from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.segments import find, narrow_packs
+
+
+def arrange_key_gradients(
+    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, tables: KeyTables, tiles: KeyTiles
+) -> tuple[Plan, Inputs]:
+    """The plan and the inputs of the kernel.
+
+    Args:
+      dout: [b, t, h, e].
+      lse, delta: float32 [b, h, t]; -inf where nothing is read.
+    """
+    reads = problem.schedule or operands.selection
+    assert reads is not None  # one of the two says what is read
+    size = reads.block_size if operands.selection is None else operands.selection.query_block
+    grid = make_grid(problem, operands, size)
+    query, key, value = operands.query, operands.key, operands.value
+    length = -(-grid.tiles * size // LANES) * LANES
+
+    def of_queries(array: Array, nothing: float) -> Array:
+        return by_lanes(grid.place(array.swapaxes(1, 2), length, nothing).swapaxes(1, 2))
+
+    first_row = None if isinstance(grid.first, int) else grid.first
+    slices, conditions = _segments(operands, grid, tables, reads.block_size)
+    if first_row is not None:
+        first = first_row[:, None, None, None]
+        edges = [find(tables.walked.blocks, slices, edge) for edge in (first, first + grid.tiles)]
+        slices = jnp.stack(edges, -1)
+    walked, members = tables.walked, jnp.asarray(tables.members)
+    num_kv_heads, packs, blocks = members.shape
+    by_round = slices.reshape(*slices.shape[:2], packs, -1, *slices.shape[3:])
+    rounds = query.shape[2] // num_kv_heads // tiles.heads
+    slices = jnp.broadcast_to(by_round, (*by_round.shape[:3], rounds, *by_round.shape[4:]))
+    plan = Plan(
+        batch=query.shape[0], head_tiles=num_kv_heads, tiles=packs, rounds=rounds, row_heads=1,
+        row_tokens=blocks * reads.block_size, group=query.shape[2] // num_kv_heads, key_dim=lanes(query.shape[3]),
+        value_dim=lanes(value.shape[3]), dtype=np.dtype(query.dtype), step=tiles.step, step_heads=tiles.heads,
+        block_size=size, block_bits=walked.block_bits, nothing=EMPTY if walked.words is not None else 0,
+        num_parts=slices.shape[4], num_full=walked.num_full, list_length=walked.entries.shape[1],
+        scale=problem.scale, soft_cap=problem.logits_soft_cap, ascending=False,
+        member_size=reads.block_size if walked.words is None else None,
+    )  # fmt: skip
+    source = beside(grid.place(query, grid.tiles * size), grid.place(dout, grid.tiles * size))
+    both = of_packs(beside(key, value), members, reads.block_size)
+    inputs = Inputs(
+        jnp.asarray(walked.lists).reshape(-1), jnp.asarray(walked.entries)[:, None],
+        slices.reshape(*slices.shape[:2], 1, -1), None if walked.words is None else jnp.asarray(walked.words),
+        flat(source), both[..., : plan.key_dim], both[..., plan.key_dim :],
+        first_token=None if first_row is None else first_row * size,
+        lse=of_queries(lse * LOG2E, np.inf), delta=of_queries(delta, 0),
+        **conditions, **_positions(operands, tables, reads.block_size),
+    )  # fmt: skip
+    return plan, inputs
+
+
+def of_packs(array: Array, members: Array, size: int) -> Array:
+    """[b, k, s, f] -> [b, k, rows of packs, f]."""
+    array = pad(array, 2, size)
+    blocks = array.reshape(*array.shape[:2], -1, size, array.shape[3])
+    order = jnp.maximum(members, 0).reshape(1, len(members), -1, 1, 1)
+    return jnp.take_along_axis(blocks, order, 2).reshape(*array.shape[:2], -1, array.shape[3])
+
+
+def from_packs(array: Array, members: Array, size: int, length: int) -> Array:
+    """[b, k, rows of packs, f] -> [b, length, k, f]: every block is in one pack."""
+    flat_members = members.reshape(len(members), -1)
+    num_blocks = -(-length // size)
+    # Places without a block go to one beyond the last.
+    there = jnp.where(flat_members < 0, num_blocks, flat_members)
+    place = jnp.zeros((len(members), num_blocks + 1), jnp.int32)
+    place = place.at[jnp.arange(len(members))[:, None], there].set(jnp.arange(there.shape[1], dtype=jnp.int32))
+    blocks = array.reshape(*array.shape[:2], -1, size, array.shape[3])
+    found = jnp.take_along_axis(blocks, place[None, :, :num_blocks, None, None], 2)
+    return found.reshape(*array.shape[:2], -1, array.shape[3])[:, :, :length].swapaxes(1, 2)
+
+
+def _segments(operands: Operands, grid: Grid, tables: KeyTables, size: int) -> tuple[Array, dict]:
+    """The slices without the queries that share no segment with a pack, and the ids of queries and of packs' keys."""
+    slices = jnp.asarray(tables.walked.slices)
+    if operands.query_segment_ids is None or operands.kv_segment_ids is None:
+        return slices, {}
+    ids, kv_ids = edge_ids(grid, operands.query_segment_ids), operands.kv_segment_ids
+    kv_ids = jnp.pad(kv_ids, ((0, 0), (0, -kv_ids.shape[1] % size)), mode="edge").reshape(len(kv_ids), -1, size)
+    # A place without a block takes the first one's ids.
+    members = jnp.asarray(tables.members)
+    members = jnp.maximum(jnp.where(members < 0, members[..., :1], members), 0)
+    kv_ids = kv_ids[:, members].reshape(len(kv_ids), *members.shape[:2], -1)
+    packs = members.shape[1]
+    first_row = 0 if isinstance(grid.first, int) else grid.first[:, None, None]
+    by_round = slices.reshape(*slices.shape[:2], packs, -1, *slices.shape[3:])
+    narrowed = narrow_packs(tables.walked.blocks, by_round, tables.walked.num_full, ids, kv_ids, first_row)
+    conditions: dict[str, typing.Any] = {
+        "column_segments": by_lanes(ids.reshape(len(ids), -1)), "row_segments": kv_ids[:, :, :, None],
+    }  # fmt: skip
+    return narrowed.reshape(*narrowed.shape[:2], -1, *narrowed.shape[4:]), conditions
+
+
+def _positions(operands: Operands, tables: KeyTables, size: int) -> dict:
+    """Of packs' keys and of the first query, where a selection is causal."""
+    if operands.selection is None or not operands.selection.causal:
+        return {}
+    # Packs of a selection are the same for all heads.
+    keys = jnp.asarray(tables.members)[0, :, :, None] * size + jnp.arange(size, dtype=jnp.int32)
+    offset = operands.query_offset
+    first = jnp.zeros(len(operands.query), jnp.int32) if offset is None else offset
+    return {"row_positions": keys.reshape(1, len(keys), 1, -1), "first_position": first}
