@@ -1,7 +1,11 @@
 """Tile sizes of the TPU kernels, and which to take."""
 
 import dataclasses
+import functools
 
+import numpy as np
+
+from pallas_kernels.packs import pack_keys
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
 
@@ -11,8 +15,11 @@ LANES = 128
 MOST_ROWS = 512
 """Rows of a tile, and keys of a step: enough for the matrix units to hide all that is not a product."""
 
-PACK_ROWS = 256
-"""Keys of a pack: fewer than queries of a tile, for what is packed together is walked by all that read some of it."""
+PACK_ROWS = (512, 256)
+"""Keys of a pack: the fewer there are, the fewer queries are walked that only some of them are read by."""
+
+PACK_OVERHEAD = 40
+"""Rows that would take as long as what a step takes besides its rows, by the schedules of the compiler."""
 
 LEAST_ROWS = 16
 """Rows of bfloat16 that lie together."""
@@ -75,15 +82,28 @@ def choose_key_tiles(
         size, query_block = selection.block_size, selection.query_block
         alike = selection.counts.shape[1] != num_heads or group == 1
         # Every block of a pack takes a bit of an entry.
-        most = min(PACK_ROWS, size * (30 - max(1, (selection.kv_blocks.shape[2] - 1).bit_length())))
+        most = min(PACK_ROWS[0], size * (30 - max(1, (selection.kv_blocks.shape[2] - 1).bit_length())))
     else:
         assert schedule is not None  # one of the two says what is read
         size = query_block = schedule.block_size
-        alike, most = schedule.shares_groups, PACK_ROWS
-    rows = max(size, min(1 << most.bit_length() - 1, power_of_two(kv_length)))
+        alike, most = schedule.shares_groups, PACK_ROWS[0]
+    most = max(size, min(1 << most.bit_length() - 1, power_of_two(kv_length)))
+    rows = most if schedule is None else best_rows(schedule, most)
     step = max(LANES, min(MOST_ROWS, power_of_two(query_length * group)))
     fitting = [heads for heads in (1, 2, 4, 8) if group % heads == 0 and heads * query_block <= step]
     return KeyTiles(rows, step, fitting[-1] if alike and fitting else 1)
+
+
+@functools.lru_cache(maxsize=64)
+def best_rows(schedule: BlockSchedule, most: int) -> int:
+    """Of the sizes of packs that fit, that which takes the least time."""
+    sizes = [rows for rows in PACK_ROWS if schedule.block_size <= rows <= most] or [most]
+
+    def cost(rows: int) -> int:
+        slices = pack_keys(schedule, rows).slices.astype(np.int64)
+        return (rows + PACK_OVERHEAD) * int((slices[..., 1] - slices[..., 0]).sum())
+
+    return min(sizes, key=cost) if len(sizes) > 1 else sizes[0]
 
 
 def choose_tiles(
