@@ -1,4 +1,4 @@
-"""Reads the schedules that the TPU compiler prints: the bundles of every region of a kernel, and the slots used in them.
+"""Reads the schedules that the TPU compiler prints: the bundles of every region of a kernel, and the slots they use.
 
     for kernel in kernels_in(folder):
         (body,) = kernel.innermost("MXU")

@@ -1,13 +1,15 @@
 """What the TPU compiler schedules for attention kernels: bundles, which are cycles, of every step and of a whole call.
 
-    python benchmarks/tpu_schedule.py                       # needs `make compilers`, no TPU; about half an hour
+    python benchmarks/tpu_schedule.py                       # needs `make compilers`, no TPU; about 20 minutes
     python benchmarks/tpu_schedule.py --chips v5e --points dense
 
-Ours against JAX's splash attention, and tokamax's where it is installed; bfloat16, head dim 128. Nothing is timed: waits
-for copies are in no schedule. A step is the innermost region that uses the matrix units, so many queries by so many
-keys. Our total is that of all kernels of a pass for all heads of one sequence, with every bundle of the kernels that is
-in no step counted once for every tile. The total of others is that of their steps alone, for the tiles that hold
-something to read, at the best of several tile sizes: what they spend between steps is left out, to be fair beyond doubt.
+Ours against JAX's splash attention, and tokamax's where it is installed: bfloat16, head dim 128, causal. Nothing is
+timed: no schedule knows how long copies are waited for. A tile is so many queries by so many keys of one step, and a
+step the innermost region that uses the matrix units; for ours half of it, where it is of two steps.
+
+The total is that of one sequence, all heads. Ours counts every bundle of the kernel that is in no step once for every
+row of tiles. That of the others is that of their steps alone, for the tiles that hold something to read, at the best of
+several tile sizes: what they spend between steps, and on tiles that hold nothing, is left out.
 """
 
 import dataclasses
@@ -23,35 +25,41 @@ import numpy as np
 from bundles import DUMP, TpuKernel, kernels_in
 from deviceless import compile_for, missing
 from points import POINTS, Point, parser, save, table
-from tpu_peers import PEERS, steps_of
+from tpu_peers import KERNELS, TILES, Tile, gradients_of, has_tokamax, tiles_read
 
 import s2jax
 from pallas_kernels.mosaic_tpu.tables import Tables, key_tables, schedule_tables
 from pallas_kernels.mosaic_tpu.tiles import choose_key_tiles, choose_tiles
 from pallas_kernels.mosaic_tpu.walk import AT_ONCE
+from pallas_kernels.schedule import BlockSchedule
 
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-COMPILED_TOKENS = 8 << 10
-"""The code does not depend on the length."""
-
-DENSE = Point("dense", 1, 16, 16, 128, 0, 0, 16 << 10)
-CASES = {point.name: point for point in (DENSE, *POINTS) if point.name in ("dense", "dkernel-32k", "phi3-128k")}
-KERNELS = {"s2jax_forward": "forward", "s2jax_query_gradient": "dq", "s2jax_key_gradients": "dk, dv"}
-SIDES = ("ours", *PEERS)
+DENSE = Point("dense", 1, 16, 16, 128, 0, 0, 32 << 10)
+CASES = {each.name: each for each in (DENSE, *POINTS) if each.name in ("dense", "dkernel-32k", "phi3-128k")}
+OURS = {"s2jax_forward": "forward", "s2jax_query_gradient": "dq", "s2jax_key_gradients": "dk, dv"}
+BACKWARD = ("dq", "dk, dv", "dq, dk, dv")
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """How many steps all tiles of a pass walk, for all heads: by twos without a mask, by twos with one, and alone."""
+    """How many rows of tiles there are, and steps: by twos without a mask, by twos with one, and alone."""
 
-    tiles: int
+    rows: int
     plain: int
     masked: int
     alone: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One of our passes: its tile, and what is walked."""
+
+    tile: Tile
+    walk: Walk
+
+
 def compile_ours(chip: str, point: Point, block_size: int) -> None:
-    """Forward and backward."""
+    """Forward and backward, at the real length: how keys are packed depends on it."""
     pattern = point.pattern(block_size)
 
     def function(query, key, value, dout):
@@ -61,73 +69,163 @@ def compile_ours(chip: str, point: Point, block_size: int) -> None:
         out, pull = jax.vjp(attend, query, key, value)
         return out, pull(dout)
 
-    shapes = [
-        jax.ShapeDtypeStruct((1, COMPILED_TOKENS, heads, point.head_dim), jnp.bfloat16)
-        for heads in (point.num_heads, point.num_kv_heads, point.num_kv_heads, point.num_heads)
-    ]
+    heads = point.num_heads, point.num_kv_heads, point.num_kv_heads, point.num_heads
+    shapes = [jax.ShapeDtypeStruct((1, point.tokens, each, point.head_dim), jnp.bfloat16) for each in heads]
     compile_for(CHIPS[chip], function, *shapes)
 
 
-def scheduled(*arguments: str) -> list[TpuKernel]:
+def compile_peer(chip: str, name: str, tile: Tile) -> None:
+    function, shapes = gradients_of(name, tile)
+    compile_for(CHIPS[chip], function, *shapes)
+
+
+def scheduled(*arguments) -> list[TpuKernel]:
     """Compiled in a process of its own, for libtpu reads where to write when it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "LIBTPU_INIT_ARGS": DUMP.format(folder=folder)}
-        command = [sys.executable, __file__, "--compile", *arguments]
-        subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL)
+        command = [sys.executable, __file__, "--compile", *map(str, arguments)]
+        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if found.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{found.stderr[-2000:]}")
         return kernels_in(pathlib.Path(folder))
 
 
-def walks(point: Point, block_size: int) -> dict[str, Walk]:
-    """Of every pass of ours."""
-    heads, lengths = (point.num_heads, point.num_kv_heads), (point.tokens, point.tokens)
-    schedule = s2jax.compile_schedule(
-        point.pattern(block_size), num_heads=heads[0], num_kv_heads=heads[1], query_length=lengths[0],
-        kv_length=lengths[1],
+def schedule_of(point: Point, block_size: int) -> BlockSchedule:
+    return s2jax.compile_schedule(
+        point.pattern(block_size), num_heads=point.num_heads, num_kv_heads=point.num_kv_heads,
+        query_length=point.tokens, kv_length=point.tokens,
     )  # fmt: skip
-    tiles = choose_tiles(schedule, None, *heads, *lengths)
-    over_keys = _walk(schedule_tables(schedule, tiles), tiles.keys // min(block_size, tiles.keys))
-    keys = choose_key_tiles(schedule, None, *heads, *lengths)
-    slots = keys.step // (keys.heads * min(block_size, keys.step // keys.heads))
-    over_queries = _walk(key_tables(schedule, keys.rows).walked, slots, heads[0] // heads[1] // keys.heads)
-    return {"forward": over_keys, "dq": over_keys, "dk, dv": over_queries}
 
 
-def _walk(tables: Tables, slots: int, rounds: int = 1) -> Walk:
+def our_passes(schedule: BlockSchedule) -> dict[str, Pass]:
+    """By the tables that the kernels walk."""
+    size = schedule.block_size
+    shapes = schedule, None, schedule.num_heads, schedule.num_kv_heads, schedule.query_length, schedule.kv_length
+    tiles, keys = choose_tiles(*shapes), choose_key_tiles(*shapes)
+    over_keys = _walk(schedule_tables(schedule, tiles), tiles.keys // min(size, tiles.keys), 1)
+    slots = keys.step // (keys.heads * min(size, keys.step // keys.heads))
+    rounds = schedule.num_heads // schedule.num_kv_heads // keys.heads if schedule.shares_groups else 1
+    over_queries = _walk(key_tables(schedule, keys.rows).walked, slots, rounds)
+    forward = Pass(Tile(tiles.rows, tiles.keys), over_keys)
+    return {"forward": forward, "dq": forward, "dk, dv": Pass(Tile(keys.step, keys.rows), over_queries)}
+
+
+def _walk(tables: Tables, slots: int, rounds: int) -> Walk:
     lengths = (tables.slices[..., 1] - tables.slices[..., 0]).astype(np.int64)
     full, total = lengths[..., : tables.num_full].sum(-1), lengths.sum(-1)
     steps, plain = np.maximum(-(-total // slots), 1), full // (AT_ONCE * slots)
     whole = steps // AT_ONCE
-    return Walk(full.size, *(rounds * int(each.sum()) for each in (plain, whole - plain, steps % AT_ONCE)))
+    return Walk(
+        *(rounds * int(each) for each in (full.size, plain.sum(), (whole - plain).sum(), (steps % AT_ONCE).sum()))
+    )
 
 
 def our_rows(chip: str, point: Point, block_size: int) -> list[dict]:
-    kernels = scheduled(chip, "ours", point.name, str(block_size))
-    walked, rows = walks(point, block_size), []
-    for kernel in kernels:
-        way = KERNELS.get(kernel.name.partition(".")[0])
+    passes, rows = our_passes(schedule_of(point, block_size)), []
+    for kernel in scheduled(chip, "ours", point.name, block_size):
+        way = OURS.get(kernel.name.partition(".")[0])
         if way is None:
             continue
-        plain, *_, masked, alone = kernel.innermost("MXU")
-        around = kernel.bundles - sum(region.bundles for region in kernel.innermost("MXU"))
-        walk = walked[way]
-        rounds = max(1, (walk.plain + walk.masked + walk.alone) // walk.tiles) and 1
-        total = walk.tiles * rounds * around + walk.plain * plain.bundles
-        total += walk.masked * masked.bundles + walk.alone * alone.bundles
+        steps = kernel.innermost("MXU")
+        plain, masked, alone = steps[0], steps[-2], steps[-1]
+        around = kernel.bundles - sum(step.bundles for step in steps)
+        tile, walk = passes[way].tile, passes[way].walk
+        total = walk.rows * around + walk.plain * plain.bundles + walk.masked * masked.bundles
         rows.append({
             "chip": chip, "point": point.name, "kernel": "ours" if block_size == 64 else f"ours, block {block_size}",
-            "pass": way, "tile": _tile(point, block_size, way), "full tile": plain.bundles / AT_ONCE,
-            "partial tile": masked.bundles / AT_ONCE, "partial alone": alone.bundles, "around a row": around,
-            "MXU slots": plain.slots["MXU"] // AT_ONCE, "of": kernel.capacity["MXU"],
-            "spills": (plain.slots["VSTORE:SPILL"] + plain.slots["VLOAD:FILL"]) // AT_ONCE,
-            "KB copied": _step(point, way) * 2 * point.head_dim * 2 / 1024, "total M": total / 1e6,
+            "pass": way, "tile": str(tile), **_of_step(kernel, plain, AT_ONCE),
+            "partial tile": masked.bundles / AT_ONCE, "alone": alone.bundles, "around a row": around,
+            "total M": (total + walk.alone * alone.bundles) / 1e6,
         })  # fmt: skip
+        rows[-1]["KB a tile"] = (tile.keys if way != "dk, dv" else tile.queries) * 2 * point.head_dim * 2 / 1024
     return rows
 
 
-def _schedule_tiles(point: Point, block_size: int):
-    heads, lengths = (point.num_heads, point.num_kv_heads), (point.tokens, point.tokens)
-    schedule = s2jax.compile_schedule(
-        point.pattern(block_size), num_heads=heads[0], num_kv_heads=heads[1], query_length=lengths[0],
-        kv_length=lengths[1],
-    )  # fmt: skip
-    return choose_tiles(schedule, None, *heads, *lengths), choose_key_tiles(schedule, None, *heads, *lengths)
+def _of_step(kernel: TpuKernel, step, number: int) -> dict:
+    return {
+        "full tile": step.bundles / number, "MXU slots": step.slots["MXU"] / number, "of": kernel.capacity["MXU"],
+        "spills": (step.slots["VSTORE:SPILL"] + step.slots["VLOAD:FILL"]) / number,
+    }  # fmt: skip
+
+
+def peer_steps(chip: str, name: str) -> list[dict]:
+    """Bundles of the steps at all tile sizes."""
+    rows = []
+    for tile in TILES:
+        for kernel in scheduled(chip, name, tile.queries, tile.keys):
+            ways = [way for begins, way in KERNELS[name].items() if kernel.name.startswith(begins)]
+            if ways:
+                step = max(kernel.innermost("MXU"), key=lambda step: step.bundles)
+                walked = tile.queries if ways[0].endswith("dv") else tile.keys
+                rows.append({
+                    "chip": chip, "kernel": name, "pass": ways[0], "tile": str(tile), **_of_step(kernel, step, 1),
+                    "KB a tile": walked * 2 * 128 * 2 / 1024, "size": (tile.queries, tile.keys),
+                })  # fmt: skip
+    return rows
+
+
+def peer_rows(steps: list[dict], point: Point) -> list[dict]:
+    """Of every pass, the tile size that has the least total; 512×512 besides where the pattern is dense."""
+    schedule, rows = schedule_of(point, 64), []
+    for way in dict.fromkeys(step["pass"] for step in steps):
+        mine = []
+        for step in steps:
+            if step["pass"] == way:
+                total = step["full tile"] * tiles_read(schedule, Tile(*step["size"])) / 1e6
+                mine.append({**step, "point": point.name, "total M": total})
+        best = min(mine, key=lambda row: row["total M"])
+        rows += [row for row in mine if row is best or (point.is_dense and row["size"] == (512, 512))]
+    return [{name: value for name, value in row.items() if name != "size"} for row in rows]
+
+
+def ratios(rows: list[dict]) -> list[dict]:
+    """Our total over the best of each other, forward and backward."""
+    found = []
+    for chip, point in dict.fromkeys((row["chip"], row["point"]) for row in rows):
+        here = [row for row in rows if (row["chip"], row["point"]) == (chip, point)]
+        for way, passes in (("forward", ("forward",)), ("backward", BACKWARD)):
+            sums = {
+                kernel: sum(
+                    min(row["total M"] for row in here if row["kernel"] == kernel and row["pass"] == each)
+                    for each in dict.fromkeys(row["pass"] for row in here if row["kernel"] == kernel)
+                    if each in passes
+                )
+                for kernel in dict.fromkeys(row["kernel"] for row in here)
+            }
+            ours = sums.pop("ours")
+            found.append({"chip": chip, "pass": way, "point": point, "ours M": ours} | {
+                f"{'of ' + kernel if 'ours' not in kernel else kernel + ' over block 64'}":
+                total / ours if "ours" in kernel else ours / total for kernel, total in sums.items()
+            })  # fmt: skip
+    return found
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
+    arguments.add_argument("--points", nargs="+", default=list(CASES), choices=CASES)
+    given, rows = arguments.parse_args(), []
+    if reason := missing("v5e:2x2"):
+        sys.exit(reason)
+    for chip in given.chips:
+        steps = [row for name in KERNELS if name != "tokamax" or has_tokamax() for row in peer_steps(chip, name)]
+        for point in (CASES[name] for name in given.points):
+            for block_size in (64,) if point.is_dense else (64, 16):
+                rows += our_rows(chip, point, block_size)
+            # Tokamax has one mask for all heads.
+            rows += peer_rows([step for step in steps if point.is_dense or step["kernel"] != "tokamax"], point)
+        print(table([row for row in rows if row["chip"] == chip], list(max(rows, key=len))), flush=True)
+    compared = ratios(rows)
+    print(table(compared, list(max(compared, key=len))))
+    save("tpu_schedule", rows, ratios=compared)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--compile"]:
+        chip, side, *rest = sys.argv[2:]
+        if side == "ours":
+            compile_ours(chip, CASES[rest[0]], int(rest[1]))
+        else:
+            compile_peer(chip, side, Tile(*map(int, rest)))
+    else:
+        main()
