@@ -31,6 +31,16 @@ def origin(record: dict, name: str, device: str | None = None) -> str:
     return f"[{name}.json](benchmarks/results/{name}.json): {record['date']}, jax {record['jax']}, {device}."
 
 
+def tpu_schedule(record: dict) -> str:
+    """Our bundles over others', and with blocks of 16 over those of 64."""
+    lines = ["| chip | pattern | pass | of splash's | of tokamax's | blocks of 16 over 64 |", "|" + "---|" * 6]
+    for row in record["ratios"]:
+        shown = [row.get(name) for name in ("of splash", "of tokamax", "ours, block 16 over block 64")]
+        ratios = " | ".join("–" if each is None else f"{each:.2f}" for each in shown)
+        lines.append(f"| {row['chip']} | {row['point']} | {row['pass']} | {ratios} |")
+    return "\n".join([*lines, "", origin(record, "tpu_schedule")])
+
+
 def schedules(record: dict) -> str:
     lines = [
         "| point | block | density | ideal speedup | executed/ideal, forward | backward | compiled, processor time |",
@@ -209,6 +219,7 @@ def training(record: dict) -> str:
 
 TABLES = {
     "schedules": schedules,
+    "tpu_schedule": tpu_schedule,
     "attention_gpu": attention_gpu,
     "attention_cpu": attention,
     "train_tiny": training,

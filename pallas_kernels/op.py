@@ -75,9 +75,10 @@ def block_sparse_attention(
       return_lse: gives back (out, lse).
       query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None). The mesh must be
         set, with `jax.set_mesh`: of a mesh that is not, nothing can be known here, and XLA gathers what is sharded.
-      implementation: "mosaic_gpu", "xla" or "reference", or several names in order of preference; None picks by the
-        platform that is lowered for. To export for several platforms at once, take "xla": JAX lowers kernels for one.
-      tiles: tile sizes of the one implementation asked for, `HopperTiles` or `XlaTiles`.
+      implementation: "mosaic_gpu", "mosaic_tpu", "xla" or "reference", or several names in order of preference; None
+        picks by the platform that is lowered for. To export for several platforms at once, take "xla": JAX lowers
+        kernels for one.
+      tiles: tile sizes of the one implementation asked for, `HopperTiles`, `TpuTiles` or `XlaTiles`.
 
     Returns:
       out [b, t, h, e] in the query's dtype; lse [b, h, t] in float32 (float64 for float64), the natural logarithm of

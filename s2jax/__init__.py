@@ -3,7 +3,7 @@
 `attention` computes it, a pattern says who reads whom, `s2jax.nnx` and `s2jax.linen` hold the layers.
 """
 
-from pallas_kernels import BlockSchedule, BlockSelection, HopperTiles, XlaTiles, block_sparse_attention
+from pallas_kernels import BlockSchedule, BlockSelection, HopperTiles, TpuTiles, XlaTiles, block_sparse_attention
 from s2jax.compiler import compile_schedule
 from s2jax.functional import attention, combine
 from s2jax.patterns import (
@@ -37,6 +37,7 @@ __all__ = [
     "Ranges",
     "RelativeStride",
     "Strided",
+    "TpuTiles",
     "XlaTiles",
     "attention",
     "block_sparse_attention",

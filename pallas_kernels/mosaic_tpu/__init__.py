@@ -107,9 +107,14 @@ def _tiles(problem: Problem, operands: Operands) -> TpuTiles:
     if problem.tiles is not None:
         return problem.tiles
     query, key = operands.query, operands.key
-    return choose_tiles(
-        problem.schedule, operands.selection, query.shape[2], key.shape[2], query.shape[1], key.shape[1]
-    )
+    shapes = problem.schedule, operands.selection, query.shape[2], key.shape[2], query.shape[1], key.shape[1]
+    tiles = choose_tiles(*shapes)
+    # Fewer heads in a tile are fewer tiles for each, whose slices take less scalar memory.
+    for heads in reversed(choose_heads(*shapes[:4])):
+        tiles = choose_tiles(*shapes, heads)
+        if problem.schedule is None or schedule_tables(problem.schedule, tiles).scalar_bytes <= SCALAR_BYTES:
+            break
+    return tiles
 
 
 def forward_tables(problem: Problem, operands: Operands) -> ForwardTables | None:
@@ -128,7 +133,13 @@ def backward_tables(problem: Problem, operands: Operands) -> BackwardTables | No
     queries = forward_tables(problem, operands)
     if problem.schedule is None or queries is None:
         return None
-    return BackwardTables(queries, key_tables(problem.schedule, _key_tiles(problem, operands).rows))
+    keys = key_tables(problem.schedule, _key_tiles(problem, operands).rows)
+    if keys.walked.scalar_bytes > SCALAR_BYTES:
+        raise NotImplementedError(
+            f"mosaic_tpu: the lists of a head's gradients need {keys.walked.scalar_bytes} bytes of scalar memory, of "
+            f'{SCALAR_BYTES}; take implementation="xla"'
+        )
+    return BackwardTables(queries, keys)
 
 
 def _key_tiles(problem: Problem, operands: Operands) -> KeyTiles:

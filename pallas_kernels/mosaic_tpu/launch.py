@@ -127,7 +127,7 @@ def _resident(array: Array, spec: pl.BlockSpec) -> int:
     """Bytes of vector memory that the block of an array takes."""
     if spec.block_shape is None or spec.memory_space is not None:
         return 0
-    *_, rows, lanes = (size or 1 for size in spec.block_shape)
+    sizes: list[int] = [size if isinstance(size, int) else 1 for size in spec.block_shape]
+    *blocks, rows, lanes = sizes
     tiles = -(-rows // 8) * 8 * -(-lanes // 128) * 128
-    blocks = math.prod(size or 1 for size in spec.block_shape[:-2])
-    return tiles * blocks * array.dtype.itemsize * (1 if spec.pipeline_mode is not None else 2)
+    return tiles * math.prod(blocks) * array.dtype.itemsize * (1 if spec.pipeline_mode is not None else 2)

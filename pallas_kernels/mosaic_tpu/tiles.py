@@ -113,9 +113,14 @@ def choose_tiles(
     num_kv_heads: int,
     query_length: int,
     kv_length: int,
+    heads: int | None = None,
 ) -> TpuTiles:
-    """As many heads of a group as read the same, for then few rows of blocks are merged; and large tiles."""
-    heads = choose_heads(schedule, selection, num_heads, num_kv_heads)[-1]
+    """As many heads of a group as read the same, for then few rows of blocks are merged; and large tiles.
+
+    Args:
+      heads: of a tile, where it is not to be the best number.
+    """
+    heads = heads or choose_heads(schedule, selection, num_heads, num_kv_heads)[-1]
     most = MOST_ROWS // heads
     if selection is not None:
         most = min(most, selection.query_block & -selection.query_block)

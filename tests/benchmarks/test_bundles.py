@@ -1,0 +1,76 @@
+"""The parser of the TPU compiler's schedules: on a small one written by hand, and on what the compiler writes."""
+
+import pytest
+from bundles import kernels_in
+from deviceless import missing
+from tpu_schedule import CASES, our_passes, schedule_of, scheduled
+
+BUNDLES = """\
+     0   :  { %1 = sbr.rel target }  /* Start region 1 */
+   0x1   : > { %v2 = vld [vmem:[#a] sm:$0xff] } /* Start region 2 */
+   0x2 LB: >> { %3 = vmatmul.bf16.gmra.mxu0 %v2 } /* Start region 3 :: Start region 4 */
+   0x3   : >> { %v4 = vpop.f32.mrf.mxu0  ;;  %v5 = vadd.f32 %v4, %v4
+and more of it } /* End region 4 :: End region 3 */
+   0x4   : > { %6 = sadd.s32 1, %s1 } /* Start region 5 */
+   0x5 PF: > { %7 = vst [vmem:[#b] sm:$0xff] %v5 } /* End region 5 */
+   0x6   : > {} /* End region 2 */
+   0x7   :  {} /* End region 1 */
+"""
+
+SLOTS = """\
+what is used in every bundle
+MXU, VALU, SALU
+4 4 2
+bundles
+0 0 1
+0 1 0
+1 0 0
+1 2 0
+0 0 1
+0 0 0
+0 0 0
+0 0 0
+"""
+
+
+def test_regions_and_slots(tmp_path):
+    (tmp_path / "17-kernel.1-70-final_bundles.txt").write_text(BUNDLES)
+    (tmp_path / "17-kernel.1-69-schedule-analysis_final_bundles.txt").write_text(BUNDLES)
+    (tmp_path / "17-kernel.1-71-final_hlo-static-per-bundle-utilization.txt").write_text(SLOTS)
+    (kernel,) = kernels_in(tmp_path)
+    assert (kernel.name, kernel.bundles, kernel.capacity) == ("kernel.1", 8, {"MXU": 4, "VALU": 4, "SALU": 2})
+    (outer,) = kernel.regions
+    (row,) = outer.regions
+    step, after = row.regions
+    assert [(each.number, each.bundles) for each in (outer, row, step, after)] == [(1, 8), (2, 6), (3, 2), (5, 2)]
+    assert outer.slots == {"MXU": 2, "VALU": 3, "SALU": 2}
+    (found,) = kernel.innermost("MXU")
+    assert (found.number, found.bundles, found.slots["MXU"], found.slots["VALU"]) == (4, 2, 2, 2)
+    assert [each.number for each in kernel.innermost("SALU")] == [5]
+
+
+def test_a_kernel_without_its_slots_is_an_error(tmp_path):
+    (tmp_path / "17-kernel.1-70-final_bundles.txt").write_text(BUNDLES)
+    with pytest.raises(ValueError, match="not enough values"):
+        kernels_in(tmp_path)
+
+
+def test_our_steps_are_counted_by_the_tables():
+    """Of a dense pattern: every second tile of queries has one more step of keys, and only the diagonal is masked."""
+    passes = our_passes(schedule_of(CASES["dense"], 64))
+    rows = 32 * 1024 // 512
+    walk = passes["forward"].walk
+    assert walk.rows == 16 * rows
+    assert 2 * (walk.plain + walk.masked) + walk.alone == 16 * rows * (rows + 1) // 2
+    assert walk.plain == 16 * sum(row // 2 for row in range(rows))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing("v5e:2x2") is not None, reason=str(missing("v5e:2x2")))
+def test_the_steps_of_our_kernels():
+    """Three for each kernel, of two steps and of one, which use the matrix units in nearly every bundle."""
+    found = {kernel.name.partition(".")[0]: kernel for kernel in scheduled("v5e", "ours", "dense", 64)}
+    for name in ("s2jax_forward", "s2jax_query_gradient", "s2jax_key_gradients"):
+        plain, *_, alone = found[name].innermost("MXU")
+        assert plain.slots["MXU"] > 0.8 * found[name].capacity["MXU"] * plain.bundles
+        assert 1.8 < plain.bundles / alone.bundles < 2.2

@@ -1,0 +1,90 @@
+"""The TPU kernels compiled for TPUs that are not here: what the interpreter takes, the compilers need not."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from deviceless import compile_for, missing
+
+import s2jax
+from pallas_kernels.mosaic_tpu import SCALAR_BYTES, schedule_tables
+from pallas_kernels.mosaic_tpu.tables import key_tables
+from pallas_kernels.mosaic_tpu.tiles import choose_key_tiles, choose_tiles
+
+CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+WINDOW = s2jax.LocalStride(64, 4, 8)
+
+pytestmark = [
+    pytest.mark.skipif(missing("v5e:2x2") is not None, reason=str(missing("v5e:2x2"))),
+    pytest.mark.filterwarnings("ignore::s2jax.PatternWarning"),
+]
+
+
+def compiled(chip: str, pattern, tokens: int, heads: int, kv_heads: int, d: int = 128, e: int = 128, **options):
+    """Forward and backward."""
+    dtype, segments = options.pop("dtype", "bfloat16"), options.pop("segments", False)
+
+    def function(query, key, value, dout, ids):
+        given = {"query_segment_ids": ids, "kv_segment_ids": ids} if segments else {}
+
+        def attend(*arrays):
+            return s2jax.attention(*arrays, pattern, implementation="mosaic_tpu", **options, **given)
+
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, pull(dout)
+
+    shapes = [
+        jax.ShapeDtypeStruct((1, tokens, n, f), dtype)
+        for n, f in ((heads, d), (kv_heads, d), (kv_heads, e), (heads, e))
+    ]
+    return compile_for(CHIPS[chip], function, *shapes, jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+
+
+@pytest.mark.parametrize("chip", [pytest.param(each, marks=[pytest.mark.slow] * (each != "v5e")) for each in CHIPS])
+def test_every_chip(chip):
+    compiled(chip, WINDOW, 2048, 4, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("pattern", "heads", "kv_heads", "d", "e", "options"),
+    [
+        (s2jax.LocalStride(16, 8, 8), 4, 4, 64, 64, {}),
+        (s2jax.LocalStride(512, 1, 2), 4, 4, 128, 128, {}),
+        (s2jax.LocalStride(128, 2, 4), 9, 3, 256, 256, {}),
+        (s2jax.LocalStride(64, 4, 8, residues="query_head"), 8, 2, 96, 200, {"logits_soft_cap": 30.0}),
+        (WINDOW, 4, 2, 128, 128, {"segments": True}),
+        (WINDOW, 4, 2, 128, 128, {"dtype": "float32"}),
+        (s2jax.Dense(causal=False), 4, 4, 128, 128, {}),
+    ],
+)
+def test_shapes(pattern, heads, kv_heads, d, e, options):
+    compiled("v5e", pattern, 2048, heads, kv_heads, d, e, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_memory_grows_with_the_length(chip):
+    """What the call takes besides its arguments and results: 16 times as much for 16 times as many tokens."""
+    small, large = (
+        compiled(chip, s2jax.LocalStride(), tokens, 8, 2).memory_analysis().temp_size_in_bytes
+        for tokens in (8 << 10, 128 << 10)
+    )
+    assert large < 20 * small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_million_tokens(chip):
+    """One of 64 heads' share of them."""
+    compiled(chip, s2jax.LocalStride(64, 1, 64), 1 << 20, 1, 1)
+
+
+@pytest.mark.parametrize(("tokens", "most"), [(32 << 10, 12), (128 << 10, 48)])
+def test_scalar_memory(tokens, most):
+    """Kilobytes for one head of 64, forward and backward."""
+    pattern = s2jax.LocalStride(64, 1, 64)
+    schedule = s2jax.compile_schedule(pattern, num_heads=64, num_kv_heads=64, query_length=tokens, kv_length=tokens)
+    shapes = schedule, None, 64, 64, tokens, tokens
+    forward = schedule_tables(schedule, choose_tiles(*shapes))
+    backward = key_tables(schedule, choose_key_tiles(*shapes).rows).walked
+    assert max(forward.scalar_bytes, backward.scalar_bytes) <= min(most << 10, SCALAR_BYTES)
