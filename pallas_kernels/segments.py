@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from pallas_kernels.sharding import varying_like
+
 
 def narrow(blocks: Array, slices: Array, num_full: int, query_ids: Array, kv_ids: Array, block_size: int) -> Array:
     """The slices without the blocks that share no segment with the tile.
@@ -99,6 +101,8 @@ def find(blocks: Int32[Array, " entries"], slices: Array, block: Array) -> Array
     """In every slice [..., 2], the position of the first entry that is at least `block`: int32 [...]."""
     low, high = slices[..., 0], jnp.maximum(slices[..., 1], slices[..., 0])
     low, high = (jnp.broadcast_to(edge, jnp.broadcast_shapes(edge.shape, block.shape)) for edge in (low, high))
+    # Over a mesh, slices differ from head to head and what is looked for from sequence to sequence.
+    low, high = (varying_like(varying_like(edge, block), slices) for edge in (low, high))
 
     def halve(_, edges):
         low, high = edges

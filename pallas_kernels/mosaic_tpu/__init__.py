@@ -1,6 +1,8 @@
 """Block-sparse attention on TPUs, in Pallas Mosaic."""
 
 import dataclasses
+import functools
+import logging
 import typing
 
 import jax
@@ -12,6 +14,7 @@ from jaxtyping import Array, Bool
 from pallas_kernels import xla
 from pallas_kernels.mosaic_tpu.arrange import arrange, arrange_query_gradient, rows_back
 from pallas_kernels.mosaic_tpu.arrange_keys import arrange_key_gradients, from_packs
+from pallas_kernels.mosaic_tpu.batching import over_sequences
 from pallas_kernels.mosaic_tpu.forward import attend
 from pallas_kernels.mosaic_tpu.key_gradient import key_gradients
 from pallas_kernels.mosaic_tpu.query_gradient import query_gradient
@@ -33,14 +36,20 @@ from pallas_kernels.mosaic_tpu.tiles import (
     choose_tiles,
 )
 from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import Sharding
 from pallas_kernels.unread import depends_on_arrays, unread_keys, without_unread
+
+LOG = logging.getLogger("s2jax")
 
 TILES = TpuTiles
 DTYPES = ("bfloat16", "float32")
 MOST_FEATURES = 256
 SCALAR_BYTES = 384 << 10
 """Of scalar memory for one head's lists and slices; the next head's are brought meanwhile."""
+
+RESIDENT_BYTES = 8 << 20
+"""Of vector memory for what stays there: masks, and in the keys' gradients what queries have."""
 
 
 @jax.tree_util.register_dataclass
@@ -85,8 +94,10 @@ def refuse(problem: Problem, operands: Operands) -> str | None:
     if not LEAST_ROWS <= reads.block_size <= MOST_ROWS or reads.block_size & (reads.block_size - 1):
         return f"needs a block size that is a power of two from {LEAST_ROWS} to {MOST_ROWS}, got {reads.block_size}"
     selection = operands.selection
-    if selection is not None and selection.query_block % LEAST_ROWS:
-        return f"needs query blocks of a multiple of {LEAST_ROWS} tokens, got {selection.query_block}"
+    if selection is not None and (selection.query_block < LEAST_ROWS or not _is_power_of_two(selection.query_block)):
+        return f"needs query blocks of a power of two from {LEAST_ROWS}, got {selection.query_block}"
+    if selection is not None and not selection.kv_blocks.shape[3]:
+        return "needs room for one block in every row of a selection"
     tiles = _tiles(problem, operands)
     heads = choose_heads(problem.schedule, selection, query.shape[2], key.shape[2])
     if tiles.heads not in heads:
@@ -94,12 +105,34 @@ def refuse(problem: Problem, operands: Operands) -> str | None:
     least = reads.block_size if selection is None else LEAST_ROWS
     if tiles.queries < least or (selection is not None and selection.query_block % tiles.queries):
         return f"a tile of {tiles.queries} queries does not fit blocks of them"
-    if selection is None:
-        scalars = schedule_tables(reads, tiles).scalar_bytes
-    else:
-        scalars = 4 * int(np.prod(selection.kv_blocks.shape[2:])) + 8 * (query.shape[1] // tiles.queries)
+    if selection is not None:
+        scalars = 4 * int(np.prod(selection.kv_blocks.shape[2:])) + 8 * -(-query.shape[1] // tiles.queries)
+        return _too_much(scalars, 0)
+    try:
+        walked = schedule_tables(reads, tiles)
+    except NotImplementedError as reason:
+        return str(reason)
+    return _too_much(*_memory(walked, operands))
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def _memory(walked: Tables, operands: Operands) -> tuple[int, int]:
+    """Bytes of scalar memory for one head, and of vector memory for masks."""
+    parts = walked.slices.shape[-2]
+    # Segments cut every slice without a mask into three.
+    cut = parts + 2 * walked.num_full if operands.query_segment_ids is not None else parts
+    slices = 4 * int(np.prod(walked.slices.shape[2:])) // parts * cut
+    return 4 * walked.entries.shape[1] + slices, 0 if walked.words is None else walked.words.nbytes
+
+
+def _too_much(scalars: int, words: int) -> str | None:
     if scalars > SCALAR_BYTES:
         return f"the lists of a head need {scalars} bytes of scalar memory, of {SCALAR_BYTES}"
+    if words > RESIDENT_BYTES:
+        return f"the masks need {words} bytes of vector memory, of {RESIDENT_BYTES}"
     return None
 
 
@@ -112,7 +145,7 @@ def _tiles(problem: Problem, operands: Operands) -> TpuTiles:
     # Fewer heads in a tile are fewer tiles for each, whose slices take less scalar memory.
     for heads in reversed(choose_heads(*shapes[:4])):
         tiles = choose_tiles(*shapes, heads)
-        if problem.schedule is None or schedule_tables(problem.schedule, tiles).scalar_bytes <= SCALAR_BYTES:
+        if problem.schedule is None or _too_much(*_memory(schedule_tables(problem.schedule, tiles), operands)) is None:
             break
     return tiles
 
@@ -128,18 +161,37 @@ def forward_tables(problem: Problem, operands: Operands) -> ForwardTables | None
     return ForwardTables(walked, unread_keys(schedule), None)
 
 
-def backward_tables(problem: Problem, operands: Operands) -> BackwardTables | None:
-    """What the kernels of the gradients walk; None for a selection."""
+def backward_tables(problem: Problem, operands: Operands) -> typing.Any:
+    """What the kernels of the gradients walk; None for a selection. XLA's tables where they cannot do it."""
     queries = forward_tables(problem, operands)
     if problem.schedule is None or queries is None:
         return None
-    keys = key_tables(problem.schedule, _key_tiles(problem, operands).rows)
-    if keys.walked.scalar_bytes > SCALAR_BYTES:
-        raise NotImplementedError(
-            f"mosaic_tpu: the lists of a head's gradients need {keys.walked.scalar_bytes} bytes of scalar memory, of "
-            f'{SCALAR_BYTES}; take implementation="xla"'
-        )
+    try:
+        keys = key_tables(problem.schedule, _key_tiles(problem, operands).rows)
+        reason = _too_much_backward(*_memory(keys.walked, operands), operands)
+    except NotImplementedError as told:
+        keys, reason = None, str(told)
+    if keys is None or reason is not None:
+        LOG.info("mosaic_tpu leaves the gradients to xla: %s", reason)
+        return xla.backward_tables(dataclasses.replace(problem, tiles=None), operands)
     return BackwardTables(queries, keys)
+
+
+def _too_much_backward(scalars: int, words: int, operands: Operands) -> str | None:
+    """Why the kernel of the keys' gradients cannot do it: it has lse and delta of all heads of a group at hand."""
+    length, num_heads = operands.query.shape[1:3]
+    of_queries = 8 * length * num_heads // operands.key.shape[2]
+    if of_queries > 4 * RESIDENT_BYTES:
+        return f"lse and delta of a group need {of_queries} bytes of vector memory, of {4 * RESIDENT_BYTES}"
+    return _too_much(scalars, words)
+
+
+def _selection_too_large(operands: Operands, selection: BlockSelection, rows: int) -> bool:
+    """Whether the transpose of a selection does not fit into scalar memory."""
+    batch_heads, num_rows, most = selection.kv_blocks.shape[1:]
+    rounds = max(1, batch_heads // operands.key.shape[2])
+    scalars = 4 * rounds * num_rows * most + 8 * rounds * -(-operands.key.shape[1] // rows)
+    return _too_much_backward(scalars, 0, operands) is not None
 
 
 def _key_tiles(problem: Problem, operands: Operands) -> KeyTiles:
@@ -148,11 +200,13 @@ def _key_tiles(problem: Problem, operands: Operands) -> KeyTiles:
     return choose_key_tiles(problem.schedule, operands.selection, query.shape[2], key.shape[2], *lengths)
 
 
-def table_specs(tables: ForwardTables | BackwardTables, sharding: Sharding) -> typing.Any:
+def table_specs(tables: typing.Any, sharding: Sharding) -> typing.Any:
     """How the tables are split over a mesh: slices and the choice of a list with their heads, all else not at all."""
     if isinstance(tables, BackwardTables):
         keys = KeyTables(_split(tables.keys.walked, sharding), typing.cast(typing.Any, sharding.of(heads=0, ndim=3)))
         return BackwardTables(table_specs(tables.queries, sharding), keys)
+    if not isinstance(tables, ForwardTables):
+        return xla.table_specs(tables, sharding)
     unread = None if tables.unread is None else sharding.of(heads=0, ndim=2)
     walks = None if tables.walks is None else xla.table_specs(tables.walks, sharding)
     return ForwardTables(_split(tables.walked, sharding), typing.cast(typing.Any, unread), walks)
@@ -165,6 +219,10 @@ def _split(walked: Tables, sharding: Sharding) -> typing.Any:
 
 def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """out [b, t, h, e] in the query's dtype and lse [b, h, t] in float32, sinks included."""
+    return over_sequences(functools.partial(_forward, problem))(operands)
+
+
+def _forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     tiles, tables = _tiles(problem, operands), operands.tables
     operands = dataclasses.replace(operands, value=_without_unread(problem, operands, operands.value))
     walked = _walked(operands, tables, tiles)
@@ -182,9 +240,18 @@ def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delt
       lse: [b, h, t], sinks included.
       delta: [b, h, t], Σ out · dout - dlse.
     """
+    return over_sequences(functools.partial(_backward, problem))(operands, dout, lse, delta)
+
+
+def _backward(
+    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array
+) -> tuple[Array, Array, Array]:
     tables: BackwardTables | None = operands.tables
+    tiles, key_tiles, selection = _tiles(problem, operands), _key_tiles(problem, operands), operands.selection
+    too_large = selection is not None and _selection_too_large(operands, selection, key_tiles.rows)
+    if too_large or not (tables is None or isinstance(tables, BackwardTables)):
+        return xla.backward(dataclasses.replace(problem, tiles=None), operands, dout, lse, delta)
     over_keys = None if tables is None else tables.queries
-    tiles, key_tiles = _tiles(problem, operands), _key_tiles(problem, operands)
     operands = dataclasses.replace(operands, tables=over_keys)
     # Queries that do not exist seem to read, too: what nobody else reads must not be a NaN.
     key, value = (_without_unread(problem, operands, array) for array in (operands.key, operands.value))

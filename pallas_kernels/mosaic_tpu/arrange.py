@@ -59,11 +59,9 @@ class Inputs:
 
     def specs(self, plan: Plan) -> typing.Any:
         """Which block of each a tile is given."""
-        specs = Specs(plan, self.lists)
-        of_ids = (
-            specs.rows if self.row_segments is not None and self.row_segments.ndim == 5 else specs.rows_of_all_heads
-        )
-        of_numbers = specs.rows if self.lse is not None and self.lse.ndim == 5 else specs.of_head
+        specs, of_queries = Specs(plan, self.lists), plan.ascending
+        of_ids = specs.rows_of_all_heads if of_queries else specs.rows
+        of_numbers = specs.rows if of_queries else specs.of_head
         kinds = {
             "entries": specs.list, "slices": specs.scalars_of_head, "words": specs.whole, "source": specs.source,
             "first": specs.tokens, "second": specs.tokens, "sinks": specs.scalars, "row_segments": of_ids,
@@ -73,10 +71,6 @@ class Inputs:
         given = {name: getattr(self, name) for name in kinds}
         found = {name: None if array is None else kinds[name](array) for name, array in given.items()}
         return dataclasses.replace(self, lists=None, **found)
-
-
-def _has_axes(array: Array | None, axes: int) -> bool:
-    return array is not None and array.ndim == axes
 
 
 def arrange(problem: Problem, operands: Operands, tables: Tables, tiles: TpuTiles) -> tuple[Plan, Inputs, Grid]:

@@ -11,10 +11,9 @@ from jaxtyping import Array
 
 from pallas_kernels.mosaic_tpu.plan import Plan
 from pallas_kernels.platforms import interpreted
-from pallas_kernels.sharding import varying_like
 
-ROOM = 14 << 20
-"""Bytes of vector memory for scratch and spilled registers."""
+ROOM, ROOM_OF_PAIR = 6 << 20, 32
+"""Bytes of vector memory besides blocks of arrays, and for every pair of a row and a column, most of it for spills."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +97,7 @@ def launch(
         here, there = jax.tree.unflatten(structure, refs[: ends[0]]), jax.tree.unflatten(kinds, refs[ends[1] :])
         run(here, lists, refs[ends[0] : ends[1]], there)
 
+    varying = jax.typeof(inputs.source).manual_axis_type
     found = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -107,15 +107,15 @@ def launch(
             out_specs=[spec for _, spec in results],
             scratch_shapes=memory,
         ),
-        out_shape=[shape for shape, _ in results],
+        out_shape=[shape.update(manual_axis_type=varying) for shape, _ in results],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             disable_bounds_checks=True,
-            vmem_limit_bytes=ROOM + sum(map(_resident, arrays, blocks)),
+            vmem_limit_bytes=ROOM + ROOM_OF_PAIR * plan.rows * plan.step + sum(map(_resident, arrays, blocks)),
         ),
         name=f"s2jax_{name}",
     )(lists, *arrays)
-    return tuple(varying_like(array, inputs.source) for array in found)
+    return tuple(found)
 
 
 def in_hbm(array: Array) -> Array:

@@ -149,8 +149,15 @@ class Tile:
         if plan.num_full:
             cursor = jax.lax.fori_loop(0, plain, turns(False, AT_ONCE), cursor)
         cursor = jax.lax.fori_loop(plain, whole, turns(True, AT_ONCE), cursor)
-        cursor = jax.lax.fori_loop(whole * AT_ONCE, steps, turns(True, 1), cursor)
+        some = row.total > 0
+        cursor = jax.lax.fori_loop(jnp.where(some, whole * AT_ONCE, steps), steps, turns(True, 1), cursor)
         self._store(cursor)
+
+        @pl.when(~some)
+        def _():
+            # What was copied for a row that reads nothing is not for it to see: it may be NaN.
+            ring.wait(plan, after(cursor.place, AT_ONCE))
+            self._store(self._begin_step(cursor))
 
     def _store(self, cursor: Cursor) -> None:
         for index, number in enumerate(cursor):

@@ -27,11 +27,11 @@ LEAST_ROWS = 16
 
 @dataclasses.dataclass(frozen=True)
 class TpuTiles:
-    """Tile sizes of the TPU kernels.
+    """Tile sizes of the TPU kernels whose tiles are queries: of the forward pass, and of their gradient.
 
     Attributes:
       heads: query heads in a tile; they must read the same blocks.
-      queries: of each of them.
+      queries: of each of them; at most 1024 rows in all.
       keys: keys of a step.
     """
 
@@ -47,6 +47,9 @@ class TpuTiles:
         ):
             if type(value) is not int or value not in allowed:
                 raise ValueError(f"{name} must be one of the integers {', '.join(map(str, allowed))}, got {value!r}")
+
+        if self.rows > 1024:
+            raise ValueError(f"heads · queries must be at most 1024, got {self.heads} · {self.queries}")
 
     @property
     def rows(self) -> int:

@@ -3,22 +3,74 @@
 import dataclasses
 import typing
 
+import jax
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import TpuTiles
-from tests.kernels.cases import Case, Selected
-from tests.kernels.contract import AttentionContract
+from s2jax import LocalStride
+from tests.kernels.cases import Case, Selected, parameters
+from tests.kernels.contract import AttentionContract, traced
+
+QUICK = ("local stride", "an offset for each", "selection by KV head")
+"""Cases of the table that are not left to the slow tests."""
 
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
+SHAPES = [
+    # Whole blocks that nobody reads, with not one entry in the list: what stands there is not to be seen.
+    Case("nothing read of whole blocks", LocalStride(16, 0, 8, head_offset=1), "bfloat16", 1, 48, 48, 2, 2),
+    # A block comes in pieces, and rows have several words of masks for it.
+    Case("blocks of 256", LocalStride(256, 1, 2), "bfloat16", 1, 300, 300, 2, 1, tiling="pieces"),
+    # More heads of a group than fit into a step: rounds, over the same lists.
+    Case("six heads in rounds", LocalStride(16, 2, 3), "bfloat16", 1, 40, 40, 6, 1, sinks=True),
+]
+"""What this backend alone has."""
+
+
+def named(*cases: Case) -> list:
+    return [pytest.param(case, id=case.name) for case in cases]
+
+
+def slow_but(quick: tuple[str, ...], cases: list) -> list:
+    slow = pytest.mark.slow
+    return [
+        pytest.param(*each.values, id=each.id, marks=(*each.marks, *([] if each.id in quick else [slow])))
+        for each in cases
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NaN on purpose
 class TestInterpreted(AttentionContract):
     implementation = "mosaic_tpu"
     random_share = 8
-    tilings: typing.ClassVar = {"small": TpuTiles(heads=1, queries=16, keys=128)}
+    tilings: typing.ClassVar = {
+        "small": TpuTiles(heads=1, queries=16, keys=128),
+        "pieces": TpuTiles(heads=2, queries=256, keys=128),
+    }
+
+    test_optimised = None  # of what XLA computes here, there is little
+
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize("case", slow_but(QUICK, parameters()))
+    def test_case(self, case: Case):
+        self.check(case)
+
+    @pytest.mark.usefixtures("quick_compilation")
+    @pytest.mark.parametrize("case", slow_but(("nothing read of whole blocks",), named(*SHAPES)))
+    def test_shape(self, case: Case):
+        self.check(case)
+
+    @pytest.mark.slow
+    def test_random_cases(self):
+        super().test_random_cases()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["local stride both ways", "strangers", "an offset for each"])
+    def test_gradients_show_the_pattern(self, name: str):
+        super().test_gradients_show_the_pattern(name)
 
     @pytest.fixture(autouse=True)
     def interpreted(self):
@@ -26,6 +78,12 @@ class TestInterpreted(AttentionContract):
             yield
         # Where the backend refused, nothing ran.
         assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
+
+    def compiled(self, case: Case):
+        tiles = self.tilings.get(case.tiling)
+        if tiles is not None and not isinstance(case.pattern, Selected) and case.pattern.block_size > tiles.queries:
+            tiles = None
+        return jax.jit(traced(case, self.implementation, tiles))
 
     def adapted(self, case: Case) -> Case:
         if case.dtype == "float16":
@@ -37,6 +95,6 @@ class TestInterpreted(AttentionContract):
             return "needs dtype bfloat16 or float32, got float64"
         if isinstance(case.pattern, Selected) and case.pattern.block_size < 16:
             return f"needs a block size that is a power of two from 16 to 512, got {case.pattern.block_size}"
-        if isinstance(case.pattern, Selected) and case.pattern.query_block % 16:
-            return f"needs query blocks of a multiple of 16 tokens, got {case.pattern.query_block}"
+        if isinstance(case.pattern, Selected) and case.pattern.query_block not in (16, 32, 64, 128, 256, 512):
+            return f"needs query blocks of a power of two from 16, got {case.pattern.query_block}"
         return None

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from deviceless import compile_for, missing
+from deviceless import compile_for, devices, missing
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import s2jax
 from pallas_kernels.mosaic_tpu import SCALAR_BYTES, schedule_tables
@@ -59,6 +61,54 @@ def test_every_chip(chip):
 )
 def test_shapes(pattern, heads, kv_heads, d, e, options):
     compiled("v5e", pattern, 2048, heads, kv_heads, d, e, **options)
+
+
+def gradients(*arrays, sinks=None, **options):
+    query, key, value, dout = arrays
+    out, pull = jax.vjp(
+        lambda *given: s2jax.attention(*given[:3], WINDOW, sinks=given[3], implementation="mosaic_tpu", **options),
+        query, key, value, sinks,
+    )  # fmt: skip
+    return out, pull(dout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sinks", [None, 0])
+def test_vmap(sinks):
+    """Of sequences; and of sinks too, which have no axis for them."""
+    shapes = [jax.ShapeDtypeStruct((3, 1, 1024, heads, 128), jnp.bfloat16) for heads in (4, 2, 2, 4)]
+    mapped = jax.vmap(lambda *arrays: gradients(*arrays[:4], sinks=arrays[4]), in_axes=(0, 0, 0, 0, sinks))
+    compile_for("v5e:2x2", mapped, *shapes, jax.ShapeDtypeStruct((4,) if sinks is None else (3, 4), jnp.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("segments", [False, True])
+def test_mesh(segments):
+    """Batch and heads over four chips, with no communication."""
+    chips, kinds = np.array(devices("v5e:2x2")).reshape(2, 2), (AxisType.Auto,) * 2
+    mesh = jax.sharding.Mesh(chips, ("data", "model"), axis_types=kinds)
+    spec = PartitionSpec("data", None, "model", None)
+
+    def function(query, key, value, dout, ids):
+        given = {"query_segment_ids": ids, "kv_segment_ids": ids} if segments else {}
+        return gradients(query, key, value, dout, query_spec=spec, **given)
+
+    whole, by_batch = NamedSharding(mesh, spec), NamedSharding(mesh, PartitionSpec("data"))
+    shapes = [jax.ShapeDtypeStruct((2, 1024, heads, 128), jnp.bfloat16, sharding=whole) for heads in (8, 4, 4, 8)]
+    with jax.set_mesh(mesh):
+        code = compile_for(
+            "v5e:2x2", function, *shapes, jax.ShapeDtypeStruct((2, 1024), jnp.int32, sharding=by_batch)
+        ).as_text()
+    assert not any(name in code for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.slow
+def test_lists_too_long_for_the_gradients_are_left_to_xla():
+    """Sixteen heads of a group that read apart: the forward pass keeps its kernel."""
+    pattern = s2jax.LocalStride(16, 16, 8, residues="query_head")
+    code = compiled("v5e", pattern, 64 << 10, 8, 1).as_text()
+    assert "s2jax_forward" in code
+    assert "s2jax_key_gradients" not in code
 
 
 @pytest.mark.slow
