@@ -98,11 +98,14 @@ def _slots(bundles: pathlib.Path) -> tuple[dict[str, int], list[Counter[str]]]:
 
 
 def _nested(spans: list[tuple[int, int, int]], used: list[Counter[str]]) -> tuple[Region, ...]:
-    """Regions from (first bundle, last bundle, number), by first bundle, the longer before the shorter."""
+    """Regions from (first bundle, last bundle, number), by first bundle, the longer before the shorter.
+
+    Instructions move over the edges of regions, so that one may end a few bundles after the one that it is inside of.
+    """
     regions = []
     while spans:
         (first, last, number), rest = spans[0], spans[1:]
-        inside = [span for span in rest if span[0] <= last and span[1] <= last]
+        inside = [span for span in rest if 2 * (min(last, span[1]) + 1 - span[0]) > span[1] + 1 - span[0]]
         spans = [span for span in rest if span not in inside]
         slots = sum(used[first : last + 1], Counter())
         regions.append(Region(number, last + 1 - first, slots, _nested(inside, used)))

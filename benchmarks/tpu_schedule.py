@@ -127,6 +127,7 @@ def our_rows(chip: str, point: Point, block_size: int) -> list[dict]:
         if way is None:
             continue
         steps = kernel.innermost("MXU")
+        # The compiler may write the second one twice, for one turn and for more.
         plain, masked, alone = steps[0], steps[-2], steps[-1]
         around = kernel.bundles - sum(step.bundles for step in steps)
         tile, walk = passes[way].tile, passes[way].walk
@@ -210,7 +211,7 @@ def main() -> None:
     for chip in given.chips:
         steps = [row for name in KERNELS if name != "tokamax" or has_tokamax() for row in peer_steps(chip, name)]
         for point in (CASES[name] for name in given.points):
-            for block_size in (64,) if point.is_dense else (64, 16):
+            for block_size in (64, 16) if point.name == "dkernel-32k" else (64,):
                 rows += our_rows(chip, point, block_size)
             # Tokamax has one mask for all heads.
             rows += peer_rows([step for step in steps if point.is_dense or step["kernel"] != "tokamax"], point)

@@ -49,6 +49,17 @@ def test_regions_and_slots(tmp_path):
     assert [each.number for each in kernel.innermost("SALU")] == [5]
 
 
+def test_a_region_may_end_after_the_one_that_it_is_inside_of(tmp_path):
+    """As where the compiler moves an instruction over the edge: not two steps, but one."""
+    moved = BUNDLES.replace("} /* End region 4 :: End region 3 */", "} /* End region 3 */")
+    moved = moved.replace("/* Start region 5 */", "/* End region 4 :: Start region 5 */")
+    (tmp_path / "17-kernel.1-70-final_bundles.txt").write_text(moved)
+    (tmp_path / "17-kernel.1-71-final_hlo-static-per-bundle-utilization.txt").write_text(SLOTS)
+    (kernel,) = kernels_in(tmp_path)
+    assert [each.number for each in kernel.innermost("MXU")] == [3]
+    assert [each.number for each in kernel.regions[0].regions[0].regions] == [4, 5]
+
+
 def test_a_kernel_without_its_slots_is_an_error(tmp_path):
     (tmp_path / "17-kernel.1-70-final_bundles.txt").write_text(BUNDLES)
     with pytest.raises(ValueError, match="not enough values"):
