@@ -32,6 +32,7 @@ from tests.kernels.faults import (
     mosaic_gpu_barriers,
     mosaic_gpu_gradients,
     mosaic_gpu_kernel,
+    mosaic_tpu,
     schedules,
     xla,
 )
@@ -47,6 +48,7 @@ SUBJECTS: dict[str, list[Fault]] = {
     "What the Hopper kernel computes": mosaic_gpu_kernel.FAULTS,
     "What the Hopper kernel is given": mosaic_gpu_arrays.FAULTS,
     "The gradients' kernels on Hopper": mosaic_gpu_gradients.FAULTS,
+    "The TPU kernels": mosaic_tpu.FAULTS,
 }
 FAULTS = [fault for faults in SUBJECTS.values() for fault in faults]
 

@@ -16,7 +16,7 @@ KEYS, TABLES, ARRANGE, QUERIES, SLOPE, STEPS, BACKEND, LAUNCH, SIZES = (
         "tiles",
     )
 )
-SEGMENTS = "pallas_kernels/segments.py"
+SEGMENTS, PACKED = "pallas_kernels/segments.py", "pallas_kernels/packs.py"
 LOCAL, APART, OFFSET, CHOSEN = (
     gradients(name) for name in ("local stride", "stripes by query head", "an offset for each", "selection by KV head")
 )
@@ -34,37 +34,43 @@ NAN = "tests/kernels/test_mosaic_gpu_gradients.py::test_a_nan_goes_no_further_th
 WALKED = [
     Fault(
         "a block of keys in two packs",
-        TABLES,
+        PACKED,
         "np.setdiff1d(np.arange(lists.num_rows), read)",
         "np.arange(lists.num_rows)",
         PACKS,
     ),
     Fault(
         "blocks that nobody reads in no pack",
-        TABLES,
+        PACKED,
         "read[(read >= 0).any(-1)], idle]",
         "read[(read >= 0).any(-1)]]",
         PACKS,
     ),
     Fault(
         "packs in another order than their lists",
-        TABLES,
+        PACKED,
         "members = np.take_along_axis(packs, order[:, :, None], 1)",
         "members = packs",
         PACKS,
     ),
-    Fault("every group the first one", TABLES, "slices[group_of][None]", "slices[0 * group_of][None]", PACKS),
+    Fault(
+        "every group the first one",
+        TABLES,
+        "packs.slices[packs.group_of][None]",
+        "packs.slices[0 * packs.group_of][None]",
+        PACKS,
+    ),
     Fault(
         "heads that read apart taken for one",
-        TABLES,
+        PACKED,
         "rounds = 1 if schedule.shares_groups else",
         "rounds = 1 if True else",
         PACKS,
     ),
-    Fault("masks of keys by queries", TABLES, "schedule.token_masks.swapaxes(1, 2)", "schedule.token_masks", PACKS),
+    Fault("masks of keys by queries", PACKED, "schedule.token_masks.swapaxes(1, 2)", "schedule.token_masks", PACKS),
     Fault(
         "packs of what the first head of a group reads alike",
-        TABLES,
+        PACKED,
         "for each in range(groups.shape[1])]",
         "for each in range(1)]",
         PACKS,
@@ -72,16 +78,16 @@ WALKED = [
     ),
     Fault(
         "a transposed list short by one",
-        TABLES,
+        PACKED,
         "ends = ends + jnp.arange(batch",
         "ends = jnp.maximum(ends - 1, 0) + jnp.arange(batch",
         TRANSPOSED,
     ),
-    Fault("rows of two blocks walked twice", TABLES, "jnp.cumsum(~again,", "jnp.cumsum(again | True,", TRANSPOSED),
-    Fault("blocks beyond the keys in the last pack", TABLES, "& (selection.kv_blocks < num_blocks)", "", TRANSPOSED),
+    Fault("rows of two blocks walked twice", PACKED, "jnp.cumsum(~again,", "jnp.cumsum(again | True,", TRANSPOSED),
+    Fault("blocks beyond the keys in the last pack", PACKED, "& (selection.kv_blocks < num_blocks)", "", TRANSPOSED),
     Fault(
         "all blocks of a row transposed, whatever their count",
-        TABLES,
+        PACKED,
         "used = jnp.arange(most, dtype=jnp.int32) < selection.counts[..., None]",
         "used = jnp.arange(most, dtype=jnp.int32) <= most + 0 * selection.counts[..., None]",
         TRANSPOSED,

@@ -1,0 +1,72 @@
+"""The TPU kernels: what they walk, copy, mask and sum."""
+
+from tests.kernels.faults.fault import Fault
+
+WALK, COPIES, TILE, MASKS, FORWARD, GRADIENT, KEYS, QUERIES, TABLES, ARRANGE, PACKS = (
+    f"pallas_kernels/mosaic_tpu/{name}.py"
+    for name in (
+        "walk",
+        "copies",
+        "tile",
+        "masks",
+        "forward",
+        "gradient",
+        "key_gradient",
+        "query_gradient",
+        "tables",
+        "arrange",
+        "arrange_keys",
+    )
+)
+CLASS = "tests/kernels/test_mosaic_tpu.py::TestInterpreted::test_"
+LOCAL, OFFSET, CHOSEN = (
+    f"{CLASS}case[{name}]" for name in ("local stride", "an offset for each", "selection by KV head")
+)
+UNREAD = CLASS + "shape[nothing read of whole blocks]"
+
+FAULTS = [
+    Fault(
+        "a step computed before its copies came", TILE,
+        "                for place in places:\n                    ring.wait(plan, place)\n", "",
+        LOCAL,
+    ),
+    Fault("a step copied over one that is still read", COPIES, "PLACES = 2 * AT_ONCE", "PLACES = AT_ONCE", LOCAL),
+    Fault(
+        "copies beyond the end not waited for", TILE,
+        "            for step in range(AT_ONCE):\n                self.ring.wait(self.plan",
+        "            for step in range(0):\n                self.ring.wait(self.plan",
+        LOCAL,
+    ),
+    Fault(
+        "the row after the next walked next", TILE,
+        "jnp.minimum(cursor.row + 1,", "jnp.minimum(cursor.row + 2,",
+        LOCAL,
+    ),
+    Fault("a row that reads nothing sees what was copied", TILE, "row.total > 0", "row.total >= 0", UNREAD),
+    Fault("the second part of a row taken for the first", WALK, "last >= end, other", "last > end, other", LOCAL),
+    Fault(
+        "the last block seen twice", WALK,
+        "jnp.where(piece < row.total, found", "jnp.where(piece <= row.total, found",
+        LOCAL,
+    ),
+    Fault("a masked entry walked without a mask", WALK, "if part < plan.num_full", "if part <= plan.num_full", LOCAL),
+    Fault("masks of the slot before", MASKS, "jnp.where(lane < at, found,", "jnp.where(lane <= at, found,", LOCAL),
+    Fault("positions of keys off by one", MASKS, "(plan.slot - 1)) + conditions.first", "(plan.slot - 1)) + 1", CHOSEN),
+    Fault("the maximum not carried on", FORWARD, "before, most = most,", "before, _ = most,", LOCAL),
+    Fault(
+        "the sum not rescaled when a larger logit comes", FORWARD,
+        "total = total * shrink + sum(", "total = total + sum(",
+        LOCAL,
+    ),
+    Fault("sums of the tile before", FORWARD, "    sums.clear()\n", "", LOCAL),
+    Fault("hidden gradients not zeroed", GRADIENT, ", jnp.where(seen, gradient, 0.0)", ", gradient", UNREAD),
+    Fault("delta left out", GRADIENT, "weights * (dweights - delta)\n", "weights * dweights\n", LOCAL),
+    Fault("lse of another head", KEYS, "round * plan.step_heads + head", "round * plan.step_heads", LOCAL),
+    Fault("dk not scaled", KEYS, "sums.dkey[...] * plan.scale", "sums.dkey[...]", LOCAL),
+    Fault("dq not scaled", QUERIES, "rows.gradient[...] * plan.scale", "rows.gradient[...]", LOCAL),
+    Fault("a list of another head", TABLES, "first = np.arange(len(mine))", "first = 0 * np.arange(len(mine))", LOCAL),
+    Fault("queries' first row forgotten", PACKS, "first_row * size,", "first_row * 0,", OFFSET),
+    Fault("packs put back in their own order", PACKS, "place[None, :, :num_blocks, None, None]",
+          "jnp.arange(num_blocks)[None, None, :, None, None]", LOCAL),
+    Fault("lse not to base 2", ARRANGE, "lse * LOG2E", "lse", LOCAL),
+]  # fmt: skip
