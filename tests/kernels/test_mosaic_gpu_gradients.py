@@ -30,6 +30,17 @@ def named(*cases: Case) -> list:
     return [pytest.param(case, id=case.name) for case in cases]
 
 
+LONG = ("soft cap, low precision",)
+"""Of the quick ones, those that take too long: left to the slow tests under the same name."""
+
+
+def later(names: tuple[str, ...], cases: list) -> list:
+    return [
+        pytest.param(*each.values, id=each.id, marks=(*each.marks, *([pytest.mark.slow] if each.id in names else [])))
+        for each in cases
+    ]
+
+
 class TestGradients(Interpreted):
     test_random_cases = test_optimised = test_shape = test_offsets_beyond_the_keys_and_nan_queries_give_nan = None
 
@@ -38,7 +49,7 @@ class TestGradients(Interpreted):
         return jax.jit(traced(case, self.implementation, tiles))
 
     @pytest.mark.usefixtures("quick_compilation")
-    @pytest.mark.parametrize("case", [*parameters(*QUICK), *named(*WIDE)])
+    @pytest.mark.parametrize("case", [*later(LONG, parameters(*QUICK)), *named(*WIDE)])
     def test_case(self, case: Case):
         self.check(case)
 

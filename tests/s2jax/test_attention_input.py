@@ -102,7 +102,7 @@ OPTIONS = {
     "an unknown backend in a list": ({"implementation": ["cuda", "xla"]}, "implementation must be among…got 'cuda'"),
     "no backend at all": (
         {"implementation": []},
-        "implementation must name at least one of xla, mosaic_gpu, reference, got []",
+        "implementation must name at least one of xla, mosaic_gpu, mosaic_tpu, reference, got []",
     ),
     "no features": ({"query": QUERY[..., :0], "key": KEY[..., :0]}, "query…length 0: (2, 40, 4, 0)…at least one"),
     "tiles of another backend": (
