@@ -129,6 +129,9 @@ def our_rows(chip: str, point: Point, block_size: int) -> list[dict]:
         steps = kernel.innermost("MXU")
         # The compiler may write the second one twice, for one turn and for more.
         plain, masked, alone = steps[0], steps[-2], steps[-1]
+        if masked.bundles < 0.8 * plain.bundles:
+            print(f"{chip}, {point.name}, {way}: its steps are cut into several regions, which are not told apart here")
+            continue
         around = kernel.bundles - sum(step.bundles for step in steps)
         tile, walk = passes[way].tile, passes[way].walk
         total = walk.rows * around + walk.plain * plain.bundles + walk.masked * masked.bundles
@@ -194,6 +197,8 @@ def ratios(rows: list[dict]) -> list[dict]:
                 for kernel in dict.fromkeys(row["kernel"] for row in here)
             }
             ours = sums.pop("ours")
+            if way == "backward" and len([row for row in here if row["kernel"] == "ours"]) < len(OURS):
+                continue
             found.append({"chip": chip, "pass": way, "point": point, "ours M": ours} | {
                 f"{'of ' + kernel if 'ours' not in kernel else kernel + ' over block 64'}":
                 total / ours if "ours" in kernel else ours / total for kernel, total in sums.items()
