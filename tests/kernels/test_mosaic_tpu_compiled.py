@@ -112,14 +112,12 @@ def test_lists_too_long_for_the_gradients_are_left_to_xla():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("tokens", [8 << 10, 128 << 10])
 @pytest.mark.parametrize("chip", CHIPS)
-def test_memory_grows_with_the_length(chip):
-    """What the call takes besides its arguments and results: 16 times as much for 16 times as many tokens."""
-    small, large = (
-        compiled(chip, s2jax.LocalStride(), tokens, 8, 2).memory_analysis().temp_size_in_bytes
-        for tokens in (8 << 10, 128 << 10)
-    )
-    assert large < 20 * small
+def test_memory(chip, tokens):
+    """What the call takes besides its arguments and results is at most three times those, at any length."""
+    memory = compiled(chip, s2jax.LocalStride(), tokens, 32, 8).memory_analysis()
+    assert memory.temp_size_in_bytes < 3 * (memory.argument_size_in_bytes + memory.output_size_in_bytes)
 
 
 @pytest.mark.slow
