@@ -105,7 +105,7 @@ def our_passes(schedule: BlockSchedule) -> dict[str, Pass]:
     over_keys = _walk(schedule_tables(schedule, tiles), tiles.keys // min(size, tiles.keys), 1)
     slots = keys.step // (keys.heads * min(size, keys.step // keys.heads))
     rounds = schedule.num_heads // schedule.num_kv_heads // keys.heads if schedule.shares_groups else 1
-    over_queries = _walk(key_tables(schedule, keys.rows).walked, slots, rounds)
+    over_queries = _walk(key_tables(schedule, keys).walked, slots, rounds)
     forward = Pass(Tile(tiles.rows, tiles.keys), over_keys)
     return {"forward": forward, "dq": forward, "dk, dv": Pass(Tile(keys.step, keys.rows), over_queries)}
 

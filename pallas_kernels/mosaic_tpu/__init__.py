@@ -106,8 +106,8 @@ def refuse(problem: Problem, operands: Operands) -> str | None:
     if tiles.queries < least or (selection is not None and selection.query_block % tiles.queries):
         return f"a tile of {tiles.queries} queries does not fit blocks of them"
     if selection is not None:
-        scalars = 4 * int(np.prod(selection.kv_blocks.shape[2:])) + 8 * -(-query.shape[1] // tiles.queries)
-        return _too_much(scalars, 0)
+        entries = int(np.prod(selection.kv_blocks.shape[2:])) * (reads.block_size // tiles.slot(reads.block_size))
+        return _too_much(4 * entries + 12 * -(-query.shape[1] // tiles.queries), 0)
     try:
         walked = schedule_tables(reads, tiles)
     except NotImplementedError as reason:
@@ -121,11 +121,10 @@ def _is_power_of_two(number: int) -> bool:
 
 def _memory(walked: Tables, operands: Operands) -> tuple[int, int]:
     """Bytes of scalar memory for one head, and of vector memory for masks."""
-    parts = walked.slices.shape[-2]
+    rows, parts, _ = walked.slices.shape[2:]
     # Segments cut every slice without a mask into three.
     cut = parts + 2 * walked.num_full if operands.query_segment_ids is not None else parts
-    slices = 4 * int(np.prod(walked.slices.shape[2:])) // parts * cut
-    return 4 * walked.entries.shape[1] + slices, 0 if walked.words is None else walked.words.nbytes
+    return 4 * (walked.entries.shape[1] + rows * (2 * cut + 1)), 0 if walked.words is None else walked.words.nbytes
 
 
 def _too_much(scalars: int, words: int) -> str | None:
@@ -167,7 +166,7 @@ def backward_tables(problem: Problem, operands: Operands) -> typing.Any:
     if problem.schedule is None or queries is None:
         return None
     try:
-        keys = key_tables(problem.schedule, _key_tiles(problem, operands).rows)
+        keys = key_tables(problem.schedule, _key_tiles(problem, operands))
         reason = _too_much_backward(*_memory(keys.walked, operands), operands)
     except NotImplementedError as told:
         keys, reason = None, str(told)
@@ -186,11 +185,12 @@ def _too_much_backward(scalars: int, words: int, operands: Operands) -> str | No
     return _too_much(scalars, words)
 
 
-def _selection_too_large(operands: Operands, selection: BlockSelection, rows: int) -> bool:
+def _selection_too_large(operands: Operands, selection: BlockSelection, tiles: KeyTiles) -> bool:
     """Whether the transpose of a selection does not fit into scalar memory."""
     batch_heads, num_rows, most = selection.kv_blocks.shape[1:]
     rounds = max(1, batch_heads // operands.key.shape[2])
-    scalars = 4 * rounds * num_rows * most + 8 * rounds * -(-operands.key.shape[1] // rows)
+    entries = num_rows * most * (selection.query_block // tiles.slot(selection.query_block))
+    scalars = 4 * rounds * (entries + 3 * -(-operands.key.shape[1] // tiles.rows))
     return _too_much_backward(scalars, 0, operands) is not None
 
 
@@ -248,7 +248,7 @@ def _backward(
 ) -> tuple[Array, Array, Array]:
     tables: BackwardTables | None = operands.tables
     tiles, key_tiles, selection = _tiles(problem, operands), _key_tiles(problem, operands), operands.selection
-    too_large = selection is not None and _selection_too_large(operands, selection, key_tiles.rows)
+    too_large = selection is not None and _selection_too_large(operands, selection, key_tiles)
     if too_large or not (tables is None or isinstance(tables, BackwardTables)):
         return xla.backward(dataclasses.replace(problem, tiles=None), operands, dout, lse, delta)
     over_keys = None if tables is None else tables.queries
@@ -261,7 +261,7 @@ def _backward(
     dquery = grid.take_back(query_gradient(plan, inputs).swapaxes(1, 2), 1)[..., : operands.query.shape[3]]
     if tables is None:
         assert operands.selection is not None  # all else has tables
-        packs = selection_key_tables(operands, operands.selection, key_tiles.rows)
+        packs = selection_key_tables(operands, operands.selection, key_tiles)
     else:
         packs = tables.keys
     plan, inputs = arrange_key_gradients(problem, operands, *of_rows, packs, key_tiles)

@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.grid import Grid, edge_ids, make_grid, pad
 from pallas_kernels.mosaic_tpu.launch import Specs
 from pallas_kernels.mosaic_tpu.plan import LOG2E, Plan
-from pallas_kernels.mosaic_tpu.tables import EMPTY, Tables
+from pallas_kernels.mosaic_tpu.tables import Tables
 from pallas_kernels.mosaic_tpu.tiles import LANES, TpuTiles
+from pallas_kernels.mosaic_tpu.walk import numbers_of
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.segments import narrow
 
@@ -28,15 +29,15 @@ class Inputs:
     Attributes:
       lists: int32 [lists], one for every head of tiles, and sequence if they differ.
       entries: int32 [lists, 1, entries].
-      slices: int32 [b|1, heads of tiles, 1, rows · parts · 2].
+      slices: int32 [b|1, heads of tiles, 1, numbers]: see `numbers_of`.
       words: int32 [kinds, words, columns].
-      source: [b · heads, tokens, f], the two halves of what is walked side by side, each padded to lanes.
+      source: [b · heads, pieces, slot, f], the two halves of what is walked side by side, each padded to lanes.
       first, second: [b, heads, tokens, d] and [b, heads, tokens, e].
       sinks: float32 [h].
       row_segments: int32 [b, tiles, 1, rows], or for every head [b, heads of tiles, tiles, 1, rows].
       row_positions: int32 [b|1, tiles, 1, rows].
       column_segments: int32 [b, tokens / LANES, LANES].
-      first_token, first_position: int32 [b], which token the source's first one is, and where it stands.
+      first_piece, first_position: int32 [b], which piece the source's first one is, and where its first token stands.
       lse, delta: float32, of rows [b, heads of tiles, tiles, 1, rows], or of columns [b, h, tokens / LANES, LANES]; lse
         times log2(e), inf where there is no query.
     """
@@ -45,14 +46,14 @@ class Inputs:
     entries: Int32[Array, "lists 1 entries"]
     slices: Int32[Array, "#b h 1 numbers"]
     words: Int32[Array, "kinds words columns"] | None
-    source: Float[Array, "b*heads tokens f"]
+    source: Float[Array, "b*heads pieces slot f"]
     first: Float[Array, "b h tokens d"]
     second: Float[Array, "b h tokens e"] | None = None
     sinks: Float[Array, " h"] | None = None
     row_segments: Int32[Array, "b *tiles 1 rows"] | None = None
     row_positions: Int32[Array, "#b tiles 1 rows"] | None = None
     column_segments: Int32[Array, "b s lanes"] | None = None
-    first_token: Int32[Array, " b"] | None = None
+    first_piece: Int32[Array, " b"] | None = None
     first_position: Int32[Array, " b"] | None = None
     lse: Float[Array, "b h tokens lanes"] | Float[Array, "b h tiles 1 rows"] | None = None
     delta: Float[Array, "b h tokens lanes"] | Float[Array, "b h tiles 1 rows"] | None = None
@@ -65,7 +66,7 @@ class Inputs:
         kinds = {
             "entries": specs.list, "slices": specs.scalars_of_head, "words": specs.whole, "source": specs.source,
             "first": specs.tokens, "second": specs.tokens, "sinks": specs.scalars, "row_segments": of_ids,
-            "row_positions": specs.rows_of_all_heads, "column_segments": specs.of_batch, "first_token": specs.scalars,
+            "row_positions": specs.rows_of_all_heads, "column_segments": specs.of_batch, "first_piece": specs.scalars,
             "first_position": specs.scalars, "lse": of_numbers, "delta": of_numbers,
         }  # fmt: skip
         given = {name: getattr(self, name) for name in kinds}
@@ -91,14 +92,16 @@ def arrange(problem: Problem, operands: Operands, tables: Tables, tiles: TpuTile
     plan = Plan(
         batch=query.shape[0], head_tiles=slices.shape[1], tiles=grid.tiles, rounds=1, row_heads=tiles.heads,
         row_tokens=tiles.queries, group=query.shape[2] // key.shape[2], key_dim=lanes(query.shape[3]),
-        value_dim=lanes(value.shape[3]), dtype=np.dtype(query.dtype), step=tiles.keys, step_heads=1, block_size=size,
-        block_bits=tables.block_bits, nothing=EMPTY, num_parts=slices.shape[3], num_full=tables.num_full,
-        list_length=tables.entries.shape[1], scale=problem.scale, soft_cap=problem.logits_soft_cap, ascending=True,
+        value_dim=lanes(value.shape[3]), dtype=np.dtype(query.dtype), step=tiles.keys, step_heads=1,
+        slot=tiles.slot(size), piece_bits=tables.piece_bits, nothing=tables.nothing, num_parts=slices.shape[3],
+        num_full=tables.num_full, list_length=tables.entries.shape[1],
+        in_steps=tables.in_steps and "row_segments" not in attributes, scale=problem.scale,
+        soft_cap=problem.logits_soft_cap, ascending=True,
     )  # fmt: skip
     inputs = Inputs(
         jnp.asarray(tables.lists).reshape(-1), jnp.asarray(tables.entries)[:, None],
-        slices.reshape(*slices.shape[:2], 1, -1), None if tables.words is None else jnp.asarray(tables.words),
-        flat(beside(pad(key, 1, size), pad(value, 1, size))), of_tiles(grid, query),
+        numbers_of(slices), None if tables.words is None else jnp.asarray(tables.words),
+        in_pieces(beside(pad(key, 1, size), pad(value, 1, size)), plan.slot), of_tiles(grid, query),
         sinks=None if operands.sinks is None else operands.sinks.astype(jnp.float32), **attributes,
     )  # fmt: skip
     return plan, inputs, grid
@@ -132,9 +135,9 @@ def beside(first: Array, second: Array) -> Array:
     return jnp.concatenate([pad(first, 3, LANES), pad(second, 3, LANES)], 3).swapaxes(1, 2)
 
 
-def flat(array: Array) -> Array:
-    """[b, k, s, f] -> [b · k, s, f]."""
-    return array.reshape(-1, *array.shape[2:])
+def in_pieces(array: Array, slot: int) -> Array:
+    """[b, k, s, f] -> [b · k, pieces, slot, f]."""
+    return array.reshape(-1, array.shape[2] // slot, slot, array.shape[3])
 
 
 def rows_of(grid: Grid, array: Array, heads: int, nothing: float) -> Array:

@@ -7,10 +7,11 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels.grid import Grid, edge_ids, make_grid, pad
-from pallas_kernels.mosaic_tpu.arrange import Inputs, beside, by_lanes, flat, lanes
+from pallas_kernels.mosaic_tpu.arrange import Inputs, beside, by_lanes, in_pieces, lanes
 from pallas_kernels.mosaic_tpu.plan import LOG2E, Plan
-from pallas_kernels.mosaic_tpu.tables import EMPTY, KeyTables
+from pallas_kernels.mosaic_tpu.tables import KeyTables
 from pallas_kernels.mosaic_tpu.tiles import LANES, KeyTiles
+from pallas_kernels.mosaic_tpu.walk import numbers_of
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.segments import find, narrow_packs
 
@@ -49,8 +50,10 @@ def arrange_key_gradients(
         batch=query.shape[0], head_tiles=num_kv_heads, tiles=packs, rounds=rounds, row_heads=1,
         row_tokens=blocks * reads.block_size, group=query.shape[2] // num_kv_heads, key_dim=lanes(query.shape[3]),
         value_dim=lanes(value.shape[3]), dtype=np.dtype(query.dtype), step=tiles.step, step_heads=tiles.heads,
-        block_size=size, block_bits=walked.block_bits, nothing=EMPTY if walked.words is not None else 0,
+        slot=tiles.slot(size), piece_bits=walked.piece_bits,
+        nothing=0 if walked.words is None else walked.nothing,
         num_parts=slices.shape[4], num_full=walked.num_full, list_length=walked.entries.shape[1],
+        in_steps=walked.in_steps and first_row is None and not conditions,
         scale=problem.scale, soft_cap=problem.logits_soft_cap, ascending=False,
         member_size=reads.block_size if walked.words is None else None,
     )  # fmt: skip
@@ -58,9 +61,10 @@ def arrange_key_gradients(
     both = of_packs(beside(key, value), members, reads.block_size)
     inputs = Inputs(
         jnp.asarray(walked.lists).reshape(-1), jnp.asarray(walked.entries)[:, None],
-        slices.reshape(*slices.shape[:2], 1, -1), None if walked.words is None else jnp.asarray(walked.words),
-        flat(source), both[..., : plan.key_dim], both[..., plan.key_dim :],
-        first_token=None if first_row is None else first_row * size,
+        numbers_of(slices.reshape(*slices.shape[:2], -1, *slices.shape[4:])),
+        None if walked.words is None else jnp.asarray(walked.words),
+        in_pieces(source, plan.slot), both[..., : plan.key_dim], both[..., plan.key_dim :],
+        first_piece=None if first_row is None else first_row * walked.pieces,
         lse=of_queries(lse * LOG2E, np.inf), delta=of_queries(delta, 0),
         **conditions, **_positions(operands, tables, reads.block_size),
     )  # fmt: skip

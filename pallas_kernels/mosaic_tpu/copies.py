@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_tpu.plan import Plan
-from pallas_kernels.mosaic_tpu.walk import AT_ONCE, Row, entry_of
+from pallas_kernels.mosaic_tpu.walk import AT_ONCE, Row, entry_of, piece_of
 
 PLACES = 2 * AT_ONCE
 """Steps that the ring holds: those that are computed, and as many that are copied meanwhile."""
@@ -27,40 +27,39 @@ class Ring(typing.NamedTuple):
 
     Attributes:
       buffer: [PLACES · slots · heads of a step, slot, features].
-      entries, tokens: int32 [PLACES · slots] in scalar memory, what every slot of the buffer holds: its entry, and its
-        first token.
+      entries: int32 [PLACES · slots] in scalar memory, of what every slot of the buffer holds.
       ready: semaphores [PLACES].
     """
 
     buffer: typing.Any
     entries: typing.Any
-    tokens: typing.Any
     ready: typing.Any
 
     @classmethod
     def scratch(cls, plan: Plan) -> "Ring":
         numbers = pltpu.SMEM((PLACES * plan.slots,), jnp.int32)
         shape = PLACES * plan.slots * plan.step_heads, plan.slot, plan.key_dim + plan.value_dim
-        return cls(pltpu.VMEM(shape, plan.dtype), numbers, numbers, pltpu.SemaphoreType.DMA((PLACES,)))
+        return cls(pltpu.VMEM(shape, plan.dtype), numbers, pltpu.SemaphoreType.DMA((PLACES,)))
 
-    def begin(self, plan: Plan, lists, row: Row, step, place, source, head, first_token) -> None:
+    def begin(self, plan: Plan, lists, row: Row, step, place, source, head, first_piece) -> None:
         """Starts the copies of a step of a row.
 
         Args:
           lists: reference of the entries, int32 [1, list_length].
-          source: reference [heads, tokens, features].
+          source: reference [heads, pieces, slot, features].
           head: the first of the source.
-          first_token: which the source's first one is; None for 0.
+          first_piece: which the source's first one is; None for 0.
         """
+        first = step * plan.slots
         for slot in range(plan.slots):
-            entry, piece = entry_of(plan, row, lists, step * plan.slots + slot)
-            at, token = place * plan.slots + slot, piece * plan.slot
-            if first_token is not None:
-                # A row that reads nothing may name what is not there.
-                token = jnp.clip(token - first_token, 0, source.shape[1] - plan.slot)
-            self.entries[at], self.tokens[at] = entry, token
-            tokens = pl.ds(pl.multiple_of(token, plan.slot), plan.slot)
-            here = source.at[pl.ds(head, plan.step_heads), tokens]
+            entry, at = entry_of(plan, row, lists, first + slot), place * plan.slots + slot
+            piece = piece_of(plan, entry)
+            if first_piece is not None:
+                # A head that reads nothing may name what is not there.
+                piece = jnp.clip(piece - first_piece, 0, source.shape[1] - 1)
+                entry = piece | (entry & -1 << plan.piece_bits)
+            self.entries[at] = entry
+            here = source.at[pl.ds(head, plan.step_heads), piece]
             there = self.buffer.at[pl.ds(at * plan.step_heads, plan.step_heads)]
             pltpu.make_async_copy(here, there, self.ready.at[place]).start()
 
@@ -78,8 +77,11 @@ class Ring(typing.NamedTuple):
 
     def slots(self, plan: Plan, place) -> list[Slot]:
         """What the slots of a step hold."""
-        each = [place * plan.slots + slot for slot in range(plan.slots)]
-        return [Slot(jax.lax.shift_right_logical(self.entries[at], plan.block_bits), self.tokens[at]) for at in each]
+        entries = [self.entries[place * plan.slots + slot] for slot in range(plan.slots)]
+        return [
+            Slot(jax.lax.shift_right_logical(entry, plan.piece_bits), piece_of(plan, entry) * plan.slot)
+            for entry in entries
+        ]
 
 
 def after(place, steps: int = 1):

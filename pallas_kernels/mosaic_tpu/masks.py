@@ -97,15 +97,8 @@ def lane_row(plan: Plan, table, slot: Slot, lane: int) -> Array:
 
 
 def _bits(plan: Plan, table, slots: list[Slot]) -> Array:
-    width, piece = min(plan.row_tokens, WORD), plan.pieces_of_block
-
-    def read(slot: Slot, *_) -> Array:
-        if piece == 1:
-            return table[slot.kind]
-        part = jax.lax.rem(jax.lax.div(slot.token, plan.slot), piece)
-        return table[slot.kind, :, pl.ds(pl.multiple_of(part * plan.slot, plan.slot), plan.slot)]
-
-    words = over_lanes(plan, slots, read)
+    width = min(plan.row_tokens, WORD)
+    words = over_lanes(plan, slots, lambda slot, *_: table[slot.kind])
     bit = jnp.left_shift(1, jax.lax.broadcasted_iota(jnp.int32, (width, plan.step), 0))
     seen = [
         jnp.broadcast_to(words[index : index + 1], bit.shape) & bit != 0 for index in range(plan.row_tokens // width)

@@ -23,11 +23,12 @@ class Plan:
       key_dim, value_dim: padded to lanes.
       step: rows of what a step multiplies the tile with.
       step_heads: heads that a step has of every token.
-      block_size: of the lists.
-      block_bits: of an entry, which the block's number takes.
+      slot: tokens that one copy brings.
+      piece_bits: of an entry, which the number of the slot's tokens takes.
       nothing: what stands above them in an entry that is masked altogether.
       num_parts, num_full: of the slices.
       list_length: entries of a list.
+      in_steps: whether the entries of a row fill whole steps, one after the other.
       scale: of the logits.
       ascending: whether a row sees what comes before it: where rows are queries.
       member_size: where an entry has a bit for each of the row's blocks of keys, how many tokens those have.
@@ -45,12 +46,13 @@ class Plan:
     dtype: np.dtype
     step: int
     step_heads: int
-    block_size: int
-    block_bits: int
+    slot: int
+    piece_bits: int
     nothing: int
     num_parts: int
     num_full: int
     list_length: int
+    in_steps: bool
     scale: float
     soft_cap: float | None
     ascending: bool
@@ -61,15 +63,10 @@ class Plan:
         return self.row_heads * self.row_tokens
 
     @property
-    def slot(self) -> int:
-        """Tokens that one copy brings: a block, or as much of it as a step holds."""
-        return min(self.block_size, self.step // self.step_heads)
-
-    @property
     def slots(self) -> int:
         return self.step // (self.slot * self.step_heads)
 
     @property
-    def pieces_of_block(self) -> int:
-        """Slots that a block fills."""
-        return self.block_size // self.slot
+    def row_numbers(self) -> int:
+        """What scalar memory holds of every row: the ends of its slices, and the next row that reads something."""
+        return 2 * self.num_parts + 1

@@ -5,13 +5,14 @@ Scalar memory holds the list of one head at a time, and the slices of its tiles.
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from pallas_kernels.mosaic_tpu.tiles import LANES, TpuTiles
+from pallas_kernels.mosaic_tpu.tiles import LANES, KeyTiles, TpuTiles
 from pallas_kernels.packs import pack_keys, transpose_selection
 from pallas_kernels.problem import Operands
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockSchedule, expand
@@ -22,6 +23,9 @@ WORD = 32
 EMPTY = NOTHING
 """The kind of mask of a slot that holds no entry."""
 
+OWN_BYTES = 128 << 10
+"""Of scalar memory for lists in which every row has its own entries; where they share them, it may be more."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +33,15 @@ class Tables:
     """Tiles of rows that walk lists of blocks.
 
     Attributes:
-      entries: int32 [lists, entries], each a block and, `block_bits` higher, the kind of its mask.
+      entries: int32 [lists, entries], each a piece of a block and, `piece_bits` higher, the kind of its mask.
       lists: int32 [b|1, heads], the list of every head of tiles.
       slices: int32 [b|1, heads, tiles, parts, 2], positions in the entries of all lists, one after the other; the
         first `num_full` parts hold entries without a mask.
-      words: int32 [kinds, words, keys], the bits of the rows that see each key of a block; blocks of fewer keys than
+      words: int32 [kinds, words, keys], the bits of the rows that see each key of a piece; pieces of fewer keys than
         there are lanes come as often as fit. None where positions say it.
+      pieces: of a block, each brought by a copy of its own.
+      in_steps: whether the entries of every row stand one after the other and fill whole steps, the last one with
+        entries that are masked altogether and in no slice.
     """
 
     entries: Int32[Array | np.ndarray, "lists entries"]
@@ -42,21 +49,29 @@ class Tables:
     slices: Int32[Array | np.ndarray, "#b heads tiles parts 2"]
     words: Int32[Array | np.ndarray, "kinds words keys"] | None
     num_full: int = dataclasses.field(metadata={"static": True})
-    block_bits: int = dataclasses.field(metadata={"static": True})
+    piece_bits: int = dataclasses.field(metadata={"static": True})
+    pieces: int = dataclasses.field(metadata={"static": True})
+    in_steps: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def blocks(self) -> Array:
         """Of all entries, one list after the other."""
-        return jnp.asarray(self.entries).reshape(-1) & ((1 << self.block_bits) - 1)
+        return (jnp.asarray(self.entries).reshape(-1) & ((1 << self.piece_bits) - 1)) // self.pieces
+
+    @property
+    def nothing(self) -> int:
+        """What stands above a piece that is masked altogether."""
+        return EMPTY if self.words is None else EMPTY * self.pieces
 
     @property
     def scalar_bytes(self) -> int:
         """What scalar memory holds for one head."""
-        return 4 * (self.entries.shape[1] + int(np.prod(self.slices.shape[2:])))
+        rows, parts, _ = self.slices.shape[2:]
+        return 4 * (self.entries.shape[1] + rows * (2 * parts + 1))
 
 
-def bits_of(blocks: int) -> int:
-    return max(1, (blocks - 1).bit_length())
+def bits_of(pieces: int) -> int:
+    return max(1, (pieces - 1).bit_length())
 
 
 @functools.lru_cache(maxsize=64)
@@ -65,37 +80,101 @@ def schedule_tables(schedule: BlockSchedule, tiles: TpuTiles) -> Tables:
     lists, size = schedule.lists, schedule.block_size
     merged = merge(lists, neighbours(lists.num_walkers, lists.num_rows, tiles.queries // size))
     blocks, masks, slices, kinds, short = without_missing_keys(schedule, merged)
-    entries, slices = apart(blocks, masks, slices, bits_of(schedule.num_columns))
-    words = pack_rows(seen_by_kind(schedule, kinds, short))
-    heads = schedule.head_index[:: tiles.heads]
-    return Tables(
-        entries, heads[None].astype(np.int32), slices[heads][None], words, merged.lists.num_full,
-        bits_of(schedule.num_columns),
-    )  # fmt: skip
+    lists = Lists(blocks, masks, slices, merged.lists.num_full)
+    seen, heads = seen_by_kind(schedule, kinds, short), schedule.head_index[:: tiles.heads]
+    slot = tiles.slot(size)
+    return _tables(lists, seen, schedule.num_columns, slot, tiles.keys // slot, heads)
 
 
-def apart(blocks: np.ndarray, masks: np.ndarray, slices: np.ndarray, block_bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """A list of its own for every walker, of the entries that it reads: [walkers, entries], and the slices in them.
+class Lists(typing.NamedTuple):
+    """Blocks and the kinds of their masks, and the slices of both that rows walk, int [walkers, rows, parts, 2]."""
+
+    blocks: np.ndarray
+    masks: np.ndarray
+    slices: np.ndarray
+    num_full: int
+
+
+def _tables(lists: Lists, seen: np.ndarray, num_blocks: int, slot: int, slots: int, heads: np.ndarray) -> Tables:
+    """What a kernel walks by lists of blocks.
 
     Args:
-      slices: int [walkers, ..., 2].
+      seen: bool [kinds, rows, tokens of a block].
+      slot, slots: tokens that one copy brings, and copies of a step.
+      heads: the walker of every head.
     """
-    if masks.max(initial=0) >> (31 - block_bits):
-        raise NotImplementedError(f"{masks.max() + 1} kinds of masks do not fit beside block numbers")
-    packed = blocks | masks << block_bits
-    mine, moved = [], []
-    for each in slices:
-        flat = each.reshape(-1, 2)
-        used = np.zeros(len(blocks) + 1, bool)
-        used[expand(np.arange(len(flat)), flat[:, 0], flat[:, 1])[1]] = True
-        # How many are kept before each position: where it comes to stand.
-        before = np.append(0, np.cumsum(used))[:-1]
-        mine.append(packed[used[:-1]])
-        moved.append(before[each])
-    length = -(-max(1, *map(len, mine)) // LANES) * LANES
-    entries = np.stack([np.pad(each, (0, length - len(each))) for each in mine]).astype(np.int32)
-    first = np.arange(len(mine)).reshape(-1, *[1] * (slices.ndim - 1)) * length
-    return entries, (np.stack(moved) + first).astype(np.int32)
+    kinds, rows, size = seen.shape
+    pieces = size // slot
+    seen = seen.reshape(kinds, rows, pieces, slot).swapaxes(1, 2).reshape(kinds * pieces, rows, slot)
+    bits = bits_of(num_blocks * pieces)
+    lists = _in_pieces(lists, pieces)
+    if lists.masks.max(initial=0) >> (31 - bits):
+        raise NotImplementedError(f"{lists.masks.max() + 1} kinds of masks do not fit beside block numbers")
+    lengths = np.maximum(lists.slices[..., 1] - lists.slices[..., 0], 0).sum(2, dtype=np.int64)
+    in_steps = bool(4 * slots * (-(-lengths // slots)).sum(1).max(initial=0) <= OWN_BYTES)
+    each = functools.partial(_in_steps, slots=slots, nothing=EMPTY * pieces) if in_steps else _shared
+    entries, slices = apart(lists, each, bits, slots)
+    num_full = 1 if in_steps else lists.num_full
+    heads = heads.astype(np.int32)
+    return Tables(entries, heads[None], slices[heads][None], pack_rows(seen), num_full, bits, pieces, in_steps)
+
+
+def _in_pieces(lists: Lists, pieces: int) -> Lists:
+    blocks, masks = (
+        (each.astype(np.int64)[:, None] * pieces + np.arange(pieces)).reshape(-1)
+        for each in (lists.blocks, lists.masks)
+    )
+    return Lists(blocks, masks, lists.slices * pieces, lists.num_full)
+
+
+def apart(
+    lists: Lists, list_of: typing.Callable[..., tuple[np.ndarray, np.ndarray]], piece_bits: int, slots: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A list of its own for every walker, int32 [walkers, entries], and the slices in all of them.
+
+    Args:
+      list_of: `_in_steps` or `_shared`.
+      slots: entries that there are at least after each place where a slice can begin.
+    """
+    found = [list_of(lists, each, piece_bits) for each in lists.slices]
+    length = -(-(slots + max(len(entries) for entries, _ in found)) // LANES) * LANES
+    entries = np.stack([np.pad(each, (0, length - len(each))) for each, _ in found])
+    first = np.arange(len(found)).reshape(-1, 1, 1, 1) * length
+    return entries.astype(np.int32), (np.stack([each for _, each in found]) + first).astype(np.int32)
+
+
+def _in_steps(
+    lists: Lists, slices: np.ndarray, piece_bits: int, slots: int, nothing: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A walker's entries row by row in whole steps, and slices [rows, 2, 2] of that, without a mask and with one.
+
+    It takes few instructions to find an entry so, and more memory than what rows share.
+    """
+    rows, parts = slices.shape[:2]
+    part, position = expand(np.arange(rows * parts), slices[..., 0].reshape(-1), slices[..., 1].reshape(-1))
+    kind = 2 * (part // parts) + (part % parts >= lists.num_full)
+    position = position[np.lexsort((lists.blocks[position], kind))]
+    counts = np.bincount(kind, minlength=2 * rows).reshape(rows, 2)
+    total = counts.sum(1)
+    room, ends = -(-total // slots) * slots, np.cumsum(total)
+    start = np.cumsum(room) - room
+    last = lists.blocks[position[ends[total > 0] - 1]] | nothing << piece_bits
+    entries = np.repeat(last, room[total > 0])
+    entries[np.arange(len(position)) + np.repeat(start - (ends - total), total)] = (
+        lists.blocks[position] | lists.masks[position] << piece_bits
+    )
+    edges = start[:, None] + np.stack([0 * total, counts[:, 0], total], 1)
+    return entries, np.stack([edges[:, :2], edges[:, 1:]], -1)
+
+
+def _shared(lists: Lists, slices: np.ndarray, piece_bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """All entries that a walker reads, in the order of the lists, and its slices of that."""
+    flat = slices.reshape(-1, 2)
+    used = np.zeros(len(lists.blocks) + 1, bool)
+    used[expand(np.arange(len(flat)), flat[:, 0], flat[:, 1])[1]] = True
+    # How many are kept before each position: where it comes to stand.
+    moved, used = np.append(0, np.cumsum(used))[:-1][slices], used[:-1]
+    return lists.blocks[used] | lists.masks[used] << piece_bits, moved
 
 
 def pack_rows(seen: np.ndarray) -> Int32[np.ndarray, "kinds words keys"]:
@@ -123,41 +202,38 @@ class KeyTables:
 
 
 @functools.lru_cache(maxsize=64)
-def key_tables(schedule: BlockSchedule, rows: int) -> KeyTables:
-    """Those of a schedule, in numpy, for packs of so many keys."""
-    packs = pack_keys(schedule, rows)
-    num_rows = schedule.lists.num_rows
+def key_tables(schedule: BlockSchedule, tiles: KeyTiles) -> KeyTables:
+    """Those of a schedule, in numpy."""
+    packs = pack_keys(schedule, tiles.rows)
     groups, num_packs, rounds = packs.slices.shape[:3]
     slices = packs.slices.reshape(groups, num_packs * rounds, *packs.slices.shape[3:])
-    entries, slices = apart(packs.blocks, packs.masks, slices, bits_of(num_rows))
-    walked = Tables(
-        entries, packs.group_of.reshape(1, -1).astype(np.int32), slices[packs.group_of][None], pack_rows(packs.seen),
-        packs.num_full, bits_of(num_rows),
-    )  # fmt: skip
-    return KeyTables(walked, packs.members[packs.group_of].astype(np.int32))
+    lists, heads = Lists(packs.blocks, packs.masks, slices, packs.num_full), packs.group_of.reshape(-1)
+    slot = tiles.slot(schedule.block_size)
+    walked = _tables(lists, packs.seen, schedule.lists.num_rows, slot, tiles.step // (slot * tiles.heads), heads)
+    return KeyTables(walked, packs.members[heads].astype(np.int32))
 
 
-def selection_key_tables(operands: Operands, selection: BlockSelection, rows: int) -> KeyTables:
+def selection_key_tables(operands: Operands, selection: BlockSelection, tiles: KeyTiles) -> KeyTables:
     """Those of a traced selection: its transpose, made by one sort of its entries by pack and row."""
-    size = rows // selection.block_size
+    size, pieces = tiles.rows // selection.block_size, selection.query_block // tiles.slot(selection.query_block)
     num_heads, (kv_length, num_kv_heads) = operands.query.shape[2], operands.key.shape[1:3]
     num_blocks = -(-kv_length // selection.block_size)
-    packs, block_bits = -(-num_blocks // size), bits_of(selection.kv_blocks.shape[2])
+    packs, bits = -(-num_blocks // size), bits_of(selection.kv_blocks.shape[2] * pieces)
     row, members, ends = transpose_selection(selection, num_blocks, packs, size)
     batch, heads = ends.shape[:2]
     # One list for all heads, or one for each KV head, in which those of its query heads follow one another.
     rounds = num_heads // num_kv_heads if heads == num_heads else 1
     lists = heads // rounds
-    entries = (row | members << block_bits).reshape(batch * lists, -1)
+    entries = _pieces_beside(row, members, pieces, bits).reshape(batch * lists, -1)
     length = entries.shape[1]
-    entries = jnp.pad(entries, ((0, 0), (0, -length % LANES)))
+    entries = _with_place(entries)
     number, mine = np.arange(batch * lists, dtype=np.int32).reshape(batch, lists), np.arange(num_kv_heads) % lists
-    slices = jnp.stack([ends[..., :-1], ends[..., 1:]], -1).reshape(batch, lists, rounds, packs, 2)
+    slices = pieces * jnp.stack([ends[..., :-1], ends[..., 1:]], -1).reshape(batch, lists, rounds, packs, 2)
     slices = slices + (number * (entries.shape[1] - length))[..., None, None, None]
     slices = slices.swapaxes(2, 3).reshape(batch, lists, packs * rounds, 1, 2)[:, mine]
     blocks = np.arange(packs * size, dtype=np.int32).reshape(packs, size)
     blocks = np.broadcast_to(np.where(blocks < num_blocks, blocks, -1), (num_kv_heads, packs, size))
-    return KeyTables(Tables(entries, number[:, mine], slices, None, 0, block_bits), blocks)
+    return KeyTables(Tables(entries, number[:, mine], slices, None, 0, bits, pieces), blocks)
 
 
 def selection_tables(operands: Operands, selection: BlockSelection, tiles: TpuTiles) -> Tables:
@@ -165,15 +241,26 @@ def selection_tables(operands: Operands, selection: BlockSelection, tiles: TpuTi
     batch, heads, rows, most = selection.kv_blocks.shape
     num_blocks = -(-operands.key.shape[1] // selection.block_size)
     inside = (selection.kv_blocks >= 0) & (selection.kv_blocks < num_blocks)
-    block_bits = bits_of(num_blocks)
-    entries = jnp.where(inside, selection.kv_blocks, 0) | jnp.where(inside, WHOLE, EMPTY) << block_bits
-    entries = entries.astype(jnp.int32).reshape(batch * heads, rows * most)
-    entries = jnp.pad(entries, ((0, 0), (0, -entries.shape[1] % LANES)))
+    pieces = selection.block_size // tiles.slot(selection.block_size)
+    bits = bits_of(num_blocks * pieces)
+    blocks, kinds = jnp.where(inside, selection.kv_blocks, 0), jnp.where(inside, WHOLE, EMPTY)
+    entries = _with_place(_pieces_beside(blocks, kinds, pieces, bits).reshape(batch * heads, -1))
     num_heads, length = operands.query.shape[2], operands.query.shape[1]
     head = np.arange(0, num_heads, tiles.heads, dtype=np.int32) * heads // num_heads
     lists = np.arange(batch, dtype=np.int32)[:, None] * heads + head
     first = jnp.arange(rows, dtype=jnp.int32) * most
-    slices = jnp.stack(jnp.broadcast_arrays(first, first + jnp.clip(selection.counts, 0, most)), -1)
+    slices = pieces * jnp.stack(jnp.broadcast_arrays(first, first + jnp.clip(selection.counts, 0, most)), -1)
     row = np.arange(-(-length // tiles.queries)) * tiles.queries // selection.query_block
     slices = slices[:, head][:, :, row] + lists[:, :, None, None] * entries.shape[1]
-    return Tables(entries, lists, slices[:, :, :, None], None, 0, block_bits)
+    return Tables(entries, lists, slices[:, :, :, None], None, 0, bits, pieces)
+
+
+def _pieces_beside(blocks: Array, above: Array, pieces: int, bits: int) -> Array:
+    """Blocks piece by piece, with the same above every piece: int32 [..., pieces]."""
+    piece = blocks[..., None] * pieces + jnp.arange(pieces, dtype=jnp.int32)
+    return (piece | above[..., None] << bits).astype(jnp.int32)
+
+
+def _with_place(entries: Array) -> Array:
+    """Whole lanes, with at least one entry more: a row without entries has its place there, too."""
+    return jnp.pad(entries, ((0, 0), (0, LANES - entries.shape[1] % LANES)))

@@ -76,7 +76,7 @@ class Tile:
         self.is_first, self.is_last = self.tile == 0, self.tile == plan.tiles - 1
         self.scratch = scratch
         self.source_head = self._source_head(batch)
-        self.first_token = None if inputs.first_token is None else inputs.first_token[batch]
+        self.first_piece = None if inputs.first_piece is None else inputs.first_piece[batch]
         first = 0 if inputs.first_position is None else inputs.first_position[batch]
         self.conditions = Conditions(
             inputs.words, scratch.row_segments, scratch.row_positions, inputs.column_segments, first
@@ -104,10 +104,9 @@ class Tile:
 
         @pl.when(self.is_first)
         def _():
-            cursor = Cursor(jnp.int32(0), jnp.int32(0), jnp.int32(0))
-            for _ in range(AT_ONCE):
-                cursor = self._begin_step(cursor)
-            self._store(cursor)
+            first = self.inputs.slices[0, self.plan.tiles * self.plan.rounds * self.plan.row_numbers]
+            cursor = Cursor(first, jnp.int32(0), jnp.int32(0))
+            self._store(jax.lax.fori_loop(0, AT_ONCE, lambda _, cursor: self._begin_step(cursor), cursor))
 
     def fold(self, compute: typing.Callable[[Turn], None]) -> None:
         """`compute(turn)` for all of them. While one is computed, the next one's copies run, be it another tile's."""
@@ -149,29 +148,23 @@ class Tile:
         if plan.num_full:
             cursor = jax.lax.fori_loop(0, plain, turns(False, AT_ONCE), cursor)
         cursor = jax.lax.fori_loop(plain, whole, turns(True, AT_ONCE), cursor)
-        some = row.total > 0
-        cursor = jax.lax.fori_loop(jnp.where(some, whole * AT_ONCE, steps), steps, turns(True, 1), cursor)
+        cursor = jax.lax.fori_loop(whole * AT_ONCE, steps, turns(True, 1), cursor)
         self._store(cursor)
-
-        @pl.when(~some)
-        def _():
-            # What was copied for a row that reads nothing is not for it to see: it may be NaN.
-            ring.wait(plan, after(cursor.place, AT_ONCE))
-            self._store(self._begin_step(cursor))
 
     def _store(self, cursor: Cursor) -> None:
         for index, number in enumerate(cursor):
             self.cursor[index] = number
 
     def _begin_step(self, cursor: Cursor) -> Cursor:
-        """Starts a step's copies; gives back the step after it. After the last row comes the last one again."""
+        """Starts a step's copies; gives back the step after it."""
         plan, row = self.plan, self._row(cursor.row)
         head = self.source_head
         if plan.rounds > 1:
             head = head + jax.lax.rem(cursor.row, plan.rounds) * plan.step_heads
         self.ring.begin(
-            plan, self.inputs.entries, row, cursor.step, cursor.place, self.inputs.source, head, self.first_token
+            plan, self.inputs.entries, row, cursor.step, cursor.place, self.inputs.source, head, self.first_piece
         )
         ends = cursor.step + 1 >= row.steps(plan)
-        following = jnp.where(ends, jnp.minimum(cursor.row + 1, plan.tiles * plan.rounds - 1), cursor.row)
-        return Cursor(following, jnp.where(ends, 0, cursor.step + 1), after(cursor.place))
+        return Cursor(
+            jnp.where(ends, row.following, cursor.row), jnp.where(ends, 0, cursor.step + 1), after(cursor.place)
+        )

@@ -55,6 +55,10 @@ class TpuTiles:
     def rows(self) -> int:
         return self.heads * self.queries
 
+    def slot(self, block_size: int) -> int:
+        """Keys that one copy brings: a block, or as much of it as a step holds."""
+        return min(block_size, self.keys)
+
 
 @dataclasses.dataclass(frozen=True)
 class KeyTiles:
@@ -69,6 +73,10 @@ class KeyTiles:
     rows: int
     step: int
     heads: int
+
+    def slot(self, block_size: int) -> int:
+        """Queries of each head that one copy brings: a block, or as much of it as a step holds."""
+        return min(block_size, self.step // self.heads)
 
 
 def choose_key_tiles(

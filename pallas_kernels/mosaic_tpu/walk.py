@@ -4,6 +4,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pallas_kernels.mosaic_tpu.plan import Plan
 
@@ -12,23 +13,24 @@ AT_ONCE = 2
 
 
 class Row(typing.NamedTuple):
-    """The entries of one tile in one round, those without a mask first; numbered from 0 on, in pieces of a slot each.
+    """The entries of one tile in one round, those without a mask first, numbered from 0 on.
 
     Attributes:
-      total: pieces.
-      full: pieces without a mask.
-      ends: the first piece after each part but the last.
-      offsets: from a number of an entry in each part to its position in the list.
+      total: entries.
+      full: those without a mask.
+      ends: the first one after each part but the last.
+      offsets: from the number of an entry in each part to its position in the list.
+      following: the next row that reads something, or the last such row.
     """
 
     total: typing.Any
     full: typing.Any
     ends: tuple
     offsets: tuple
+    following: typing.Any
 
     def steps(self, plan: Plan):
-        """At least one, of which all is masked where there is nothing."""
-        return jnp.maximum(jax.lax.div(self.total + plan.slots - 1, plan.slots), 1)
+        return jax.lax.div(self.total + plan.slots - 1, plan.slots)
 
     def turns_without_mask(self, plan: Plan):
         """Turns of AT_ONCE steps that need no mask; all others come after them, and have one."""
@@ -52,37 +54,56 @@ def read_row(plan: Plan, slices, first, number) -> Row:
     """One row.
 
     Args:
-      slices: reference, int32 [1, rows · parts · 2].
+      slices: reference, int32 [1, numbers]: see `numbers_of`.
       first: where the list begins among all lists.
     """
-    at = number * (2 * plan.num_parts)
+    at = number * plan.row_numbers
     total, full, ends, offsets = jnp.int32(0), jnp.int32(0), [], []
     for part in range(plan.num_parts):
         start, stop = slices[0, at + 2 * part], slices[0, at + 2 * part + 1]
         offsets.append(start - first - total)
         total = total + jnp.maximum(stop - start, 0)
-        ends.append(total * plan.pieces_of_block)
+        ends.append(total)
         full = ends[-1] if part < plan.num_full else full
-    return Row(ends[-1], full, tuple(ends[:-1]), tuple(offsets))
+    return Row(total, full, tuple(ends[:-1]), tuple(offsets), slices[0, at + 2 * plan.num_parts])
 
 
-def entry_of(plan: Plan, row: Row, entries, piece):
-    """What the list holds for a piece, with the mask that hides all of it beyond the last one.
+def numbers_of(slices: Array) -> Array:
+    """What scalar memory holds of rows: int32 [b|1, heads, 1, numbers].
+
+    Those of a row are the ends of its slices and the next row that reads something, for no step is made for the others;
+    after the last one comes the last one again. Beyond all rows stands the first that reads something.
+
+    Args:
+      slices: int32 [b|1, heads, rows, parts, 2].
+    """
+    *outer, rows, _, _ = slices.shape
+    row = jnp.arange(rows, dtype=jnp.int32)
+    reads = (slices[..., 1] > slices[..., 0]).any(-1)
+    last = jnp.where(reads, row, 0).max(-1, keepdims=True)
+    ahead = jax.lax.cummin(jnp.where(reads, row, rows), len(outer), reverse=True)
+    following = jnp.minimum(jnp.concatenate([ahead[..., 1:], last], -1), last)
+    numbers = jnp.concatenate([slices.reshape(*outer, rows, -1), following[..., None]], -1)
+    first = jnp.minimum(ahead[..., :1], last)
+    return jnp.concatenate([numbers.reshape(*outer, -1), first], -1)[..., None, :]
+
+
+def entry_of(plan: Plan, row: Row, entries, number):
+    """An entry of a row; beyond the last one that one again, with the mask that hides all of it.
 
     Args:
       entries: reference, int32 [1, list_length].
-
-    Returns:
-      The entry, and the piece's number among all pieces of tokens.
     """
-    last = jnp.minimum(piece, row.total - 1)
+    if plan.in_steps:
+        return entries[0, row.offsets[0] + number]
+    last = jnp.minimum(number, jnp.maximum(row.total, 1) - 1)
     offset = row.offsets[0]
     for end, other in zip(row.ends, row.offsets[1:], strict=True):
         offset = jnp.where(last >= end, other, offset)
-    of_block = plan.pieces_of_block
-    position = jax.lax.div(last, of_block) + offset if of_block > 1 else last + offset
-    found = entries[0, jnp.clip(position, 0, plan.list_length - 1)]
-    block = found & ((1 << plan.block_bits) - 1)
-    entry = jnp.where(piece < row.total, found, block | plan.nothing << plan.block_bits)
-    where = block * of_block + jax.lax.rem(jnp.maximum(last, 0), of_block) if of_block > 1 else block
-    return entry, where
+    entry = entries[0, last + offset]
+    return jnp.where(number < row.total, entry, piece_of(plan, entry) | plan.nothing << plan.piece_bits)
+
+
+def piece_of(plan: Plan, entry):
+    """Which slot's tokens of the source an entry stands for."""
+    return entry & ((1 << plan.piece_bits) - 1)

@@ -9,6 +9,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import TpuTiles
+from pallas_kernels.mosaic_tpu import tables
 from s2jax import LocalStride
 from tests.kernels.cases import Case, Selected, parameters
 from tests.kernels.contract import AttentionContract, traced
@@ -61,6 +62,24 @@ class TestInterpreted(AttentionContract):
     @pytest.mark.usefixtures("quick_compilation")
     @pytest.mark.parametrize("case", slow_but(("nothing read of whole blocks",), named(*SHAPES)))
     def test_shape(self, case: Case):
+        self.check(case)
+
+    @pytest.fixture
+    def no_room(self, monkeypatch):
+        """For lists in which every row has its own entries."""
+        remembered = tables.schedule_tables, tables.key_tables
+        monkeypatch.setattr(tables, "OWN_BYTES", -1)
+        for each in remembered:
+            each.cache_clear()
+        yield
+        for each in remembered:
+            each.cache_clear()
+
+    @pytest.mark.usefixtures("quick_compilation", "no_room")
+    @pytest.mark.parametrize("case", slow_but(("local stride",), [*parameters(), *named(*SHAPES)]))
+    def test_rows_that_share_lists(self, case: Case):
+        if isinstance(case.pattern, Selected):
+            pytest.skip("a selection has no lists to share")
         self.check(case)
 
     @pytest.mark.slow

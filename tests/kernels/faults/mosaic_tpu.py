@@ -23,6 +23,7 @@ LOCAL, OFFSET, CHOSEN = (
     f"{CLASS}case[{name}]" for name in ("local stride", "an offset for each", "selection by KV head")
 )
 UNREAD = CLASS + "shape[nothing read of whole blocks]"
+SHARED = CLASS + "rows_that_share_lists[local stride]"
 
 FAULTS = [
     Fault(
@@ -37,16 +38,26 @@ FAULTS = [
         "            for step in range(0):\n                self.ring.wait(self.plan",
         LOCAL,
     ),
+    Fault("the same row copied again", TILE, "jnp.where(ends, row.following, cursor.row)", "cursor.row", LOCAL),
     Fault(
-        "the row after the next walked next", TILE,
-        "jnp.minimum(cursor.row + 1,", "jnp.minimum(cursor.row + 2,",
-        LOCAL,
+        "copies for a row that reads nothing", WALK,
+        "jax.lax.cummin(jnp.where(reads, row, rows)", "jax.lax.cummin(jnp.where(reads, row, row)",
+        UNREAD,
     ),
-    Fault("a row that reads nothing sees what was copied", TILE, "row.total > 0", "row.total >= 0", UNREAD),
-    Fault("the second part of a row taken for the first", WALK, "last >= end, other", "last > end, other", LOCAL),
+    Fault("the second part of a row taken for the first", WALK, "last >= end, other", "last > end, other", SHARED),
     Fault(
         "the last block seen twice", WALK,
-        "jnp.where(piece < row.total, found", "jnp.where(piece <= row.total, found",
+        "jnp.where(number < row.total, entry", "jnp.where(number <= row.total, entry",
+        SHARED,
+    ),
+    Fault(
+        "what fills the last step seen", TABLES,
+        "ends[total > 0] - 1]] | nothing << piece_bits", "ends[total > 0] - 1]] | 0 * nothing << piece_bits",
+        LOCAL,
+    ),
+    Fault(
+        "entries of a row not in whole steps", TABLES,
+        "room, ends = -(-total // slots) * slots,", "room, ends = total,",
         LOCAL,
     ),
     Fault("a masked entry walked without a mask", WALK, "if part < plan.num_full", "if part <= plan.num_full", LOCAL),
@@ -64,8 +75,9 @@ FAULTS = [
     Fault("lse of another head", KEYS, "round * plan.step_heads + head", "round * plan.step_heads", LOCAL),
     Fault("dk not scaled", KEYS, "sums.dkey[...] * plan.scale", "sums.dkey[...]", LOCAL),
     Fault("dq not scaled", QUERIES, "rows.gradient[...] * plan.scale", "rows.gradient[...]", LOCAL),
-    Fault("a list of another head", TABLES, "first = np.arange(len(mine))", "first = 0 * np.arange(len(mine))", LOCAL),
-    Fault("queries' first row forgotten", PACKS, "first_row * size,", "first_row * 0,", OFFSET),
+    Fault("a list of another head", TABLES, "first = np.arange(len(found))", "first = 0 * np.arange(len(found))",
+          LOCAL),
+    Fault("queries' first row forgotten", PACKS, "first_row * walked.pieces,", "first_row * 0,", OFFSET),
     Fault("packs put back in their own order", PACKS, "place[None, :, :num_blocks, None, None]",
           "jnp.arange(num_blocks)[None, None, :, None, None]", LOCAL),
     Fault("lse not to base 2", ARRANGE, "lse * LOG2E", "lse", LOCAL),
