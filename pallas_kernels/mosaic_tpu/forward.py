@@ -31,7 +31,7 @@ class Sums(typing.NamedTuple):
     """What a tile sums up, in references.
 
     Attributes:
-      most: float32 [rows, LANES], the maximum of the row's logits, in every lane.
+      most: float32 [rows, LANES], the maximum of the row's logits, in units, in every lane.
       total: float32 [rows, LANES], to be summed over lanes.
       out: float32 [rows, e].
     """
@@ -76,12 +76,12 @@ def _turn(plan: Plan, tile: QueryTile, sums: Sums, turn: Turn) -> None:
     turn.begin_next()
     most, total = sums.most[...], sums.total[...]
     for step, (_, value) in enumerate(keys_and_values):
-        logits = scaled(plan, products[step])
+        logits = capped(plan, products[step])
         if turn.masked:
             logits = jnp.where(masks[step], logits, -jnp.inf)
         before, most = most, jnp.maximum(most, logits.max(1, keepdims=True))
-        shrink = jnp.exp2(before - most)
-        weights = jnp.exp2(logits - widen(most, plan.step))
+        shrink = jnp.exp2((before - most) * unit(plan))
+        weights = jnp.exp2((logits - widen(most, plan.step)) * unit(plan))
         lanes = [weights[:, first : first + LANES] for first in range(0, plan.step, LANES)]
         total = total * shrink + sum(lanes[1:], lanes[0])
         out = across(weights.astype(plan.dtype), value)
@@ -89,11 +89,21 @@ def _turn(plan: Plan, tile: QueryTile, sums: Sums, turn: Turn) -> None:
     sums.most[...], sums.total[...] = most, total
 
 
-def scaled(plan: Plan, products: Array) -> Array:
-    """Of products of queries and keys the logits, times log2(e)."""
-    if plan.soft_cap is None:
-        return products * (plan.scale * LOG2E)
-    return jnp.tanh(products * (plan.scale / plan.soft_cap)) * (plan.soft_cap * LOG2E)
+def capped(plan: Plan, products: Array) -> Array:
+    """Of products of queries and keys the logits, in units.
+
+    Their maximum is found before they are scaled: so the compiler has less to keep while products wait for it.
+    """
+    if plan.soft_cap is not None:
+        return jnp.tanh(products * (plan.scale / plan.soft_cap))
+    return products if plan.scale > 0 else products * plan.scale
+
+
+def unit(plan: Plan) -> float:
+    """What logits are multiples of, times log2(e); positive."""
+    if plan.soft_cap is not None:
+        return plan.soft_cap * LOG2E
+    return plan.scale * LOG2E if plan.scale > 0 else LOG2E
 
 
 def _finish(plan: Plan, tile: QueryTile, sums: Sums, out, lse) -> None:
@@ -103,8 +113,8 @@ def _finish(plan: Plan, tile: QueryTile, sums: Sums, out, lse) -> None:
         # One more logit for every row, which has no value.
         sinks = _sinks(plan, tile)
         new = jnp.maximum(most, sinks)
-        shrink = jnp.exp2(most - new)
-        total = total * shrink + jnp.where(sinks == new, 1.0, jnp.exp2(sinks - new))
+        shrink = jnp.exp2((most - new) * unit(plan))
+        total = total * shrink + jnp.where(sinks == new, 1.0, jnp.exp2((sinks - new) * unit(plan)))
         most, result = new, result * widen(shrink, plan.value_dim)
     reads = total != 0
     safe = jnp.where(reads, total, 1.0)
@@ -112,11 +122,11 @@ def _finish(plan: Plan, tile: QueryTile, sums: Sums, out, lse) -> None:
     out[...] = result.reshape(plan.row_heads, plan.row_tokens, plan.value_dim).astype(out.dtype)
     # For the next tile: here stores have time.
     sums.clear()
-    lse[...] = to_lanes(jnp.where(reads, (most + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf))
+    lse[...] = to_lanes(jnp.where(reads, most * (unit(plan) / LOG2E) + jnp.log2(safe) * (1 / LOG2E), -jnp.inf))
 
 
 def _sinks(plan: Plan, tile: QueryTile) -> Array:
-    """Of every row, times log2(e): float32 [rows, LANES]."""
+    """Of every row, in units: float32 [rows, LANES]."""
     first = tile.head_tile * plan.row_heads
-    of_heads = [tile.inputs.sinks[first + head] * LOG2E for head in range(plan.row_heads)]
+    of_heads = [tile.inputs.sinks[first + head] * (LOG2E / unit(plan)) for head in range(plan.row_heads)]
     return jnp.concatenate([jnp.full((plan.row_tokens, LANES), each, jnp.float32) for each in of_heads], 0)

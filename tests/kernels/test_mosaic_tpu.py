@@ -23,6 +23,10 @@ INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan
 SHAPES = [
     # Whole blocks that nobody reads, with not one entry in the list: what stands there is not to be seen.
     Case("nothing read of whole blocks", LocalStride(16, 0, 8, head_offset=1), "bfloat16", 1, 48, 48, 2, 2),
+    # Tiles that read nothing between others that do.
+    Case("tiles without keys", LocalStride(16, 0, 4, head_offset=1), "bfloat16", 1, 90, 90, 2, 2, tiling="small"),
+    # Several tiles, of which some walk steps by twos without a mask, by twos with one, and alone.
+    Case("many turns", LocalStride(16, 2, 2), "bfloat16", 1, 620, 620, 2, 2, tiling="turns"),
     # A block comes in pieces, and rows have several words of masks for it.
     Case("blocks of 256", LocalStride(256, 1, 2), "bfloat16", 1, 300, 300, 2, 1, tiling="pieces"),
     # More heads of a group than fit into a step: rounds, over the same lists.
@@ -49,6 +53,7 @@ class TestInterpreted(AttentionContract):
     random_share = 8
     tilings: typing.ClassVar = {
         "small": TpuTiles(heads=1, queries=16, keys=128),
+        "turns": TpuTiles(heads=1, queries=64, keys=128),
         "pieces": TpuTiles(heads=2, queries=256, keys=128),
     }
 
@@ -60,7 +65,7 @@ class TestInterpreted(AttentionContract):
         self.check(case)
 
     @pytest.mark.usefixtures("quick_compilation")
-    @pytest.mark.parametrize("case", slow_but(("nothing read of whole blocks",), named(*SHAPES)))
+    @pytest.mark.parametrize("case", slow_but(("tiles without keys", "many turns"), named(*SHAPES)))
     def test_shape(self, case: Case):
         self.check(case)
 
