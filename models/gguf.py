@@ -77,9 +77,7 @@ class GgufFile(Mapping[str, np.ndarray]):
         self.metadata, tensors = _read(path)
         architecture = self.metadata.get("general.architecture")
         if architecture not in _ARCHITECTURES:
-            raise ValueError(
-                f"{path} has the architecture {architecture!r}; supported are {', '.join(_ARCHITECTURES)}"
-            )
+            raise ValueError(f"{path} has the architecture {architecture!r}; supported are {', '.join(_ARCHITECTURES)}")
         self._tensors = {_name(tensor.name, path): tensor for tensor in tensors}
         # Rows of these are in llama.cpp's order: heads by their tensors.
         self._reordered = {}
@@ -104,6 +102,9 @@ class GgufFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # without reading it
 
     def shape(self) -> dict[str, Any]:
         """The fields of `TransformerConfig` that the file decides, by name.
@@ -190,8 +191,10 @@ def _name(name: str, path: str | os.PathLike) -> str:
     if match and match[2] in _LAYER_NAMES:
         return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}"
     hint = " (rotary positions scaled as in Llama 3.1)" if name == "rope_freqs.weight" else ""
-    raise ValueError(f"{path} has the tensor {name}{hint}, for which the model here has no use; supported are plain "
-                     "Llama and Qwen3 decoders without biases or experts")
+    raise ValueError(
+        f"{path} has the tensor {name}{hint}, for which the model here has no use; supported are plain "
+        "Llama and Qwen3 decoders without biases or experts"
+    )
 
 
 def _halves_together(rows: np.ndarray, heads: int) -> np.ndarray:

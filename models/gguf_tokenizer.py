@@ -56,9 +56,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     tokenizer.add_tokens(_added(tokens, types, _USER_DEFINED))
     # llama.cpp adds it for Llama 3 unless the file says otherwise.
     if metadata.get("tokenizer.ggml.add_bos_token", rule == "llama-bpe"):
-        bos = tokens[metadata["tokenizer.ggml.bos_token_id"]]
+        bos_id = metadata.get("tokenizer.ggml.bos_token_id")
+        if bos_id not in range(len(tokens)):
+            raise ValueError(f"the file's tokenizer begins texts with token {bos_id} of {len(tokens)}")
+        bos = tokens[bos_id]
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, vocab[bos])]
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]
         )
     return tokenizer
 
@@ -75,8 +78,8 @@ def _words(rule: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _added(tokens: list[str], types: list[int], kind: int) -> list[AddedToken]:
-    special = kind == _CONTROL
-    return [AddedToken(token, special=special, normalized=False) for token, t in zip(tokens, types) if t == kind]
+    texts = [token for token, its_kind in zip(tokens, types, strict=True) if its_kind == kind]
+    return [AddedToken(text, special=kind == _CONTROL, normalized=False) for text in texts]
 
 
 def _list(metadata: Mapping[str, Any], key: str) -> list:

@@ -107,8 +107,8 @@ def _imported(path: tuple, tensor: np.ndarray, shape: tuple[int, ...]) -> np.nda
             f"{_name(path)} must have shape {list(matrix_shape)} for this config, got {list(tensor.shape)}"
         )
     wide = tensor.astype(np.float32)
-    if spoilt := wide.size - int(np.isfinite(wide).sum()):
-        raise ValueError(f"{_name(path)} has {spoilt} values of {wide.size} that are NaN or infinite: the file is spoilt")
+    if not_finite := wide.size - int(np.isfinite(wide).sum()):
+        raise ValueError(f"{_name(path)} must hold finite numbers; {not_finite} of its {wide.size} are NaN or infinite")
     return wide.T.reshape(shape) if path[-1] == "kernel" else wide
 
 

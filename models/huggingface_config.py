@@ -24,6 +24,7 @@ _SUPPORTED: dict[str, tuple] = {
     "sliding_window": (None,),
     "quantization_config": (None,),
 }
+_PLAIN_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def config_from_huggingface(values: Mapping[str, Any], **settings: Any) -> TransformerConfig:
@@ -38,19 +39,19 @@ def config_from_huggingface(values: Mapping[str, Any], **settings: Any) -> Trans
         ValueError: on an architecture, or a value of a key, that `Transformer` cannot follow; on a key that is missing.
     """
     architecture = _architecture(values)
-    values = {"hidden_act": "silu"} | _DEFAULTS[architecture] | dict(values)
+    values = {"hidden_act": "silu", **_DEFAULTS[architecture], **values}
     if architecture == "Qwen3ForCausalLM" and not values.get("use_sliding_window"):
         values["sliding_window"] = None
     _check_supported(values)
-    heads, width = _required(values, "num_attention_heads"), _required(values, "hidden_size")
+    heads, width = _count(values, "num_attention_heads"), _count(values, "hidden_size")
     return TransformerConfig(
-        vocab_size=_required(values, "vocab_size"),
-        num_layers=_required(values, "num_hidden_layers"),
+        vocab_size=_count(values, "vocab_size"),
+        num_layers=_count(values, "num_hidden_layers"),
         d_model=width,
         num_heads=heads,
         num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim") or width // heads,
-        d_ff=_required(values, "intermediate_size"),
+        d_ff=_count(values, "intermediate_size"),
         rope_theta=float(_rope(values).get("rope_theta") or values.get("rope_theta") or 10_000.0),
         norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
@@ -109,10 +110,8 @@ def _check_supported(values: Mapping[str, Any]) -> None:
             )
     rope = _rope(values)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json scales its rotary positions by the rule {kind!r}; supported are unscaled ones")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"config.json rotates a part of each head, partial_rotary_factor={rope['partial_rotary_factor']}")
+    if kind != "default" or not rope.keys() <= _PLAIN_ROPE or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"config.json changes the rotary positions by {dict(rope)}; supported are plain ones alone")
 
 
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -120,7 +119,8 @@ def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return values.get("rope_parameters") or values.get("rope_scaling") or {}
 
 
-def _required(values: Mapping[str, Any], key: str) -> Any:
-    if key not in values:
-        raise ValueError(f"config.json lacks {key!r}, without which the model's shape is unknown")
-    return values[key]
+def _count(values: Mapping[str, Any], key: str) -> int:
+    count = values.get(key)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"config.json must have a positive integer as {key!r}, got {count!r}")
+    return count

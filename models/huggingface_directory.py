@@ -33,7 +33,9 @@ class ShardedTensors(Mapping[str, np.ndarray]):
         elif index.exists():
             names = dict.fromkeys(_weight_map(index).values())
         else:
-            raise ValueError(f"{directory} has neither {whole.name} nor {index.name}; weights in other formats are not read")
+            raise ValueError(
+                f"{directory} has neither {whole.name} nor {index.name}; weights in other formats are not read"
+            )
         self._shards = {name: _open(directory / name) for name in names}
         if whole.exists():
             self._shard_of = dict.fromkeys(self._shards[whole.name].keys(), whole.name)
@@ -55,6 +57,9 @@ class ShardedTensors(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._shard_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard_of  # without reading it
 
 
 def read_json(path: str | os.PathLike) -> dict[str, Any]:

@@ -102,9 +102,11 @@ def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer of a tokenizer.json.
 
     Raises:
-        ValueError: if the file is missing or torn.
+        ValueError: if the file is missing, torn, or no tokenizer.
     """
-    read_json(path)  # for its errors: those of `tokenizers` have no class of their own
+    # Here, as the errors of `tokenizers` have no class of their own.
+    if "model" not in read_json(path):
+        raise ValueError(f"{path} must have a 'model', which it lacks: it is no tokenizer.json")
     return Tokenizer.from_file(str(path))
 
 
