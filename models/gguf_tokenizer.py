@@ -57,7 +57,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     # llama.cpp adds it for Llama 3 unless the file says otherwise.
     if metadata.get("tokenizer.ggml.add_bos_token", rule == "llama-bpe"):
         bos_id = metadata.get("tokenizer.ggml.bos_token_id")
-        if bos_id not in range(len(tokens)):
+        if not isinstance(bos_id, int) or not 0 <= bos_id < len(tokens):
             raise ValueError(f"the file's tokenizer begins texts with token {bos_id} of {len(tokens)}")
         bos = tokens[bos_id]
         tokenizer.post_processor = processors.TemplateProcessing(

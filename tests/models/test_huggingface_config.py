@@ -39,25 +39,20 @@ def test_llama():
 
 
 def test_mistral_is_llama_unless_it_has_a_window():
-    assert config(architectures=["MistralForCausalLM"], sliding_window=None) == LLAMA
-    assert (
-        without(
-            "num_key_value_heads", architectures=["MistralForCausalLM"], sliding_window=None, num_attention_heads=16
-        ).num_kv_heads
-        == 8
-    )
+    mistral = {"architectures": ["MistralForCausalLM"]}
+    assert config(**mistral, sliding_window=None) == LLAMA
+    assert without("num_key_value_heads", **mistral, sliding_window=None, num_attention_heads=16).num_kv_heads == 8
     with pytest.raises(ValueError, match=r"sliding_window=4096; .*set it to null there and give .* Local\(tokens="):
-        config(architectures=["MistralForCausalLM"])
+        config(**mistral)
 
 
 def test_qwen3_normalises_queries_and_keys():
-    assert config(architectures=["Qwen3ForCausalLM"], head_dim=24) == QWEN3
+    qwen3 = {"architectures": ["Qwen3ForCausalLM"], "head_dim": 24}
+    assert config(**qwen3) == QWEN3
     assert config(architectures=["Qwen3ForCausalLM"]).head_dim == 128
-    assert (
-        config(architectures=["Qwen3ForCausalLM"], head_dim=24, sliding_window=512, use_sliding_window=False) == QWEN3
-    )
+    assert config(**qwen3, sliding_window=512, use_sliding_window=False) == QWEN3
     with pytest.raises(ValueError, match="sliding_window=512"):
-        config(architectures=["Qwen3ForCausalLM"], sliding_window=512, use_sliding_window=True)
+        config(**qwen3, sliding_window=512, use_sliding_window=True)
 
 
 def test_the_rotary_base_of_transformers_5():

@@ -50,11 +50,8 @@ def test_a_loaded_model_is_like_a_new_one(tmp_path):
 
 def test_a_model_may_have_neither_tokenizer_nor_special_tokens(tmp_path):
     save(tmp_path, pretrained(tokenizer=None, eos_ids=(), bos_id=None, chat_template=None))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-    ]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
     loaded = load(tmp_path, **SETTINGS)
     assert (loaded.tokenizer, loaded.eos_ids, loaded.bos_id, loaded.chat_template) == (None, (), None, None)
 
@@ -80,17 +77,11 @@ def test_shards(tmp_path):
     original = pretrained()
     save(tmp_path, original)
     (tmp_path / "model.safetensors").unlink()
-    weight_map = {}
-    for i, (name, tensor) in enumerate(to_huggingface(original.model).items()):
-        weight_map[name] = f"model-{i % 3}.safetensors"
-        save_safetensors(tmp_path / f"{i}.part", {name: tensor})
-    for file in set(weight_map.values()):
-        parts = [
-            safetensors.numpy.load_file(tmp_path / f"{i}.part")
-            for i, name in enumerate(weight_map)
-            if weight_map[name] == file
-        ]
-        save_safetensors(tmp_path / file, {name: tensor for part in parts for name, tensor in part.items()})
+    tensors, weight_map = to_huggingface(original.model), {}
+    for i in range(3):
+        shard = dict(list(tensors.items())[i::3])
+        save_safetensors(tmp_path / f"model-{i}.safetensors", shard)
+        weight_map |= dict.fromkeys(shard, f"model-{i}.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     np.testing.assert_array_equal(logits(load(tmp_path, **SETTINGS).model), logits(original.model))
 
