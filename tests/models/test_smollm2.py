@@ -42,13 +42,7 @@ def test_tokens(pretrained):
     tokenizer = pretrained.tokenizer
     assert tokenizer.encode(TEXT).ids == IDS
     assert tokenizer.encode("In 2024, I'd").tokens == ["In", "Ġ", "2", "0", "2", "4", ",", "ĠI", "'d"]
-    assert tokenizer.encode("<|im_start|>user\nHi<|im_end|>").tokens == [
-        "<|im_start|>",
-        "user",
-        "Ċ",
-        "Hi",
-        "<|im_end|>",
-    ]
+    assert tokenizer.encode("Hi<|im_end|>\n").tokens == ["Hi", "<|im_end|>", "Ċ"]
     text = "naïve — 東京 🙂\t\r\n  def f(x):\n\treturn x**2  "
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
