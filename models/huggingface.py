@@ -50,7 +50,8 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: TransformerConfi
     Args:
         tensors: arrays by name, of any float dtype; the result is float32. Each is asked for once, and let go before
             the next: a mapping may read them from a file. The frequency tables that old checkpoints carry
-            (`rotary_emb.inv_freq`) are skipped: they follow from `config.rope_theta`.
+            (`rotary_emb.inv_freq`) are skipped: they follow from `config.rope_theta`. So is the `lm_head.weight` that
+            some checkpoints hold beside tied embeddings: it is the embeddings once more.
         config: the model that the tensors are for.
 
     Raises:
@@ -60,6 +61,8 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: TransformerConfi
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     wanted = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     given = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        given.discard("lm_head.weight")
     names = {path: _name(path) for path in wanted}
     missing, unknown = sorted(set(names.values()) - given), sorted(given - set(names.values()))
     if missing or unknown:

