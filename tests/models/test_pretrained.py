@@ -89,10 +89,10 @@ def test_shards(tmp_path):
 def test_generation_goes_by_its_own_config(tmp_path):
     save(tmp_path, pretrained(eos_ids=(90,)))
     assert load(tmp_path, **SETTINGS).eos_ids == (90,)
-    rewrite(tmp_path / "config.json", eos_token_id=5)
-    assert load(tmp_path, **SETTINGS).eos_ids == (90,)
+    rewrite(tmp_path / "generation_config.json", eos_token_id=[5, 6])
+    assert load(tmp_path, **SETTINGS).eos_ids == (5, 6)
     (tmp_path / "generation_config.json").unlink()
-    assert load(tmp_path, **SETTINGS).eos_ids == (5,)
+    assert load(tmp_path, **SETTINGS).eos_ids == (90,)
 
 
 def test_chat_templates(tmp_path):
