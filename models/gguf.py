@@ -176,8 +176,8 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], list[gguf.ReaderTens
     # What the reader's array arithmetic raises where the bytes run out, or say what cannot be.
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise ValueError(
-            f"{path} is torn, or newer than the package gguf {version('gguf')} knows: among its "
-            f"{os.path.getsize(path)} bytes, {error}; fetch it again, or update the package"
+            f"{path} is torn at its {os.path.getsize(path)} bytes, or newer than the package gguf {version('gguf')} "
+            f"knows, which says: {str(error).rstrip('.')}. Fetch the file again, or update the package"
         ) from error
     if reader.byte_order == "S":
         raise ValueError(f"{path} is big-endian GGUF; supported is little-endian")
