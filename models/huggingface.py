@@ -48,25 +48,30 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: TransformerConfi
     """Parameters for `nnx.update(Transformer(config, ...), parameters)` out of tensors with Hugging Face names.
 
     Args:
-        tensors: arrays by name, of any float dtype; the result is float32. The frequency tables that old checkpoints
-            carry (`rotary_emb.inv_freq`) are skipped: they follow from `config.rope_theta`.
+        tensors: arrays by name, of any float dtype; the result is float32. Each is asked for once, and let go before
+            the next: a mapping may read them from a file. The frequency tables that old checkpoints carry
+            (`rotary_emb.inv_freq`) are skipped: they follow from `config.rope_theta`. So is the `lm_head.weight` that
+            some checkpoints hold beside tied embeddings: it is the embeddings once more.
         config: the model that the tensors are for.
 
     Raises:
-        ValueError: if a tensor is missing, unknown, or of another shape than `config` says.
+        ValueError: if a tensor is missing, unknown, or of another shape than `config` says, or has a value that is
+            NaN or infinite.
     """
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     wanted = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    given = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    given = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        given.discard("lm_head.weight")
     names = {path: _name(path) for path in wanted}
-    missing, unknown = sorted(set(names.values()) - set(given)), sorted(set(given) - set(names.values()))
+    missing, unknown = sorted(set(names.values()) - given), sorted(given - set(names.values()))
     if missing or unknown:
         raise ValueError(
             f"the tensors do not belong to this config: missing are {missing[:8]} ({len(missing)} in all), unknown are "
             f"{unknown[:8]} ({len(unknown)} in all); compare num_layers, tie_embeddings and qk_norm"
         )
     return nnx.traversals.unflatten_mapping(
-        {path: _imported(path, np.asarray(given[names[path]]), like.shape) for path, like in wanted.items()}
+        {path: _imported(path, np.asarray(tensors[names[path]]), like.shape) for path, like in wanted.items()}
     )
 
 
@@ -104,7 +109,10 @@ def _imported(path: tuple, tensor: np.ndarray, shape: tuple[int, ...]) -> np.nda
         raise ValueError(
             f"{_name(path)} must have shape {list(matrix_shape)} for this config, got {list(tensor.shape)}"
         )
-    return tensor.astype(np.float32).T.reshape(shape) if path[-1] == "kernel" else tensor.astype(np.float32)
+    wide = tensor.astype(np.float32)
+    if not_finite := wide.size - int(np.isfinite(wide).sum()):
+        raise ValueError(f"{_name(path)} must hold finite numbers; {not_finite} of its {wide.size} are NaN or infinite")
+    return wide.T.reshape(shape) if path[-1] == "kernel" else wide
 
 
 def _matrix_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, int]:

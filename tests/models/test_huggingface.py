@@ -95,11 +95,14 @@ def test_tensors_of_another_model_are_refused():
         from_huggingface({**tensors, "lm_head.weight": tensors["lm_head.weight"].T}, config)
 
 
-def test_narrow_tensors_become_float32_and_frequency_tables_are_skipped():
+def test_narrow_tensors_become_float32_and_what_follows_from_others_is_skipped():
     config = CONFIGS["tied"]
     tensors = {name: tensor.astype(jnp.bfloat16) for name, tensor in to_huggingface(transformer(config)).items()}
+    expected = jax.tree.structure(from_huggingface(tensors, config))
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(16)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # tied, and stored all the same
     parameters = from_huggingface(tensors, config)
+    assert jax.tree.structure(parameters) == expected
     assert {x.dtype for x in jax.tree.leaves(parameters)} == {np.dtype("float32")}
 
 

@@ -1,0 +1,126 @@
+"""config.json of Llama, Mistral and Qwen3 checkpoints in the Hugging Face format, from and to `TransformerConfig`.
+
+What a config.json leaves out has the value that the package transformers gives it. A key that changes the model's
+arithmetic in a way that `Transformer` cannot follow is an error, never ignored.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.config import TransformerConfig
+
+# Defaults in which the architectures differ. Mistral's window is on unless config.json turns it off.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {},
+    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
+}
+# The only values under which `Transformer` computes what the checkpoint's own model does.
+_SUPPORTED: dict[str, tuple] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+}
+_PLAIN_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+def config_from_huggingface(values: Mapping[str, Any], **settings: Any) -> TransformerConfig:
+    """The config of a `Transformer` that computes what a checkpoint with this config.json does.
+
+    Args:
+        values: the contents of config.json, of transformers 4 or 5.
+        settings: what a checkpoint does not decide: `pattern`, and any of `dense_layers`, `dtype`, `remat`,
+            `query_spec` and `implementation`.
+
+    Raises:
+        ValueError: on an architecture, or a value of a key, that `Transformer` cannot follow; on a key that is missing.
+    """
+    architecture = _architecture(values)
+    values = {"hidden_act": "silu", **_DEFAULTS[architecture], **values}
+    if architecture == "Qwen3ForCausalLM" and not values.get("use_sliding_window"):
+        values["sliding_window"] = None
+    _check_supported(values)
+    heads, width = _count(values, "num_attention_heads"), _count(values, "hidden_size")
+    return TransformerConfig(
+        vocab_size=_count(values, "vocab_size"),
+        num_layers=_count(values, "num_hidden_layers"),
+        d_model=width,
+        num_heads=heads,
+        num_kv_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or width // heads,
+        d_ff=_count(values, "intermediate_size"),
+        rope_theta=float(_rope(values).get("rope_theta") or values.get("rope_theta") or 10_000.0),
+        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        qk_norm=architecture == "Qwen3ForCausalLM",
+        **settings,
+    )
+
+
+def config_to_huggingface(config: TransformerConfig, max_context: int) -> dict[str, Any]:
+    """The config.json under which transformers, 4 or 5, computes what the model does with every layer dense.
+
+    Args:
+        config: of the model. Its pattern has no place in config.json and is left out.
+        max_context: the longest sequence, in tokens, that the model is meant for.
+    """
+    architecture, model_type = ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": max_context,
+        # Transformers 4 reads the first, 5 the second.
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": "float32",
+    }
+
+
+def _architecture(values: Mapping[str, Any]) -> str:
+    given = values.get("architectures") or [f"model_type {values.get('model_type')!r}"]
+    if len(given) != 1 or given[0] not in _DEFAULTS:
+        raise ValueError(f"the architecture must be one of {', '.join(_DEFAULTS)}; config.json has {', '.join(given)}")
+    return given[0]
+
+
+def _check_supported(values: Mapping[str, Any]) -> None:
+    for key, supported in _SUPPORTED.items():
+        if values.get(key) not in supported:
+            hint = ""
+            if key == "sliding_window":
+                hint = "; to go on, set it to null there and give the window as the pattern Local(tokens=...)"
+            raise ValueError(
+                f"config.json has {key}={values[key]!r}; supported is {supported[0]!r} alone, as anything else "
+                f"changes what the model computes{hint}"
+            )
+    rope = _rope(values)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" or not rope.keys() <= _PLAIN_ROPE or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"config.json changes the rotary positions by {dict(rope)}; supported are plain ones alone")
+
+
+def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What transformers 5 calls `rope_parameters` and transformers 4 `rope_scaling`."""
+    return values.get("rope_parameters") or values.get("rope_scaling") or {}
+
+
+def _count(values: Mapping[str, Any], key: str) -> int:
+    count = values.get(key)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"config.json must have a positive integer as {key!r}, got {count!r}")
+    return count

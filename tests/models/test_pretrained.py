@@ -1,0 +1,159 @@
+"""Checkpoint directories: out and in again, tokenizer and all."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from models.gguf_tokenizer import tokenizer_from_gguf
+from models.huggingface import save_safetensors, to_huggingface
+from models.pretrained import Pretrained, load, read_tokenizer, save
+from s2jax.patterns import LocalStride
+from tests.models.checkpoints import LLAMA, QWEN3, TOKENIZER, UNTIED, logits, transformer, write_gguf
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+SETTINGS = {"dtype": "float32", "implementation": "reference"}
+TOKENS = tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in TOKENIZER.items()})
+
+
+def pretrained(config=LLAMA, **changes):
+    filled = {"tokenizer": TOKENS, "eos_ids": (90, 91), "bos_id": 3, "chat_template": "{{ messages }}"}
+    return Pretrained(model=transformer(config), max_context=128, **(filled | changes))
+
+
+def rewrite(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("config", [LLAMA, UNTIED, QWEN3], ids=["llama", "untied", "qwen3"])
+def test_round_trip(tmp_path, config):
+    original = pretrained(config)
+    save(tmp_path / "new" / "directory", original)
+    loaded = load(tmp_path / "new" / "directory", **SETTINGS)
+    assert loaded.model.config == config
+    np.testing.assert_array_equal(logits(loaded.model), logits(original.model))
+    for name in ("max_context", "eos_ids", "bos_id", "chat_template"):
+        assert getattr(loaded, name) == getattr(original, name)
+    assert loaded.tokenizer.to_str() == TOKENS.to_str()
+
+
+def test_a_loaded_model_is_like_a_new_one(tmp_path):
+    # Its state has what a new one's has, in place and as arrays: so it can be trained, sharded and saved alike.
+    save(tmp_path, pretrained())
+    loaded, new = (nnx.state(model) for model in (load(tmp_path, **SETTINGS).model, transformer(LLAMA)))
+    assert jax.tree.structure(loaded) == jax.tree.structure(new)
+    assert all(isinstance(leaf, jax.Array) and leaf.dtype == np.float32 for leaf in jax.tree.leaves(loaded))
+
+
+def test_a_model_may_have_neither_tokenizer_nor_special_tokens(tmp_path):
+    save(tmp_path, pretrained(tokenizer=None, eos_ids=(), bos_id=None, chat_template=None))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors"}
+    loaded = load(tmp_path, **SETTINGS)
+    assert (loaded.tokenizer, loaded.eos_ids, loaded.bos_id, loaded.chat_template) == (None, (), None, None)
+
+
+def test_the_pattern_is_the_callers(tmp_path):
+    save(tmp_path, pretrained())
+    pattern = LocalStride(block_size=16, local_blocks=1, vert_stride=2)
+    config = load(tmp_path, pattern, dense_layers=(1,), **SETTINGS).model.config
+    assert (config.pattern, config.dense_layers) == (pattern, (1,))
+
+
+def test_from_gguf_to_a_directory(tmp_path):
+    write_gguf(tmp_path / "model.gguf", transformer(LLAMA), quantisation="Q8_0")
+    original = load(tmp_path / "model.gguf", **SETTINGS)
+    save(tmp_path / "directory", original)
+    loaded = load(tmp_path / "directory", **SETTINGS)
+    np.testing.assert_array_equal(logits(loaded.model), logits(original.model))
+    assert loaded.tokenizer.encode("ab <|end|>").ids == original.tokenizer.encode("ab <|end|>").ids
+    assert loaded.eos_ids == (90, 91)
+
+
+def test_shards(tmp_path):
+    original = pretrained()
+    save(tmp_path, original)
+    (tmp_path / "model.safetensors").unlink()
+    tensors, weight_map = to_huggingface(original.model), {}
+    for i in range(3):
+        shard = dict(list(tensors.items())[i::3])
+        save_safetensors(tmp_path / f"model-{i}.safetensors", shard)
+        weight_map |= dict.fromkeys(shard, f"model-{i}.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    np.testing.assert_array_equal(logits(load(tmp_path, **SETTINGS).model), logits(original.model))
+
+
+def test_generation_goes_by_its_own_config(tmp_path):
+    save(tmp_path, pretrained(eos_ids=(90,)))
+    assert load(tmp_path, **SETTINGS).eos_ids == (90,)
+    rewrite(tmp_path / "generation_config.json", eos_token_id=[5, 6])
+    assert load(tmp_path, **SETTINGS).eos_ids == (5, 6)
+    (tmp_path / "generation_config.json").unlink()
+    assert load(tmp_path, **SETTINGS).eos_ids == (90,)
+
+
+def test_chat_templates(tmp_path):
+    save(tmp_path, pretrained())
+    several = [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]
+    rewrite(tmp_path / "tokenizer_config.json", chat_template=several)
+    assert load(tmp_path, **SETTINGS).chat_template == "d"
+    (tmp_path / "chat_template.jinja").write_text("j")
+    assert load(tmp_path, **SETTINGS).chat_template == "j"
+
+
+def test_a_tokenizer_in_place_of_one_that_cannot_be_read(tmp_path):
+    metadata = {"tokenizer.ggml.model": "llama"}  # SentencePiece
+    write_gguf(tmp_path / "model.gguf", transformer(LLAMA), metadata=metadata)
+    with pytest.raises(ValueError, match=r"tokenizer is of the kind 'llama'"):
+        load(tmp_path / "model.gguf", **SETTINGS)
+    TOKENS.save(str(tmp_path / "tokenizer.json"))
+    loaded = load(tmp_path / "model.gguf", tokenizer=tmp_path / "tokenizer.json", **SETTINGS)
+    assert loaded.tokenizer.encode("ab").tokens == ["ab"]
+
+
+def test_a_torn_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(TOKENS.to_str()[:-9])
+    with pytest.raises(ValueError, match=r"tokenizer\.json is torn or no JSON"):
+        read_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json must have a 'model', which it lacks"):
+        read_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_an_interrupted_save_is_not_taken_for_whole(tmp_path, monkeypatch):
+    save(tmp_path, pretrained())
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("models.pretrained.save_safetensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, pretrained())
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        load(tmp_path, **SETTINGS)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    save(tmp_path, pretrained())
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"][5] = np.nan
+    save_safetensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight must hold finite numbers; 1 of its 64 are NaN"):
+        load(tmp_path, **SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "rope_theta"])
+def test_settings_may_not_contradict_the_checkpoint(tmp_path, name):
+    save(tmp_path, pretrained())
+    with pytest.raises(TypeError, match=name):
+        load(tmp_path, **{name: 7}, **SETTINGS)
+
+
+def test_no_directory_and_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere cannot be read: No such file or directory"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        load(tmp_path)
