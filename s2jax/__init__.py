@@ -1,9 +1,12 @@
 """s2jax: sparsely-sharded attention for JAX.
 
-`attention` computes it, a pattern says who reads whom, `s2jax.nnx` and `s2jax.linen` hold the layers.
+`attention` computes it, a pattern says who reads whom, `KVCache` keeps what will be read again, `s2jax.nnx` and
+`s2jax.linen` hold the layers.
 """
 
 from pallas_kernels import BlockSchedule, BlockSelection, HopperTiles, TpuTiles, XlaTiles, block_sparse_attention
+from s2jax.cache import KVCache
+from s2jax.cache_layout import CacheLayout, compile_cache
 from s2jax.compiler import compile_schedule
 from s2jax.functional import attention, combine
 from s2jax.patterns import (
@@ -25,10 +28,12 @@ __all__ = [
     "BlockMask",
     "BlockSchedule",
     "BlockSelection",
+    "CacheLayout",
     "Dense",
     "FirstBlocks",
     "FirstTokens",
     "HopperTiles",
+    "KVCache",
     "Local",
     "LocalStride",
     "Pattern",
@@ -42,5 +47,6 @@ __all__ = [
     "attention",
     "block_sparse_attention",
     "combine",
+    "compile_cache",
     "compile_schedule",
 ]

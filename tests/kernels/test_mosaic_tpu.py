@@ -109,7 +109,11 @@ class TestInterpreted(AttentionContract):
 
     def compiled(self, case: Case):
         tiles = self.tilings.get(case.tiling)
-        if tiles is not None and not isinstance(case.pattern, Selected) and case.pattern.schedule_block_size() > tiles.queries:
+        if (
+            tiles is not None
+            and not isinstance(case.pattern, Selected)
+            and case.pattern.schedule_block_size() > tiles.queries
+        ):
             tiles = None
         return jax.jit(traced(case, self.implementation, tiles))
 

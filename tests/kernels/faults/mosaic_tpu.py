@@ -2,13 +2,14 @@
 
 from tests.kernels.faults.fault import Fault
 
-WALK, COPIES, TILE, MASKS, FORWARD, GRADIENT, KEYS, QUERIES, TABLES, ARRANGE, PACKS = (
+WALK, COPIES, TILE, MASKS, LAUNCH, FORWARD, GRADIENT, KEYS, QUERIES, TABLES, ARRANGE, PACKS = (
     f"pallas_kernels/mosaic_tpu/{name}.py"
     for name in (
         "walk",
         "copies",
         "tile",
         "masks",
+        "launch",
         "forward",
         "gradient",
         "key_gradient",
@@ -30,11 +31,6 @@ FAULTS = [
         "a step computed before its copies came", TILE,
         "                for place in places:\n                    ring.wait(plan, place)\n", "",
         LOCAL,
-    ),
-    Fault(
-        "a step copied over one that is still read", FORWARD,
-        "    query = tile.inputs.first[...]", "    turn.begin_next()\n    query = tile.inputs.first[...]",
-        TURNS,
     ),
     Fault(
         "fewer places than steps on their way", COPIES,
@@ -86,8 +82,11 @@ FAULTS = [
     Fault("lse of another head", KEYS, "round * plan.step_heads + head", "round * plan.step_heads", LOCAL),
     Fault("dk not scaled", KEYS, "sums.dkey[...] * plan.scale", "sums.dkey[...]", LOCAL),
     Fault("dq not scaled", QUERIES, "rows.gradient[...] * plan.scale", "rows.gradient[...]", LOCAL),
-    Fault("a list of another head", TABLES, "first = np.arange(len(found))", "first = 0 * np.arange(len(found))",
-          TURNS),
+    Fault(
+        "a list of another head", LAUNCH,
+        "return lists[b * self.plan.head_tiles + h if whole else h], 0, 0", "return lists[0], 0, 0",
+        TURNS,
+    ),
     Fault("queries' first row forgotten", PACKS, "first_row * walked.pieces,", "first_row * 0,", OFFSET),
     Fault("packs put back in their own order", PACKS, "place[None, :, :num_blocks, None, None]",
           "jnp.arange(num_blocks)[None, None, :, None, None]", LOCAL),

@@ -1,0 +1,336 @@
+"""A KV cache that holds what will be read again, and nothing else, for any causal pattern."""
+
+import dataclasses
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from s2jax.cache_attention import Keys, Options, Parts, Rows, attend, for_each
+from s2jax.cache_layout import CacheLayout, compile_cache
+from s2jax.cache_slots import Buffer, Space, in_blocks, like
+from s2jax.functional import attention
+from s2jax.patterns import Pattern
+
+NEVER = 2**30
+"""A length beyond every context: that of a sequence which was asked for what cannot be."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """The whole blocks of contexts that several sequences share; read once for all of them.
+
+    Attributes:
+      first: int32 [z], the first block that the sequences have for themselves.
+    """
+
+    buffers: tuple[Buffer, ...]
+    first: Int32[Array, " z"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The keys and values of one layer that later tokens will read, of several sequences at lengths of their own.
+
+    A pytree of arrays of fixed shapes, passed in and given back: a step that is jitted once serves every length. Make
+    one with `KVCache.create`; donate it to the step, so that it is updated in place.
+
+    Where a length is only known at run time, what cannot be is told by NaN in the results: tokens beyond `max_length`,
+    and more taken back than `max_rollback`.
+
+    Attributes:
+      lengths: int32 [b], tokens of every sequence.
+      furthest: int32 [b], the most there have been: what was dropped then is gone.
+      finite: whether there was never a NaN or Inf among the values.
+      prefix: what `fork` shares, else None.
+      room: blocks for the tokens after a fork, else None.
+    """
+
+    buffers: tuple[Buffer, ...]
+    lengths: Int32[Array, " b"]
+    furthest: Int32[Array, " b"]
+    finite: Bool[Array, ""]
+    prefix: Prefix | None
+    layout: CacheLayout = dataclasses.field(metadata={"static": True})
+    room: int | None = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def create(
+        cls,
+        pattern: Pattern,
+        *,
+        batch: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        max_length: int | None = None,
+        max_rollback: int = 0,
+        dtype: typing.Any = jnp.bfloat16,
+    ) -> "KVCache":
+        """An empty cache.
+
+        Args:
+          value_dim: features of a value; by default those of a key.
+          max_length: tokens of the longest context; None for patterns of bounded reach, which stream without end.
+          max_rollback: tokens that `rollback` may take back.
+          dtype: bfloat16, float16 or float32, that of keys and values; or int8, with a scale for every token and head.
+
+        Raises:
+          ValueError: see `compile_cache`; or the dtype is none of these.
+        """
+        dtype = jnp.dtype(dtype)
+        if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
+            raise ValueError(f"dtype must be bfloat16, float16, float32 or int8, got {dtype}")
+        layout = compile_cache(
+            pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback
+        )
+        features = head_dim, head_dim if value_dim is None else value_dim
+        buffers = tuple(space.empty(batch, *features, dtype) for space in Space.all_of(layout))
+        none = jnp.zeros(batch, jnp.int32)
+        return cls(buffers, none, none, jnp.array(True), None, layout, None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, scales included; those of a shared prefix count once."""
+        prefix = () if self.prefix is None else self.prefix.buffers
+        return sum(array.nbytes for array in jax.tree.leaves((self.buffers, prefix)))
+
+    def prefill(
+        self,
+        query: Float[Array, "b t h d"],
+        key: Float[Array, "b t k d"],
+        value: Float[Array, "b t k e"],
+        *,
+        counts: Int32[Array, " b"] | None = None,
+        **options: typing.Any,
+    ) -> tuple[typing.Any, "KVCache"]:
+        """Begins every sequence anew with a prompt; attends by the op, in time and memory of what the pattern reads.
+
+        Args:
+          counts: tokens of every sequence, between 1 and t; those after them are padding, whose outputs mean nothing.
+          options: of `s2jax.attention`.
+
+        Returns:
+          What `s2jax.attention` gives, and the cache.
+
+        Raises:
+          ValueError: the prompt is empty or longer than `max_length`; arrays do not fit the cache.
+        """
+        self._check(query, key, value, counts)
+        if self.prefix is not None:
+            raise ValueError("prefill begins anew, but the sequences share a prefix: prefill before fork")
+        length = query.shape[1]
+        if self.layout.max_length is not None and length > self.layout.max_length:
+            raise ValueError(
+                f"a prompt of {length} tokens does not fit into a cache for {self.layout.max_length}: create it with a "
+                "larger max_length"
+            )
+        out = attention(query, key, value, self.layout.pattern, **options)
+        lengths = jnp.full(len(query), length, jnp.int32) if counts is None else counts.astype(jnp.int32)
+        buffers = tuple(
+            space.survivors(space.take(key), space.take(value), lengths, buffer.key.dtype)
+            for space, buffer in zip(self._spaces, self.buffers, strict=True)
+        )
+        finite = self.finite & jnp.isfinite(value).all()
+        return out, dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=lengths, finite=finite)
+
+    def extend(
+        self,
+        query: Float[Array, "b t h d"],
+        key: Float[Array, "b t k d"],
+        value: Float[Array, "b t k e"],
+        *,
+        counts: Int32[Array, " b"] | None = None,
+        scale: float | None = None,
+        logits_soft_cap: float | None = None,
+        sinks: Float[Array, " h"] | None = None,
+        return_lse: bool = False,
+    ) -> tuple[typing.Any, "KVCache"]:
+        """Appends tokens to every sequence and attends from them: one to decode, a chunk of a prompt, or a draft.
+
+        Args:
+          key: rotated already, where positions are rotary.
+          counts: of the tokens, how many are each sequence's, between 0 and t; the others are padding.
+          scale, logits_soft_cap, sinks, return_lse: see `s2jax.attention`.
+
+        Returns:
+          What `s2jax.attention` gives for these queries over the whole context, and the cache.
+
+        Raises:
+          ValueError: there is no token; arrays do not fit the cache.
+        """
+        self._check(query, key, value, counts)
+        batch, length, num_heads, head_dim = query.shape
+        lengths = self.lengths + (length if counts is None else counts.astype(jnp.int32))
+        positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+        finite = self.finite & jnp.isfinite(value).all()
+        options = Options(head_dim**-0.5 if scale is None else scale, logits_soft_cap)
+        kv_heads = key.shape[2]
+        grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)
+        parts, buffers = [], []
+        for index, space in enumerate(self._spaces):
+            mine = space.take(grouped), space.take(key), space.take(value)
+            found, buffer = self._extend(index, space, *mine, positions, lengths, options, finite)
+            parts.append(found)
+            buffers.append(buffer)
+        order = np.argsort(np.concatenate(self.layout.buffers))
+        joined = parts[0]
+        if len(parts) > 1:
+            joined = jax.tree.map(lambda *each: jnp.concatenate(each, 2)[:, :, order], *parts)
+        out, lse = joined.finish(None if sinks is None else sinks.reshape(kv_heads, -1), query.dtype)
+        beyond = positions >= self._limit()[:, None]
+        out = jnp.where(beyond[..., None, None, None], jnp.nan, out).reshape(batch, length, num_heads, -1)
+        cache = dataclasses.replace(
+            self, buffers=tuple(buffers), lengths=lengths, furthest=jnp.maximum(self.furthest, lengths), finite=finite
+        )
+        if not return_lse:
+            return out, cache
+        lse = jnp.where(beyond[..., None, None], jnp.nan, lse).reshape(batch, length, num_heads).swapaxes(1, 2)
+        return (out, lse), cache
+
+    def rollback(self, tokens: int | Int32[Array, "#b"]) -> "KVCache":
+        """Without the last tokens of every sequence, as when a draft was refused.
+
+        Raises:
+          ValueError: more tokens than `max_rollback`, where that is known.
+        """
+        most = self.layout.max_rollback
+        if isinstance(tokens, (int, np.integer)) and not 0 <= tokens <= most:
+            raise ValueError(
+                f"from 0 to max_rollback={most} tokens can be taken back, got {tokens}; see KVCache.create"
+            )
+        lengths = self.lengths - tokens
+        possible = (lengths >= jnp.maximum(self.furthest - most, self._begins())) & (lengths <= self.lengths)
+        return dataclasses.replace(self, lengths=jnp.where(possible, lengths, NEVER))
+
+    def reset(self, which: Bool[Array, " b"]) -> "KVCache":
+        """Empties some of the sequences, for others to take their place.
+
+        Raises:
+          ValueError: the sequences share a prefix.
+        """
+        if self.prefix is not None:
+            raise ValueError("sequences that share a prefix cannot be reset alone: fork the prompt's cache anew")
+        buffers = tuple(
+            dataclasses.replace(buffer, held=jnp.where(which[:, None, None], -1, buffer.held))
+            for buffer in self.buffers
+        )
+        lengths, furthest = (jnp.where(which, 0, each) for each in (self.lengths, self.furthest))
+        return dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=furthest)
+
+    def fork(self, samples: int, max_new_tokens: int) -> "KVCache":
+        """Several continuations of every sequence, one after the other: [b] -> [b · samples].
+
+        What the cache holds is not copied, and is read once for all samples; but a block that is still being filled is.
+
+        Args:
+          max_new_tokens: that every sample may have; their room is for all of these, where that is less than the
+            layout's slots.
+
+        Raises:
+          ValueError: the cache is a fork itself, or a number is below 1.
+        """
+        for name, number in (("samples", samples), ("max_new_tokens", max_new_tokens)):
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+        if self.prefix is not None:
+            raise ValueError("a fork cannot be forked again: fork the prompt's cache into all samples at once")
+        size = self.layout.block_size
+        first = self.lengths // size
+        room = -(-(size - 1 + max_new_tokens) // size)
+        batch = len(first) * samples
+        buffers = tuple(
+            space.begun(buffer, first, batch)
+            for space, buffer in zip(Space.all_of(self.layout, room), self.buffers, strict=True)
+        )
+        shared = tuple(
+            dataclasses.replace(buffer, held=jnp.where(buffer.held >= first[:, None, None], -1, buffer.held))
+            for buffer in self.buffers
+        )
+        lengths = for_each(self.lengths, batch)
+        return dataclasses.replace(
+            self, buffers=buffers, lengths=lengths, furthest=lengths, prefix=Prefix(shared, first), room=room
+        )
+
+    @property
+    def _spaces(self) -> list[Space]:
+        return Space.all_of(self.layout, self.room)
+
+    def _extend(
+        self, index: int, space: Space, query, key, value, positions, lengths, options: Options, finite
+    ) -> tuple[Parts, Buffer]:
+        """Of one buffer."""
+        batch, length = positions.shape
+        size, masks = self.layout.block_size, self.layout.schedule.token_masks
+        walked = Rows.of(self.layout, space.heads)
+        count = (length + size - 2) // size + 1
+        rows = positions[:, :1] // size + jnp.arange(count, dtype=jnp.int32)
+        start, end, first = jnp.zeros(batch, jnp.int32), jnp.minimum(lengths, self._limit()), self._first
+
+        def over(buffer: Buffer, place, since, until) -> Parts:
+            kinds = walked.kinds(rows, for_each(buffer.held, batch), place)
+            keys = Keys(
+                buffer.key, buffer.value, buffer.key_scale, buffer.value_scale, buffer.held, kinds, since, until
+            )
+            return attend(query, positions, keys, masks, options, finite)
+
+        def place(block):
+            return space.place(block, first)
+
+        before = self.buffers[index]
+        after = space.append(before, key, value, positions, end, first)
+        if length - 1 <= self.layout.max_rollback:
+            # Nothing was written over that one of these tokens reads.
+            parts = over(after, place, start, lengths)
+        else:
+            own = in_blocks(key, value, positions[:, 0], size, count)
+            parts = over(before, place, start, self.lengths)
+            parts = parts.merge(over(own, lambda block: block - like(rows[:, 0], block), self.lengths, lengths))
+        if self.prefix is not None:
+            as_laid_out = dataclasses.replace(space, room=None)
+            shared = over(self.prefix.buffers[index], lambda block: as_laid_out.place(block, None), start, lengths)
+            parts = parts.merge(shared)
+        return parts, after
+
+    @property
+    def _first(self) -> Array | None:
+        """The first block that sequences have for themselves, after a fork."""
+        return None if self.prefix is None else for_each(self.prefix.first, len(self.lengths))
+
+    def _begins(self) -> Array:
+        """The least length to go back to."""
+        return jnp.zeros_like(self.lengths) if self._first is None else self._first * self.layout.block_size
+
+    def _limit(self) -> Array:
+        """The first position of every sequence that there is no place for."""
+        most = NEVER if self.layout.max_length is None else self.layout.max_length
+        if self.room is None or all(space.room is None for space in self._spaces):
+            return jnp.full(len(self.lengths), most, jnp.int32)
+        return jnp.minimum(most, self._begins() + self.room * self.layout.block_size)
+
+    def _check(self, query, key, value, counts) -> None:
+        layout = self.layout.schedule
+        batch, (_, _, _, _, head_dim) = len(self.lengths), self.buffers[0].key.shape
+        value_dim = self.buffers[0].value.shape[-1]
+        length = query.shape[1] if query.ndim == 4 else 0
+        for name, array, heads, features in (
+            ("query", query, layout.num_heads, head_dim),
+            ("key", key, layout.num_kv_heads, head_dim),
+            ("value", value, layout.num_kv_heads, value_dim),
+        ):
+            if array.shape != (batch, length, heads, features) or not length:
+                raise ValueError(
+                    f"{name} must have shape [{batch}, tokens, {heads}, {features}] in this cache, with one number of "
+                    f"tokens for all three and at least one, got {list(array.shape)}"
+                )
+            if array.dtype != query.dtype or not jnp.issubdtype(array.dtype, jnp.floating):
+                raise ValueError(
+                    f"query, key and value must be of one floating dtype, got {query.dtype}, {array.dtype}"
+                )
+        if counts is not None and (counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer)):
+            raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")

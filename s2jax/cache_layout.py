@@ -1,0 +1,188 @@
+"""Where a KV cache keeps which block: liveness and slots, a product of the compiled pattern.
+
+A block of keys lives, for one KV head, from when it is written until the last row of queries that reads it. Slots are
+given to lives as registers are to values (linear scan: Poletto and Sarkar, 1999), which for intervals takes as many
+slots as blocks live at once, and no more.
+"""
+
+import dataclasses
+import functools
+import heapq
+
+import numpy as np
+from jaxtyping import Int32
+
+from pallas_kernels.schedule import BlockSchedule
+from s2jax.bands import UNBOUNDED, Band
+from s2jax.compiler import compile_schedule
+from s2jax.patterns import Heads, Pattern
+
+TRIAL_BLOCKS = 64
+"""A pattern of bounded reach shows what it does to a context this long, or to four times its reach."""
+
+ALIKE = 16
+"""KV heads share a buffer where none of them would leave more than one in so many slots unused."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class CacheLayout:
+    """What a cache keeps for every KV head, and where.
+
+    Attributes:
+      schedule: `pattern`, compiled for `max_length` tokens; or, where that is None, for as many rows as differ.
+      slots: int32 [k], blocks that are kept at once.
+      slot_of: int32 [k, blocks], where every block is kept, -1 where it never is; None: block modulo slots.
+      last: int32 [k, blocks], the last row at which every block is kept, -1 where it never is; None: as long as its
+        slot is its own.
+      max_length: tokens of the context; None for patterns of bounded reach, which stream without end.
+      max_rollback: tokens that may be taken back at once: what their rows have dropped is kept as much longer.
+      first_repeated: where there is no `max_length`: the row from which on rows repeat themselves ...
+      period: ... after so many, shifted by as many blocks.
+    """
+
+    pattern: Pattern
+    schedule: BlockSchedule
+    slots: Int32[np.ndarray, " k"]
+    slot_of: Int32[np.ndarray, "k blocks"] | None
+    last: Int32[np.ndarray, "k blocks"] | None
+    max_length: int | None
+    max_rollback: int
+    first_repeated: int = 0
+    period: int = 1
+
+    @property
+    def block_size(self) -> int:
+        return self.schedule.block_size
+
+    @functools.cached_property
+    def buffers(self) -> tuple[tuple[int, ...], ...]:
+        """KV heads by buffers: each is as large as its head with the most slots needs it."""
+        found: list[list[int]] = []
+        for head in np.argsort(-self.slots, kind="stable").tolist():
+            if found and self.slots[head] * ALIKE >= self.slots[found[-1][0]] * (ALIKE - 1):
+                found[-1].append(head)
+            else:
+                found.append([head])
+        return tuple(tuple(sorted(heads)) for heads in found)
+
+    @property
+    def share(self) -> float | None:
+        """Of a full cache's blocks, those that there are slots for; None where there is no `max_length`."""
+        if self.max_length is None:
+            return None
+        return float(self.slots.sum()) / (len(self.slots) * -(-self.max_length // self.block_size))
+
+    def nbytes(self, head_dim: int, value_dim: int, itemsize: int) -> int:
+        """Bytes of the keys and values of one sequence, as the buffers hold them."""
+        slots = sum(len(heads) * int(max(self.slots[list(heads)])) for heads in self.buffers)
+        return slots * self.block_size * (head_dim + value_dim) * itemsize
+
+
+@functools.lru_cache(maxsize=64)
+def compile_cache(
+    pattern: Pattern, *, num_heads: int, num_kv_heads: int, max_length: int | None = None, max_rollback: int = 0
+) -> CacheLayout:
+    """What of a context has to be kept so that its continuation can be attended from. Cached.
+
+    Args:
+      pattern: who reads whom; causal.
+      max_length: tokens of the longest context. None: patterns of bounded reach stream without end.
+      max_rollback: how many tokens may be taken back at once.
+
+    Raises:
+      ValueError: the pattern is not causal, or does not fit the heads; or it needs a `max_length`.
+    """
+    if not isinstance(pattern, Pattern) or not pattern.causal:
+        raise ValueError(
+            f"a cache needs a causal s2jax pattern, for nothing later than a token is there; got {pattern!r}"
+        )
+    for name, number, least in (("max_length", max_length, 1), ("max_rollback", max_rollback, 0)):
+        is_integer = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+        if number is not None and not (is_integer and number >= least):
+            raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
+    shapes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    size = pattern.schedule_block_size()
+    slack = -(-max_rollback // size)
+    if max_length is None:
+        reach, period = _recurrence(pattern, Heads(num_heads, num_kv_heads), size)
+        length = (reach + period) * size
+        schedule = compile_schedule(pattern, query_length=length, kv_length=length, **shapes)
+        slots = np.full(num_kv_heads, reach + slack, np.int32)
+        return CacheLayout(pattern, schedule, slots, None, None, None, max_rollback, reach, period)
+    schedule = compile_schedule(pattern, query_length=max_length, kv_length=max_length, **shapes)
+    last = _last_readers(schedule)
+    last = np.where(last >= 0, np.minimum(last + slack, last.shape[1] - 1), -1)
+    slot_of = np.empty_like(last)
+    known: dict[bytes, np.ndarray] = {}
+    for head, each in enumerate(last):
+        if each.tobytes() not in known:
+            known[each.tobytes()] = _slots(each)
+        slot_of[head] = known[each.tobytes()]
+    slots = np.maximum(1, slot_of.max(1) + 1)
+    return CacheLayout(pattern, schedule, slots, slot_of, last, max_length, max_rollback)
+
+
+def _last_readers(schedule: BlockSchedule) -> np.ndarray:
+    """The last row that reads every block, of any head of the group; -1 for none: int32 [k, blocks]."""
+    readers = schedule.transposed
+    starts, stops = readers.slices[..., 0], readers.slices[..., 1]
+    some = stops > starts
+    found = np.where(some, readers.blocks[np.where(some, stops - 1, 0)], -1).max(-1, initial=-1)
+    groups = schedule.head_index.reshape(schedule.num_kv_heads, -1)
+    return found[groups].max(1).astype(np.int32)
+
+
+def _slots(last: np.ndarray) -> np.ndarray:
+    """Slots of blocks, each kept from its own row to its last: int32 [blocks], -1 for those that never are."""
+    slot_of, free, taken, count = np.full(len(last), -1, np.int32), [], [], 0
+    for block in np.flatnonzero(last >= 0).tolist():
+        while taken and taken[0][0] < block:
+            heapq.heappush(free, heapq.heappop(taken)[1])
+        if free:
+            slot = heapq.heappop(free)
+        else:
+            slot, count = count, count + 1
+        slot_of[block] = slot
+        heapq.heappush(taken, (int(last[block]), slot))
+    return slot_of
+
+
+def _recurrence(pattern: Pattern, heads: Heads, size: int) -> tuple[int, int]:
+    """How many blocks back a row may read, itself included, and after how many rows what it reads repeats itself."""
+    pattern.check(heads, 1, 1, 0)
+    blocks = TRIAL_BLOCKS
+    while True:
+        bands = [_bands(pattern, heads, head, size, blocks) for head in range(heads.num_heads)]
+        reach = max((_reach(band, size) for each in bands for band in each), default=1)
+        if reach >= UNBOUNDED // size:
+            raise _unbounded(pattern)
+        if 4 * reach <= blocks:
+            break
+        blocks = 4 * reach
+    for period in range(1, blocks // 2):
+        if all(_repeats(band, period) for each in bands for band in each):
+            return reach, period
+    raise _unbounded(pattern)
+
+
+def _bands(pattern: Pattern, heads: Heads, head: int, size: int, blocks: int) -> tuple[Band, ...]:
+    bands = pattern.bands(heads, head, size, blocks, blocks)
+    if bands is None:
+        raise _unbounded(pattern)
+    return bands
+
+
+def _unbounded(pattern: Pattern) -> ValueError:
+    return ValueError(
+        f"a cache for {pattern!r} needs max_length, the most tokens that it shall hold: only patterns that look back a "
+        "bounded distance, alike everywhere, stream without end"
+    )
+
+
+def _reach(band: Band, size: int) -> int:
+    return max(0, min(band.block_high, -(-(band.token_high + size - 1) // size)))
+
+
+def _repeats(band: Band, period: int) -> bool:
+    columns = band.columns
+    return period % band.period == 0 and bool((columns[:, period:] == columns[:, :-period]).all())

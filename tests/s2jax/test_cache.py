@@ -1,0 +1,337 @@
+"""The KV cache against the op without one: the same tokens, appended in any portions, give the same results."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from s2jax import (
+    BlockMask,
+    Dense,
+    FirstBlocks,
+    FirstTokens,
+    KVCache,
+    Local,
+    LocalStride,
+    PerHead,
+    Ranges,
+    Strided,
+    attention,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
+
+LENGTH = 180
+STRIDE = LocalStride(16, 2, 3)
+PATTERNS = {
+    "dense": Dense(),
+    "local stride": STRIDE,
+    "stripes by query head": LocalStride(16, 1, 4, 1, 1, residues="query_head"),
+    "dense heads": LocalStride(16, 2, 4, num_dense_heads=1),
+    "rows that read nothing": LocalStride(16, 0, 4, head_offset=1),
+    "ranges": Ranges(((2, 1), (None, 3)), 16),
+    "read again after a while": Ranges(((2, 2), (None, 3)), 16),
+    "first tokens": FirstTokens(5) | Local(tokens=18) | FirstBlocks(0, 16),
+    "any mask": BlockMask(np.random.default_rng(1).random((4, 12, 12)) < 0.4, 16),
+    "by head": PerHead([Dense(), LocalStride(16, 1, 3), Local(tokens=9), Strided(16, 2)]),
+}
+BOUNDED = {
+    "blocks": Local(2, block_size=16),
+    "tokens": Local(tokens=40) & Local(8, block_size=16),
+    "stripes": Ranges(((2, 1), (6, 2)), 16),
+}
+
+
+@functools.cache
+def arrays(batch=2, length=LENGTH, kv_heads=2, dtype="float32", seed=0):
+    """Query, key and value; four query heads."""
+    rng = np.random.default_rng(seed)
+    shapes = ((4, 16), (kv_heads, 16), (kv_heads, 8))
+    return tuple(jnp.asarray(rng.normal(size=(batch, length, *each)), dtype) for each in shapes)
+
+
+def cache_for(pattern, batch=2, max_length=LENGTH, **settings):
+    given = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "value_dim": 8, "dtype": jnp.float32, **settings}
+    return KVCache.create(pattern, batch=batch, max_length=max_length, **given)
+
+
+@jax.jit
+def extend(cache, *tokens):
+    return cache.extend(*tokens)
+
+
+def cut(tokens, start, stop):
+    return tuple(array[:, start:stop] for array in tokens)
+
+
+def reference(tokens, pattern, **options):
+    return attention(*tokens, pattern, implementation="reference", **options)
+
+
+def check(out, expected, tolerance=2e-5):
+    np.testing.assert_allclose(out, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+class TestEqualsTheOp:
+    @pytest.mark.parametrize("name", PATTERNS)
+    def test_prompt_then_tokens(self, name):
+        tokens, cache = arrays(), cache_for(PATTERNS[name])
+        expected = reference(tokens, PATTERNS[name])
+        out, cache = cache.prefill(*cut(tokens, 0, 75), implementation="xla")
+        check(out, expected[:, :75])
+        for at in range(75, 130):
+            out, cache = extend(cache, *cut(tokens, at, at + 1))
+            check(out, expected[:, at : at + 1])
+        assert cache.lengths.tolist() == [130, 130]
+
+    @pytest.mark.parametrize("name", PATTERNS)
+    def test_chunks(self, name):
+        tokens, cache = arrays(), cache_for(PATTERNS[name])
+        expected = reference(tokens, PATTERNS[name])
+        for start, stop in ((0, 50), (50, 100), (100, 103), (103, 180)):
+            out, cache = extend(cache, *cut(tokens, start, stop))
+            check(out, expected[:, start:stop])
+
+    @pytest.mark.parametrize("name", BOUNDED)
+    def test_streams_without_end(self, name):
+        length = 400
+        tokens, cache = arrays(length=length), cache_for(BOUNDED[name], max_length=None)
+        expected = reference(tokens, BOUNDED[name])
+        out, cache = cache.prefill(*cut(tokens, 0, 30), implementation="xla")
+        check(out, expected[:, :30])
+        stops = [*range(90, 331, 60), *range(331, length)]
+        for start, stop in zip([30, *stops], stops, strict=False):
+            out, cache = extend(cache, *cut(tokens, start, stop))
+            check(out, expected[:, start:stop])
+
+    def test_options(self):
+        options = {"scale": 0.4, "logits_soft_cap": 2.0, "sinks": jnp.array([0.5, -1.0, 3.0, 0.0])}
+        tokens, cache = arrays(), cache_for(PATTERNS["rows that read nothing"])
+        expected, lse = reference(tokens, PATTERNS["rows that read nothing"], return_lse=True, **options)
+        (out, found), cache = cache.prefill(*cut(tokens, 0, 40), return_lse=True, implementation="xla", **options)
+        check(out, expected[:, :40])
+        check(found, lse[:, :, :40])
+        step = jax.jit(functools.partial(KVCache.extend, return_lse=True, **options))
+        for start, stop in ((40, 90), (90, 91)):
+            (out, found), cache = step(cache, *cut(tokens, start, stop))
+            check(out, expected[:, start:stop])
+            check(found, lse[:, :, start:stop])
+
+    def test_in_parts_where_a_chunk_meets_much(self, monkeypatch):
+        monkeypatch.setattr("s2jax.cache_attention.PAIRS_AT_ONCE", 2 * 40 * 4 * 16 * 3)
+        tokens, cache = arrays(), cache_for(STRIDE)
+        expected = reference(tokens, STRIDE)
+        for start in range(0, 160, 40):
+            out, cache = jax.jit(KVCache.extend)(cache, *cut(tokens, start, start + 40))
+            check(out, expected[:, start : start + 40])
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_low_precision(self, dtype):
+        """FlashAttention's rule: at most twice the error of the op itself in that precision."""
+        tokens = arrays(dtype=dtype)
+        exact = reference(tuple(array.astype(jnp.float32) for array in tokens), STRIDE)
+        plain = np.abs(reference(tokens, STRIDE).astype(jnp.float32) - exact).max()
+        out, cache = cache_for(STRIDE, dtype=dtype).prefill(*cut(tokens, 0, 100), implementation="xla")
+        assert out.dtype == dtype
+        for start, stop in ((100, 150), (150, 151), (151, 152)):
+            out, cache = extend(cache, *cut(tokens, start, stop))
+            assert out.dtype == dtype
+            assert np.abs(out.astype(jnp.float32) - exact[:, start:stop]).max() <= 2 * plain
+
+    def test_int8_is_attention_over_rounded_keys_and_values(self):
+        query, *kept = arrays()
+        rounded = []
+        for array in kept:
+            scale = jnp.abs(array).max(-1, keepdims=True) / 127
+            rounded.append(jnp.round(array / scale) * scale)
+        _, cache = cache_for(STRIDE, dtype=jnp.int8).prefill(*cut((query, *kept), 0, 100), implementation="xla")
+        expected = reference((query, *rounded), STRIDE)
+        for at in range(100, 140):
+            out, cache = extend(cache, *cut((query, *kept), at, at + 1))
+            check(out, expected[:, at : at + 1])
+        whole = cache_for(STRIDE)
+        assert cache.nbytes < 0.5 * whole.nbytes
+
+
+@pytest.mark.usefixtures("quick_compilation")
+class TestSequences:
+    def test_stand_at_lengths_of_their_own(self):
+        tokens, cache = arrays(), cache_for(STRIDE)
+        expected = reference(tokens, STRIDE)
+        counts = jnp.array([64, 37])
+        out, cache = cache.prefill(*cut(tokens, 0, 64), counts=counts, implementation="xla")
+        check(out[1, :37], expected[1, :37])
+        # The second one catches up: what is beyond its count is padding.
+        lengths = counts
+        for step in ([1, 1], [5, 30], [0, 30], [30, 3]):
+            longest = max(step)
+            mine = [
+                jnp.stack([jnp.roll(array[b], -int(lengths[b]), 0)[:longest] for b in range(2)]) for array in tokens
+            ]
+            out, cache = jax.jit(KVCache.extend)(cache, *mine, counts=jnp.array(step))
+            for b in range(2):
+                check(out[b, : step[b]], expected[b, int(lengths[b]) : int(lengths[b]) + step[b]])
+            lengths = lengths + jnp.array(step)
+            assert cache.lengths.tolist() == lengths.tolist()
+
+    def test_reset(self):
+        first, second, cache = arrays(seed=0), arrays(seed=1), cache_for(STRIDE)
+        _, cache = cache.prefill(*cut(first, 0, 100), implementation="xla")
+        cache = cache.reset(jnp.array([False, True]))
+        assert cache.lengths.tolist() == [100, 0]
+        expected = [reference(each, STRIDE) for each in (first, second)]
+        for step in range(20):
+            mine = [jnp.stack([a[0, 100 + step], b[1, step]])[:, None] for a, b in zip(first, second, strict=True)]
+            out, cache = extend(cache, *mine)
+            check(out[0, 0], expected[0][0, 100 + step])
+            check(out[1, 0], expected[1][1, step])
+
+    @pytest.mark.parametrize("name", ["local stride", "any mask", "first tokens", "rows that read nothing"])
+    def test_rollback(self, name):
+        """Drafts of 20 tokens, of which some are taken back and others come in their place."""
+        pattern, draft = PATTERNS[name], arrays(seed=1)
+        tokens, cache = arrays(), cache_for(pattern, max_rollback=20)
+        expected = reference(tokens, pattern)
+        _, cache = cache.prefill(*cut(tokens, 0, 41), implementation="xla")
+        at = 41
+        for kept in (1, 16, 3, 20, 11, 0, 19, 2):
+            mixed = [
+                jnp.concatenate([a[:, at : at + kept], b[:, : 20 - kept]], 1)
+                for a, b in zip(tokens, draft, strict=True)
+            ]
+            out, cache = extend(cache, *mixed)
+            check(out[:, :kept], expected[:, at : at + kept])
+            cache = cache.rollback(20 - kept)
+            at += kept
+            assert cache.lengths.tolist() == [at, at]
+            out, cache = extend(cache, *cut(tokens, at, at + 1))
+            check(out, expected[:, at : at + 1])
+            at += 1
+
+    def test_rollback_of_what_is_gone(self):
+        tokens, cache = arrays(), cache_for(STRIDE, max_rollback=8)
+        _, cache = cache.prefill(*cut(tokens, 0, 100), implementation="xla")
+        with pytest.raises(ValueError, match="from 0 to max_rollback=8 tokens can be taken back, got 9"):
+            cache.rollback(9)
+        twice = cache.rollback(5).rollback(5)
+        out, _ = twice.extend(*cut(tokens, 90, 91))
+        assert jnp.isnan(out).all()
+        at_run_time = jax.jit(KVCache.rollback)(cache, jnp.array([3, 9]))
+        out, _ = at_run_time.extend(*cut(tokens, 97, 98))
+        check(out[0], reference(tokens, STRIDE)[0, 97:98])
+        assert jnp.isnan(out[1]).all()
+
+    @pytest.mark.parametrize("name", ["local stride", "by head"])
+    @pytest.mark.parametrize(("prompt", "new"), [(100, 60), (96, 20), (5, 170)])
+    def test_fork(self, name, prompt, new):
+        pattern, samples = PATTERNS[name], 3
+        tokens = arrays()
+        _, cache = cache_for(pattern).prefill(*cut(tokens, 0, prompt), implementation="xla")
+        forked = cache.fork(samples, new)
+        assert forked.lengths.tolist() == [prompt] * 6
+        shared = jax.tree.leaves([(b.key, b.value) for b in forked.prefix.buffers])
+        assert all(
+            a is b for a, b in zip(shared, jax.tree.leaves([(b.key, b.value) for b in cache.buffers]), strict=True)
+        )
+        others = arrays(batch=6, seed=2)
+        whole = [
+            jnp.concatenate([jnp.repeat(a[:, :prompt], samples, 0), b[:, prompt:]], 1)
+            for a, b in zip(tokens, others, strict=True)
+        ]
+        expected, at = reference(tuple(whole), pattern), prompt
+        for count in (1, 1, 10, 1, 2, 1, 1):
+            out, forked = extend(forked, *cut(whole, at, at + count))
+            check(out, expected[:, at : at + count])
+            at += count
+        out, forked = extend(forked, *cut(whole, at, prompt + new))
+        check(out, expected[:, at : prompt + new])
+
+
+class TestSafety:
+    def test_one_compilation_serves_all_lengths(self):
+        tokens, cache = arrays(), cache_for(STRIDE)
+        step = jax.jit(lambda cache, *tokens: cache.extend(*tokens))
+        _, cache = cache.prefill(*cut(tokens, 0, 30), implementation="xla")
+        for at in range(30, 150, 7):
+            _, cache = step(cache, *cut(tokens, at, at + 1))
+        assert step._cache_size() == 1
+
+    def test_scan(self):
+        tokens = arrays()
+        _, cache = cache_for(STRIDE).prefill(*cut(tokens, 0, 80), implementation="xla")
+
+        def step(cache, token):
+            out, cache = cache.extend(*(array[:, None] for array in token))
+            return cache, out[:, 0]
+
+        _, out = jax.lax.scan(step, cache, tuple(array[:, 80:130].swapaxes(0, 1) for array in tokens))
+        check(out.swapaxes(0, 1), reference(tokens, STRIDE)[:, 80:130])
+
+    @pytest.mark.parametrize("dtype", ["float32", "int8"])
+    def test_a_nan_that_is_not_read_again_is_gone(self, dtype):
+        """Its block is dropped, or still stands in its slot: neither reaches a result."""
+        pattern = Local(2, block_size=16)
+        query, key, value = arrays()
+        bad = key.at[:, 20].set(jnp.nan), value.at[:, 20].set(jnp.inf)
+        _, cache = cache_for(pattern, dtype=dtype).prefill(*cut((query, *bad), 0, 50), implementation="xla")
+        clean = cache_for(pattern, dtype=dtype).prefill(*cut((query, key, value), 0, 50), implementation="xla")[1]
+        assert not cache.finite
+        for at in range(50, 70):
+            out, cache = extend(cache, *cut((query, *bad), at, at + 1))
+            expected, clean = extend(clean, *cut((query, key, value), at, at + 1))
+            check(out, expected, 1e-6)
+
+    def test_a_nan_that_is_read_is_seen(self):
+        query, key, value = arrays()
+        tokens = query, key, value.at[:, 20].set(jnp.nan)
+        _, cache = cache_for(Dense()).prefill(*cut(tokens, 0, 50), implementation="xla")
+        assert jnp.isnan(extend(cache, *cut(tokens, 50, 51))[0]).all()
+
+    def test_tokens_beyond_the_cache_give_nan_and_harm_nobody(self):
+        tokens = arrays()
+        counts = jnp.array([100, 60])
+        _, cache = cache_for(STRIDE, max_length=101).prefill(*cut(tokens, 0, 100), counts=counts, implementation="xla")
+        expected = reference(tokens, STRIDE)
+        for step in range(4):
+            mine = [jnp.stack([array[0, 100 + step], array[1, 60 + step]])[:, None] for array in tokens]
+            out, cache = extend(cache, *mine)
+            check(out[1, 0], expected[1, 60 + step])
+            assert jnp.isnan(out[0]).all() == (step > 0)
+
+    def test_chunks_take_memory_of_the_cache_and_themselves(self):
+        """Not of their product: four times the chunk takes no more than four times the memory."""
+
+        def temporary(chunk: int) -> int:
+            pattern, heads = LocalStride(64, 4, 8), {"num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
+            cache = jax.eval_shape(
+                lambda: KVCache.create(pattern, batch=1, max_length=64 << 10, dtype=jnp.float32, **heads)
+            )
+            new = jax.ShapeDtypeStruct((1, chunk, 8, 64), jnp.float32)
+            compiled = jax.jit(KVCache.extend, donate_argnums=0).lower(cache, new, new, new).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        small, large = temporary(512), temporary(2048)
+        cache = 8 * 132 * 64 * 128 * 4
+        assert large < 4 * max(small, cache)
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda c, t: c.prefill(*cut(t, 0, 0)), r"query must have shape \[2, tokens, 4, 16\].* got \[2, 0"),
+            (lambda c, t: c.prefill(*t), "a prompt of 180 tokens does not fit into a cache for 100"),
+            (lambda c, t: c.extend(*cut(t, 0, 0)), r"query must have shape"),
+            (lambda c, t: c.extend(t[0][:, :2], *cut(t[1:], 0, 3)), r"key must have shape .* got \[2, 3, 2, 16\]"),
+            (lambda c, t: c.extend(t[0], t[1].astype("bfloat16"), t[2]), "of one floating dtype, got float32, bfloat16"),
+            (lambda c, t: c.extend(*t, counts=jnp.ones(3, int)), r"counts must be integers of shape \[2\], got int32"),
+            (lambda c, t: c.fork(0, 5), "samples must be an integer of at least 1, got 0"),
+            (lambda c, t: c.fork(2, 5).fork(2, 5), "a fork cannot be forked again"),
+            (lambda c, t: c.fork(2, 5).reset(jnp.ones(4, bool)), "cannot be reset alone"),
+            (lambda c, t: cache_for(STRIDE, dtype="int4"), "dtype must be bfloat16, float16, float32 or int8"),
+        ],
+    )  # fmt: skip
+    def test_errors(self, call, message):
+        with pytest.raises(ValueError, match=message):
+            call(cache_for(STRIDE, max_length=100), arrays())
