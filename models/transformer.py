@@ -1,6 +1,7 @@
 """The decoder: embedding, layers of attention and SwiGLU with RMS norms before them, output projection."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
+from s2jax.cache import KVCache
 from s2jax.heads import rms_norm
 from s2jax.nnx import S2Attention
 
@@ -91,6 +93,15 @@ class DecoderLayer(nnx.Module):
 
         return (keep_attention(layer) if self.remat == "full" else layer)(x)
 
+    def cached(
+        self, x: Float[Array, "b t f"], cache: KVCache, counts: Int[Array, " b"] | None, *, begin: bool
+    ) -> tuple[Float[Array, "b t f"], KVCache]:
+        """The layer on a prompt, or on the next tokens of every sequence."""
+        attend = self.attention.prefill if begin else self.attention.extend
+        out, cache = attend(self.attention_norm(x), cache, counts=counts)
+        x = x + out
+        return x + self.mlp(self.mlp_norm(x)), cache
+
 
 class Transformer(nnx.Module):
     """A decoder-only language model after Llama, some or all of whose layers attend sparsely.
@@ -141,6 +152,68 @@ class Transformer(nnx.Module):
         x = self._along_batch(self.embed(tokens).astype(self.config.dtype))
         for layer in self.layers:
             x = self._along_batch(run_layer(*nnx.split(layer), x, positions, segment_ids))
+        return self._logits(x)
+
+    def create_caches(
+        self, batch: int, *, max_length: int | None = None, max_rollback: int = 0, dtype: Any = None
+    ) -> tuple[KVCache, ...]:
+        """Empty caches, one for each layer; see `KVCache.create`.
+
+        Args:
+            dtype: of what is stored, by default `config.dtype`.
+        """
+        settings = {"max_length": max_length, "max_rollback": max_rollback, "dtype": dtype}
+        return tuple(layer.attention.create_cache(batch, **settings) for layer in self.layers)
+
+    def prefill(
+        self,
+        tokens: Int[Array, "b t"],
+        caches: tuple[KVCache, ...],
+        *,
+        counts: Int[Array, " b"] | None = None,
+        last: bool = True,
+    ) -> tuple[Float[Array, "b n v"], tuple[KVCache, ...]]:
+        """Begins every sequence with a prompt.
+
+        Args:
+            counts: tokens of each prompt; those after them are padding.
+            last: gives the logits of each prompt's last token alone, which is what one samples from: n is 1, else t.
+
+        Returns:
+            float32 logits, and the caches.
+
+        Raises:
+            ValueError: see `KVCache.prefill`.
+        """
+        return self._cached(tokens, caches, counts, last, begin=True)
+
+    def extend(
+        self,
+        tokens: Int[Array, "b t"],
+        caches: tuple[KVCache, ...],
+        *,
+        counts: Int[Array, " b"] | None = None,
+        last: bool = False,
+    ) -> tuple[Float[Array, "b n v"], tuple[KVCache, ...]]:
+        """Appends tokens to every sequence: a chunk of its prompt, or one or several to go on with.
+
+        Arguments, results and errors are those of `prefill`.
+        """
+        return self._cached(tokens, caches, counts, last, begin=False)
+
+    def _cached(self, tokens, caches, counts, last: bool, *, begin: bool):
+        if len(caches) != len(self.layers):
+            raise ValueError(f"a model of {len(self.layers)} layers needs as many caches, got {len(caches)}")
+        x, after = self.embed(tokens).astype(self.config.dtype), []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = run_cached_layer(begin, *nnx.split(layer), x, cache, counts)
+            after.append(cache)
+        if last:
+            end = jnp.full(len(x), x.shape[1]) if counts is None else counts
+            x = jnp.take_along_axis(x, jnp.maximum(end - 1, 0)[:, None, None], 1)
+        return self._logits(x), tuple(after)
+
+    def _logits(self, x: Float[Array, "b t f"]) -> Float[Array, "b t v"]:
         x = self.final_norm(x)
         return self.embed.logits(x) if self.lm_head is None else self.lm_head(x)
 
@@ -160,6 +233,12 @@ class Transformer(nnx.Module):
 def run_layer(graph: nnx.GraphDef, state: nnx.State, x: Array, positions, segment_ids) -> Array:
     """`DecoderLayer.__call__`, traced and lowered once for all layers of one kind, not once for each layer."""
     return nnx.merge(graph, state)(x, positions, segment_ids)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_cached_layer(begin: bool, graph: nnx.GraphDef, state: nnx.State, x: Array, cache: KVCache, counts):
+    """`DecoderLayer.cached`, traced once for all layers of one kind."""
+    return nnx.merge(graph, state).cached(x, cache, counts, begin=begin)
 
 
 def _output_projection(config: TransformerConfig, rngs: nnx.Rngs) -> nnx.Linear:

@@ -91,8 +91,9 @@ class KVCache:
         )
         features = head_dim, head_dim if value_dim is None else value_dim
         buffers = tuple(space.empty(batch, *features, dtype) for space in Space.all_of(layout))
-        none = jnp.zeros(batch, jnp.int32)
-        return cls(buffers, none, none, jnp.array(True), None, layout, None)
+        # Two arrays: one and the same could not be donated twice.
+        lengths, furthest = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
+        return cls(buffers, lengths, furthest, jnp.array(True), None, layout, None)
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +138,8 @@ class KVCache:
             for space, buffer in zip(self._spaces, self.buffers, strict=True)
         )
         finite = self.finite & jnp.isfinite(value).all()
-        return out, dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=lengths, finite=finite)
+        furthest = lengths.copy()
+        return out, dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=furthest, finite=finite)
 
     def extend(
         self,
@@ -254,7 +256,7 @@ class KVCache:
         )
         lengths = for_each(self.lengths, batch)
         return dataclasses.replace(
-            self, buffers=buffers, lengths=lengths, furthest=lengths, prefix=Prefix(shared, first), room=room
+            self, buffers=buffers, lengths=lengths, furthest=lengths.copy(), prefix=Prefix(shared, first), room=room
         )
 
     @property

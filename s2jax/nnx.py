@@ -9,6 +9,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
 from s2jax.heads import head_counts, place, refuse_key_arguments
@@ -26,7 +27,8 @@ class S2Attention(nnx.Module):
         query.bias [h, d]        key.bias [k, d]        value.bias [k, d]        out.bias [out_features]   (use_bias)
         query_gain [d], key_gain [d] (qk_norm)          sinks [h] (use_sinks)
 
-    The layer keeps no state besides them. Under `jax.jit` over a mesh with Auto axes give `query_spec`.
+    The layer keeps no state besides them: a KV cache is passed in and given back, see `create_cache`. Under `jax.jit`
+    over a mesh with Auto axes give `query_spec`.
 
     Args:
         in_features: width `f` of the input.
@@ -163,6 +165,72 @@ class S2Attention(nnx.Module):
             implementation=self.implementation,
         )
         return self.out(heads)
+
+    def create_cache(
+        self, batch: int, *, max_length: int | None = None, max_rollback: int = 0, dtype: Dtype | None = None
+    ) -> KVCache:
+        """An empty cache for this layer's keys and values; see `KVCache.create`.
+
+        Args:
+            dtype: of what is stored, by default the layer's.
+        """
+        heads, head_dim = self.query.kernel.shape[1:]
+        return KVCache.create(
+            self.pattern,
+            batch=batch,
+            num_heads=heads,
+            num_kv_heads=self.key.kernel.shape[1],
+            head_dim=head_dim,
+            max_length=max_length,
+            max_rollback=max_rollback,
+            dtype=dtype or self.query.dtype or self.query.param_dtype,
+        )
+
+    def prefill(
+        self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
+    ) -> tuple[Float[Array, "b t out_features"], KVCache]:
+        """Self attention of a prompt, with which the cache begins anew; see `KVCache.prefill`."""
+        self._check_cache(cache)
+        positions = None if self.rope_theta is None else jnp.arange(x.shape[1], dtype=jnp.int32)
+        query, (key, value) = self.queries(x, positions), self.keys_values(x, positions)
+        heads, cache = cache.prefill(
+            query,
+            key,
+            value,
+            counts=counts,
+            scale=self.scale,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=_array(self.sinks),
+            query_spec=self.query_spec,
+            implementation=self.implementation,
+        )
+        return self.out(heads), cache
+
+    def extend(
+        self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
+    ) -> tuple[Float[Array, "b t out_features"], KVCache]:
+        """Self attention of the next tokens of every sequence, over all that the cache holds; see `KVCache.extend`."""
+        self._check_cache(cache)
+        positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        positions = None if self.rope_theta is None else positions
+        query, (key, value) = self.queries(x, positions), self.keys_values(x, positions)
+        heads, cache = cache.extend(
+            query,
+            key,
+            value,
+            counts=counts,
+            scale=self.scale,
+            logits_soft_cap=self.logits_soft_cap,
+            sinks=_array(self.sinks),
+        )
+        return self.out(heads), cache
+
+    def _check_cache(self, cache: KVCache) -> None:
+        if cache.layout.pattern != self.pattern:
+            raise ValueError(
+                f"the cache was made for {cache.layout.pattern!r}, the layer reads by {self.pattern!r}: make it with "
+                "the layer's create_cache"
+            )
 
     def queries(
         self,
