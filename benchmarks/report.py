@@ -41,6 +41,31 @@ def tpu_schedule(record: dict) -> str:
     return "\n".join([*lines, "", origin(record, "tpu_schedule")])
 
 
+def decode(record: dict) -> str:
+    lines = [
+        "| tokens | batch | cache, dense | share | a token, dense | time over share of dense's |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['tokens']:,} | {row['batch']} | {row['cache MiB']:.0f} MiB, {row['dense MiB']:.0f} MiB "
+        f"| {row['share']:.1%} | {row['ms']:.1f} ms, {row['dense ms']:.1f} ms "
+        f"| {row['time over share of dense']:.2f} |"
+        for row in record["rows"]
+    ]
+    return "\n".join([*lines, "", origin(record, "decode")])
+
+
+def perplexity(record: dict) -> str:
+    bands = [name for name in record["rows"][0] if name.startswith("to ")]
+    columns = ["reads", *bands, "all", "cache", "prefill", "a token"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in record["rows"]:
+        shown = [f"{row[name]:.1f}" for name in (*bands, "all")]
+        spent = [f"{row['cache MiB']:.0f} MiB", f"{row['prefill s']:.0f} s", f"{row['decode ms']:.0f} ms"]
+        lines.append("| " + " | ".join([row["reads"], *shown, *spent]) + " |")
+    return "\n".join([*lines, "", f"{record['text']}. {origin(record, 'perplexity')}"])
+
+
 def schedules(record: dict) -> str:
     lines = [
         "| point | block | density | ideal speedup | executed/ideal, forward | backward | compiled, processor time |",
@@ -222,6 +247,8 @@ TABLES = {
     "tpu_schedule": tpu_schedule,
     "attention_gpu": attention_gpu,
     "attention_cpu": attention,
+    "decode": decode,
+    "perplexity": perplexity,
     "train_tiny": training,
 }
 

@@ -135,7 +135,7 @@ class KVCache:
         lengths = jnp.full(len(query), length, jnp.int32) if counts is None else counts.astype(jnp.int32)
         buffers = tuple(
             space.survivors(space.take(key), space.take(value), lengths, buffer.key.dtype)
-            for space, buffer in zip(self._spaces, self.buffers, strict=True)
+            for space, buffer in zip(self.spaces, self.buffers, strict=True)
         )
         finite = self.finite & jnp.isfinite(value).all()
         furthest = lengths.copy()
@@ -175,7 +175,7 @@ class KVCache:
         kv_heads = key.shape[2]
         grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)
         parts, buffers = [], []
-        for index, space in enumerate(self._spaces):
+        for index, space in enumerate(self.spaces):
             mine = space.take(grouped), space.take(key), space.take(value)
             found, buffer = self._extend(index, space, *mine, positions, lengths, options, finite)
             parts.append(found)
@@ -260,7 +260,8 @@ class KVCache:
         )
 
     @property
-    def _spaces(self) -> list[Space]:
+    def spaces(self) -> list[Space]:
+        """Of every buffer, which block has which slot."""
         return Space.all_of(self.layout, self.room)
 
     def _extend(
@@ -311,7 +312,7 @@ class KVCache:
     def _limit(self) -> Array:
         """The first position of every sequence that there is no place for."""
         most = NEVER if self.layout.max_length is None else self.layout.max_length
-        if self.room is None or all(space.room is None for space in self._spaces):
+        if self.room is None or all(space.room is None for space in self.spaces):
             return jnp.full(len(self.lengths), most, jnp.int32)
         return jnp.minimum(most, self._begins() + self.room * self.layout.block_size)
 

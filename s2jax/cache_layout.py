@@ -21,7 +21,7 @@ TRIAL_BLOCKS = 64
 """A pattern of bounded reach shows what it does to a context this long, or to four times its reach."""
 
 ALIKE = 16
-"""KV heads share a buffer where none of them would leave more than one in so many slots unused."""
+"""KV heads share a buffer where each leaves at most one slot, or one in so many, unused: a buffer costs time, too."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +59,8 @@ class CacheLayout:
         """KV heads by buffers: each is as large as its head with the most slots needs it."""
         found: list[list[int]] = []
         for head in np.argsort(-self.slots, kind="stable").tolist():
-            if found and self.slots[head] * ALIKE >= self.slots[found[-1][0]] * (ALIKE - 1):
+            # The one with the most slots came first.
+            if found and self.slots[found[-1][0]] - self.slots[head] <= max(1, self.slots[head] // ALIKE):
                 found[-1].append(head)
             else:
                 found.append([head])

@@ -1,0 +1,73 @@
+"""What a decoded token costs over a cache of what will be read, against one that holds everything.
+
+    python benchmarks/decode.py                # a CPU will do; about 3 minutes
+
+The attention of one layer, phi3's heads (32 query, 8 KV, head dim 128), float32: appending a token to every sequence of
+a batch and attending from it. Both sides are `KVCache.extend`, jitted, warm, caches donated, in turn; one holds the
+pattern, the other is dense. The share is that of slots, and what the time is to be compared with.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from points import POINTS, parser, save, table
+
+from s2jax import Dense, KVCache, Pattern
+
+PHI3 = next(point for point in POINTS if point.name == "phi3-8k")
+NEW = 64
+"""Tokens that there is room for, and that are not all used."""
+
+
+def filled(pattern: Pattern, batch: int, tokens: int) -> KVCache:
+    """A cache after a prompt of so many tokens of noise, without the time that the prompt's attention takes."""
+    heads, kv_heads, head_dim = PHI3.num_heads, PHI3.num_kv_heads, PHI3.head_dim
+    cache = KVCache.create(
+        pattern, batch=batch, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, max_length=tokens + NEW,
+        dtype=jnp.float32,
+    )  # fmt: skip
+    key = jax.random.normal(jax.random.key(0), (1, tokens, kv_heads, head_dim))
+    lengths = jnp.full(batch, tokens, jnp.int32)
+    key = jnp.broadcast_to(key, (batch, *key.shape[1:]))
+    buffers = tuple(space.survivors(space.take(key), space.take(key), lengths, key.dtype) for space in cache.spaces)
+    return dataclasses.replace(cache, buffers=buffers, lengths=lengths, furthest=lengths.copy())
+
+
+def measure(batch: int, tokens: int, repeats: int) -> dict:
+    patterns = {"dense": Dense(), "sparse": PHI3.pattern()}
+    caches = {name: jax.block_until_ready(filled(pattern, batch, tokens)) for name, pattern in patterns.items()}
+    keys = jax.random.split(jax.random.key(1), 2)
+    query = jax.random.normal(keys[0], (batch, 1, PHI3.num_heads, PHI3.head_dim))
+    key = jax.random.normal(keys[1], (batch, 1, PHI3.num_kv_heads, PHI3.head_dim))
+    step, times = jax.jit(KVCache.extend, donate_argnums=0), {name: [] for name in caches}
+    for repeat in range(repeats + 2):
+        for name in caches:
+            start = time.perf_counter()
+            out, caches[name] = step(caches[name], query, key, key)
+            jax.block_until_ready((out, caches[name]))
+            if repeat > 1:  # compiled, and the arrays touched
+                times[name].append(time.perf_counter() - start)
+    dense, sparse = (float(np.median(times[name])) * 1e3 for name in ("dense", "sparse"))
+    share = caches["sparse"].nbytes / caches["dense"].nbytes
+    return {
+        "tokens": tokens, "batch": batch, "cache MiB": caches["sparse"].nbytes / 2**20,
+        "dense MiB": caches["dense"].nbytes / 2**20, "share": share, "ms": sparse, "dense ms": dense,
+        "GB/s": caches["sparse"].nbytes / sparse / 1e6, "dense GB/s": caches["dense"].nbytes / dense / 1e6,
+        "time over share of dense": sparse / dense / share,
+    }  # fmt: skip
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--repeats", type=int, default=40, help="; the median counts")
+    given = arguments.parse_args()
+    rows = [measure(batch, tokens, given.repeats) for tokens in (8 << 10, 32 << 10) for batch in (1, 8)]
+    print(table(rows, list(rows[0])))
+    save("decode", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Which layers of a dense model may become sparse: those whose attention the pattern already has.
+
+    python -m models.convert --text novel.txt --pattern "LocalStride(64, 4, 3) | FirstBlocks(1)" --kv-budget 0.5
+
+A layer's lost mass is the share of its softmax weights, over a calibration text, that lies where the pattern does not
+read. The layers that lose most stay dense, as many as the budget allows. The choice goes to stdout as the flags that
+models.generate takes, what it rests on to stderr.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models import smollm2
+from models.config import TransformerConfig
+from models.pattern_text import pattern_of
+from models.pretrained import load
+from models.transformer import Transformer
+from s2jax import Dense, Pattern, PatternWarning, attention, compile_cache
+
+
+def lost_mass(model: Transformer, pattern: Pattern, tokens: Int[Array, "b t"]) -> Float[np.ndarray, " layers"]:
+    """The mean share of softmax weights that every layer of a dense model has outside the pattern.
+
+    The sum of weights over a part of the keys is exp(lse of the part - lse of all), so that no weight is written out.
+    """
+    x = model.embed(tokens).astype(model.config.dtype)
+    lost = []
+    for layer in model.layers:
+        share, x = _lost_by_layer(pattern, *nnx.split(layer), x)
+        lost.append(share)
+    return np.array(jnp.stack(lost))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lost_by_layer(pattern: Pattern, graph: nnx.GraphDef, state: nnx.State, x: Array) -> tuple[Array, Array]:
+    """The share, and what the dense layer gives."""
+    layer = nnx.merge(graph, state)
+    layer_input, attend = layer.attention_norm(x), layer.attention
+    query, (key, value) = attend.queries(layer_input), attend.keys_values(layer_input)
+    settings = {"scale": attend.scale, "implementation": attend.implementation, "return_lse": True}
+    heads, whole = attention(query, key, value, Dense(), **settings)
+    _, part = attention(query, key, value, pattern, **settings)
+    x = x + attend.out(heads)
+    return 1 - jnp.exp(part - whole).mean(), x + layer.mlp(layer.mlp_norm(x))
+
+
+def dense_layers_within(lost: Float[np.ndarray, " layers"], share: float, budget: float) -> tuple[int, ...]:
+    """The layers that lose most, as many as may stay dense.
+
+    Args:
+        share: what a sparse layer takes of what a dense one does.
+        budget: what all layers together may take of what they did.
+
+    Raises:
+        ValueError: the budget is below what sparse layers alone take.
+    """
+    if not share <= budget <= 1:
+        raise ValueError(
+            f"the budget must be from {share:.3f}, which the pattern takes in all layers, to 1, got {budget}"
+        )
+    count = len(lost) if share == 1 else int(len(lost) * (budget - share) / (1 - share) + 1e-9)
+    return tuple(sorted(np.argsort(-lost, kind="stable")[:count].tolist()))
+
+
+def kv_share(config: TransformerConfig, pattern: Pattern, length: int) -> float:
+    """Of a dense layer's cache, what a sparse one's takes at a context of so many tokens."""
+    layout = compile_cache(pattern, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, max_length=length)
+    return layout.nbytes(1, 1, 1) / (2 * config.num_kv_heads * -(-length // layout.block_size) * layout.block_size)
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = _parser().parse_args(argv)
+    warnings.filterwarnings("ignore", category=PatternWarning)
+    try:
+        pattern = pattern_of(given.pattern)
+        text = pathlib.Path(given.text).read_text("utf-8")
+        pretrained = load(smollm2.fetch() if given.model is None else given.model)
+        if pretrained.tokenizer is None:
+            raise ValueError(f"{given.model} has no tokenizer: put a tokenizer.json beside its weights")
+        config, length = pretrained.model.config, given.length or pretrained.max_context
+        ids = pretrained.tokenizer.encode(text).ids[: given.tokens]
+        if len(ids) < given.tokens:
+            raise ValueError(f"{given.text} must hold {given.tokens} tokens, see --tokens, got {len(ids)}")
+        if given.kv_budget is not None:
+            share, budget = kv_share(config, pattern, length), given.kv_budget
+        else:
+            share, budget = pattern.density(config.num_heads, config.num_kv_heads, length), given.flops_budget
+        dense_layers_within(np.zeros(config.num_layers), share, budget)  # before anything takes long
+        lost = lost_mass(pretrained.model, pattern, jnp.asarray([ids]))
+        chosen = dense_layers_within(lost, share, budget)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{error}")
+    for layer, each in enumerate(lost):
+        print(f"layer {layer:2}: {each:6.1%} lost{', stays dense' if layer in chosen else ''}", file=sys.stderr)
+    print(f"a sparse layer takes {share:.1%} of a dense one, at {length:,} tokens", file=sys.stderr)
+    layers = f" --dense-layers {' '.join(map(str, chosen))}" if chosen else ""
+    print(f'--pattern "{given.pattern}"{layers}')
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="a GGUF file, or a directory with config.json; by default SmolLM2-135M-Instruct, fetched"
+    )
+    parser.add_argument("--text", required=True, help="a UTF-8 file to calibrate on")
+    parser.add_argument("--pattern", required=True, help="of the sparse layers, such as 'LocalStride(64, 16, 3)'")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--kv-budget", type=float, help="share of a dense model's KV cache, from 0 to 1")
+    budget.add_argument("--flops-budget", type=float, help="share of a dense model's attention FLOPs, from 0 to 1")
+    parser.add_argument("--length", type=int, help="context that the budget is for; by default the model's longest")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text; default %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
