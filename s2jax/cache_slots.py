@@ -32,9 +32,9 @@ class Buffer:
     @classmethod
     def empty(cls, shape: tuple[int, ...], head_dim: int, value_dim: int, dtype) -> "Buffer":
         """Of `shape` [b, k, slots, block]."""
-        scale = jnp.ones(shape, jnp.float32) if dtype == jnp.int8 else None
+        scales = [jnp.ones(shape, jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
         held = jnp.full(shape[:3], -1, jnp.int32)
-        return cls(jnp.zeros((*shape, head_dim), dtype), jnp.zeros((*shape, value_dim), dtype), scale, scale, held)
+        return cls(jnp.zeros((*shape, head_dim), dtype), jnp.zeros((*shape, value_dim), dtype), *scales, held)
 
     @classmethod
     def over(cls, function: typing.Callable[..., Array], held: Array, *buffers: "Buffer") -> "Buffer":
