@@ -185,6 +185,13 @@ class Machine(RuleBasedStateMachine):
     def extend_by_many(self, counts):
         self.extended(CHUNK, counts)
 
+    @rule(taken_back=st.lists(st.integers(0, ROLLBACK), min_size=BATCH * SAMPLES, max_size=BATCH * SAMPLES))
+    def verify_a_draft(self, taken_back):
+        before = [len(each) for each in self.model]
+        self.extended(DRAFT, [DRAFT] * len(self.model))
+        added = [len(each) - length for each, length in zip(self.model, before, strict=True)]
+        self.rollback([min(pair) for pair in zip(taken_back, added, strict=False)])
+
     @rule(counts=st.lists(st.integers(0, ROLLBACK), min_size=BATCH * SAMPLES, max_size=BATCH * SAMPLES))
     def rollback(self, counts):
         counts = counts[: len(self.model)]
@@ -223,7 +230,7 @@ def run(case: Case, **settings):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", QUICK)
 def test_any_order(name):
-    run(QUICK[name], stateful_step_count=20)
+    run(QUICK[name], stateful_step_count=30)
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """What the KV cache does when misused, compiled in unusual ways, or given numbers that are none."""
 
+import dataclasses
 import functools
 import math
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -35,6 +37,66 @@ def test_scan():
 
     _, out = jax.lax.scan(step, cache, tuple(array[:, 80:130].swapaxes(0, 1) for array in tokens))
     check(out.swapaxes(0, 1), reference(tokens, STRIDE)[:, 80:130])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_gradients():
+    """Through what is kept too; by a prompt, a chunk and a token."""
+    tokens = cut(arrays(), 0, 46)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, 46, 4, 8)), jnp.float32)
+
+    @jax.jit
+    def gradients(tokens):
+        def loss(tokens):
+            first, cache = cache_for(STRIDE).prefill(*cut(tokens, 0, 20), implementation="reference")
+            second, cache = cache.extend(*cut(tokens, 20, 45))
+            third, _ = cache.extend(*cut(tokens, 45, 46))
+            return (jnp.concatenate([first, second, third], 1) * weights).sum()
+
+        return jax.grad(loss)(tokens)
+
+    expected = jax.grad(lambda tokens: (reference(tokens, STRIDE) * weights).sum())(tokens)
+    jax.tree.map(check, gradients(tokens), expected)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_vmap():
+    tokens, cache = arrays(), cache_for(STRIDE)
+    _, cache = extend(cache, *cut(tokens, 0, 20))
+    caches, new = jax.tree.map(lambda *each: jnp.stack(each), cache, cache), cut(tokens, 20, 21)
+    out, _ = jax.vmap(KVCache.extend)(caches, *(jnp.stack([array, array]) for array in new))
+    check(out[0], reference(tokens, STRIDE)[:, 20:21])
+    check(out[1], out[0], 1e-6)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("name", BOUNDED)
+def test_streams_as_far_as_positions_are_counted(name):
+    """As it does near the beginning: what is held is made out to stand half a billion tokens on."""
+    tokens, pattern = arrays(), BOUNDED[name]
+    _, cache = extend(cache_for(pattern, max_length=None), *cut(tokens, 0, 150))
+    size, common = cache.layout.block_size, math.lcm(cache.layout.period, int(cache.layout.slots[0]))
+    blocks = 2**29 // size // common * common
+    buffers = tuple(
+        dataclasses.replace(each, held=jnp.where(each.held >= 0, each.held + blocks, -1)) for each in cache.buffers
+    )
+    lengths, furthest = cache.lengths + blocks * size, cache.furthest + blocks * size
+    cache = dataclasses.replace(cache, buffers=buffers, lengths=lengths, furthest=furthest)
+    for start, stop in ((150, 151), (151, 180)):
+        out, cache = extend(cache, *cut(tokens, start, stop))
+        check(out, reference(tokens, pattern)[:, start:stop])
+
+
+def test_a_chunk_may_be_written_in_any_order():
+    """What is dropped before it is read goes nowhere: XLA does not say which of two writes to one place is the last."""
+    cache = cache_for(STRIDE)
+    space, buffer = cache._spaces[0], cache.buffers[0]
+    _, key, value = cut(arrays(), 0, 150)
+    positions, end = jnp.tile(jnp.arange(150), (2, 1)), jnp.array([150, 90])
+    order = np.random.default_rng(1).permutation(150)
+    ascending = space.append(buffer, key, value, positions, end, None)
+    shuffled = space.append(buffer, key[:, order], value[:, order], positions[:, order], end, None)
+    jax.tree.map(np.testing.assert_array_equal, ascending, shuffled)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -118,6 +180,26 @@ def test_lost_sequences_stay_lost_until_they_begin_anew():
     assert jnp.isnan(out[1]).all()
     out, _ = extend(cache.reset(jnp.ones(2, bool)), *cut(tokens, 0, 1))
     check(out, reference(tokens, BOUNDED["blocks"])[:, :1])
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_rollback_counts_from_the_furthest():
+    tokens, cache = arrays(), cache_for(STRIDE, max_rollback=8)
+    _, cache = extend(cache, *cut(tokens, 0, 40))
+    _, cache = extend(cache.rollback(8), *cut(tokens, 32, 33))
+    kept, lost = cache.rollback(1), cache.rollback(2)
+    check(extend(kept, *cut(tokens, 32, 33))[0], reference(tokens, STRIDE)[:, 32:33])
+    assert jnp.isnan(extend(lost, *cut(tokens, 31, 32))[0]).all()
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_rollback_of_a_fork_ends_where_the_prefix_does():
+    tokens, cache = arrays(), cache_for(STRIDE, max_rollback=8)
+    _, cache = extend(cache, *cut(tokens, 0, 38))
+    fork = cache.fork(1, 30)
+    kept, lost = fork.rollback(6), fork.rollback(7)
+    check(extend(kept, *cut(tokens, 32, 33))[0], reference(tokens, STRIDE)[:, 32:33])
+    assert jnp.isnan(extend(lost, *cut(tokens, 31, 32))[0]).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
