@@ -32,9 +32,9 @@ class Buffer:
     @classmethod
     def empty(cls, shape: tuple[int, ...], head_dim: int, value_dim: int, dtype) -> "Buffer":
         """Of `shape` [b, k, slots, block]."""
-        scales = [jnp.ones(shape, jnp.float32) if dtype == jnp.int8 else None for _ in range(2)]
-        held = jnp.full(shape[:3], -1, jnp.int32)
-        return cls(jnp.zeros((*shape, head_dim), dtype), jnp.zeros((*shape, value_dim), dtype), *scales, held)
+        key, value = (jnp.zeros((*shape, features), dtype) for features in (head_dim, value_dim))
+        key_scale, value_scale = (jnp.ones(shape, jnp.float32) if dtype == jnp.int8 else None for _ in range(2))
+        return cls(key, value, key_scale, value_scale, jnp.full(shape[:3], -1, jnp.int32))
 
     @classmethod
     def over(cls, function: typing.Callable[..., Array], held: Array, *buffers: "Buffer") -> "Buffer":
