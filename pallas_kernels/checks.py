@@ -5,6 +5,7 @@ import numbers
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pallas_kernels.problem import Operands
 from pallas_kernels.schedule import BlockSchedule
@@ -41,7 +42,7 @@ def check_operands(
     else:
         raise ValueError(f"schedule must be a BlockSchedule or a BlockSelection, got {type(schedule).__name__}")
     segments = _segments(query_segment_ids, kv_segment_ids, (batch, query_length), (batch, kv_length))
-    return Operands(query, key, value, _sinks(sinks, num_heads), segments[0], segments[1], offset, selection)
+    return Operands(query, key, value, check_sinks(sinks, num_heads), segments[0], segments[1], offset, selection)
 
 
 def _check_tensors(query, key, value) -> None:
@@ -139,7 +140,8 @@ def _segments(query_segment_ids, kv_segment_ids, query_shape, kv_shape):
     return [None if ids is None else jnp.asarray(ids).astype(jnp.int32) for ids, _ in given.values()]
 
 
-def _sinks(sinks, num_heads: int):
+def check_sinks(sinks, num_heads: int) -> Array | None:
+    """The sinks as an array; raises ValueError unless they are floats, one for each query head."""
     if sinks is None:
         return None
     if jnp.shape(sinks) != (num_heads,) or not jnp.issubdtype(jnp.result_type(sinks), jnp.floating):

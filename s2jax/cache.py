@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.checks import check_sinks
 from s2jax.cache_attention import Keys, Options, Parts, Rows, attend, for_each
 from s2jax.cache_layout import CacheLayout, compile_cache
 from s2jax.cache_slots import Buffer, Space, in_blocks, like
@@ -39,8 +40,8 @@ class KVCache:
     A pytree of arrays of fixed shapes, passed in and given back: a step that is jitted once serves every length. Make
     one with `KVCache.create`; donate it to the step, so that it is updated in place.
 
-    Where a length is only known at run time, what cannot be is told by NaN in the results: tokens beyond `max_length`,
-    and more taken back than `max_rollback`.
+    Where a length is only known at run time, what cannot be is told by NaN in the results of `extend`: tokens beyond
+    `max_length`, more taken back than `max_rollback`, counts below 0 or above the tokens that there are.
 
     Attributes:
       lengths: int32 [b], tokens of every sequence.
@@ -91,7 +92,7 @@ class KVCache:
         )
         features = head_dim, head_dim if value_dim is None else value_dim
         buffers = tuple(space.empty(batch, *features, dtype) for space in Space.all_of(layout))
-        # Two arrays: one and the same could not be donated twice.
+        # An array each: one that stands twice in a pytree cannot be donated.
         lengths, furthest = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
         return cls(buffers, lengths, furthest, jnp.array(True), None, layout, None)
 
@@ -99,7 +100,7 @@ class KVCache:
     def nbytes(self) -> int:
         """Bytes of all buffers, scales included; those of a shared prefix count once."""
         prefix = () if self.prefix is None else self.prefix.buffers
-        return sum(array.nbytes for array in jax.tree.leaves((self.buffers, prefix)))
+        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves((self.buffers, prefix)))
 
     def prefill(
         self,
@@ -113,8 +114,8 @@ class KVCache:
         """Begins every sequence anew with a prompt; attends by the op, in time and memory of what the pattern reads.
 
         Args:
-          counts: tokens of every sequence, between 1 and t; those after them are padding, whose outputs mean nothing.
-          options: of `s2jax.attention`.
+          counts: tokens of every sequence, between 0 and t; those after them are padding, whose outputs mean nothing.
+          options: of `s2jax.attention`, but for offsets and segments: the prompt begins the context, and is one.
 
         Returns:
           What `s2jax.attention` gives, and the cache.
@@ -123,6 +124,10 @@ class KVCache:
           ValueError: the prompt is empty or longer than `max_length`; arrays do not fit the cache.
         """
         self._check(query, key, value, counts)
+        refused = {"query_offset", "query_segment_ids", "kv_segment_ids"} & options.keys()
+        if refused:
+            names = ", ".join(sorted(refused))
+            raise ValueError(f"a prompt begins its sequence's one context: prefill takes no {names}")
         if self.prefix is not None:
             raise ValueError("prefill begins anew, but the sequences share a prefix: prefill before fork")
         length = query.shape[1]
@@ -132,13 +137,12 @@ class KVCache:
                 "larger max_length"
             )
         out = attention(query, key, value, self.layout.pattern, **options)
-        lengths = jnp.full(len(query), length, jnp.int32) if counts is None else counts.astype(jnp.int32)
+        lengths = _extended(jnp.zeros_like(self.lengths), length, counts)
         buffers = tuple(
             space.survivors(space.take(key), space.take(value), lengths, buffer.key.dtype)
             for space, buffer in zip(self.spaces, self.buffers, strict=True)
         )
-        finite = self.finite & jnp.isfinite(value).all()
-        furthest = lengths.copy()
+        finite, furthest = self._finite(value), jnp.array(lengths)
         return out, dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=furthest, finite=finite)
 
     def extend(
@@ -168,11 +172,11 @@ class KVCache:
         """
         self._check(query, key, value, counts)
         batch, length, num_heads, head_dim = query.shape
-        lengths = self.lengths + (length if counts is None else counts.astype(jnp.int32))
+        lengths = _extended(self.lengths, length, counts)
         positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
-        finite = self.finite & jnp.isfinite(value).all()
-        options = Options(head_dim**-0.5 if scale is None else scale, logits_soft_cap)
-        kv_heads = key.shape[2]
+        finite = self.finite & self._finite(value)
+        options = Options.of(head_dim, scale, logits_soft_cap)
+        sinks, kv_heads = check_sinks(sinks, num_heads), key.shape[2]
         grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)
         parts, buffers = [], []
         for index, space in enumerate(self.spaces):
@@ -185,7 +189,7 @@ class KVCache:
         if len(parts) > 1:
             joined = jax.tree.map(lambda *each: jnp.concatenate(each, 2)[:, :, order], *parts)
         out, lse = joined.finish(None if sinks is None else sinks.reshape(kv_heads, -1), query.dtype)
-        beyond = positions >= self._limit()[:, None]
+        beyond = (positions >= self._limit()[:, None]) | (lengths >= NEVER)[:, None]
         out = jnp.where(beyond[..., None, None, None], jnp.nan, out).reshape(batch, length, num_heads, -1)
         cache = dataclasses.replace(
             self, buffers=tuple(buffers), lengths=lengths, furthest=jnp.maximum(self.furthest, lengths), finite=finite
@@ -199,15 +203,18 @@ class KVCache:
         """Without the last tokens of every sequence, as when a draft was refused.
 
         Raises:
-          ValueError: more tokens than `max_rollback`, where that is known.
+          ValueError: more tokens than `max_rollback`, where that is known; or they are not integers.
         """
         most = self.layout.max_rollback
+        if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+            raise ValueError(f"tokens must be integers, got {jnp.result_type(tokens)}")
         if isinstance(tokens, (int, np.integer)) and not 0 <= tokens <= most:
             raise ValueError(
                 f"from 0 to max_rollback={most} tokens can be taken back, got {tokens}; see KVCache.create"
             )
-        lengths = self.lengths - tokens
+        lengths = self.lengths - jnp.asarray(tokens, jnp.int32)
         possible = (lengths >= jnp.maximum(self.furthest - most, self._begins())) & (lengths <= self.lengths)
+        possible &= self.lengths < NEVER
         return dataclasses.replace(self, lengths=jnp.where(possible, lengths, NEVER))
 
     def reset(self, which: Bool[Array, " b"]) -> "KVCache":
@@ -229,6 +236,7 @@ class KVCache:
         """Several continuations of every sequence, one after the other: [b] -> [b · samples].
 
         What the cache holds is not copied, and is read once for all samples; but a block that is still being filled is.
+        So whoever donates the fork donates the prompt's cache with it.
 
         Args:
           max_new_tokens: that every sample may have; their room is for all of these, where that is less than the
@@ -238,7 +246,7 @@ class KVCache:
           ValueError: the cache is a fork itself, or a number is below 1.
         """
         for name, number in (("samples", samples), ("max_new_tokens", max_new_tokens)):
-            if not isinstance(number, int) or number < 1:
+            if not isinstance(number, (int, np.integer)) or number < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
         if self.prefix is not None:
             raise ValueError("a fork cannot be forked again: fork the prompt's cache into all samples at once")
@@ -255,8 +263,9 @@ class KVCache:
             for buffer in self.buffers
         )
         lengths = for_each(self.lengths, batch)
+        furthest = jnp.array(lengths)
         return dataclasses.replace(
-            self, buffers=buffers, lengths=lengths, furthest=lengths.copy(), prefix=Prefix(shared, first), room=room
+            self, buffers=buffers, lengths=lengths, furthest=furthest, prefix=Prefix(shared, first), room=room
         )
 
     @property
@@ -316,6 +325,11 @@ class KVCache:
             return jnp.full(len(self.lengths), most, jnp.int32)
         return jnp.minimum(most, self._begins() + self.room * self.layout.block_size)
 
+    def _finite(self, value: Array) -> Array:
+        """Whether no value is NaN or Inf, as it comes or as it is stored."""
+        stored = self.buffers[0].value.dtype
+        return jnp.isfinite(value.astype(stored) if jnp.issubdtype(stored, jnp.floating) else value).all()
+
     def _check(self, query, key, value, counts) -> None:
         layout = self.layout.schedule
         batch, (_, _, _, _, head_dim) = len(self.lengths), self.buffers[0].key.shape
@@ -335,5 +349,17 @@ class KVCache:
                 raise ValueError(
                     f"query, key and value must be of one floating dtype, got {query.dtype}, {array.dtype}"
                 )
-        if counts is not None and (counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer)):
-            raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")
+            if array.dtype == jnp.float64:
+                raise ValueError("a cache computes in float32, got float64: cast query, key and value")
+        if counts is not None:
+            counts = jnp.asarray(counts)
+            if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
+                raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")
+
+
+def _extended(lengths: Array, most: int, counts: Array | None) -> Int32[Array, " b"]:
+    """Lengths with so many tokens more; `NEVER` where a count is none."""
+    if counts is None:
+        return lengths + most
+    counts = jnp.asarray(counts, jnp.int32)
+    return jnp.where((counts >= 0) & (counts <= most), lengths + counts, NEVER)

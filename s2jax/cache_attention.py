@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.checks import check_number
 from pallas_kernels.schedule import NOTHING
 from s2jax.cache_layout import CacheLayout
 
 PAIRS_AT_ONCE = 1 << 23
 """Logits computed together: what several tokens read is walked in parts, so that memory is that of keys and queries."""
-
 
 RUN, FEW_ROWS = 512, 16
 """Where so few rows of weights meet many values, XLA for CPUs multiplies runs of these six times as fast as all."""
@@ -51,7 +51,7 @@ class Parts(typing.NamedTuple):
         if sinks is not None:
             logit = jnp.broadcast_to(sinks.astype(jnp.float32), self.most.shape)
             parts = self.merge(Parts(jnp.zeros_like(self.out), logit, jnp.ones_like(logit)))
-        reads = parts.total > 0
+        reads = parts.total != 0  # a NaN that is read is seen
         total = jnp.where(reads, parts.total, 1)
         out = jnp.where(reads[..., None], parts.out / total[..., None], 0)
         return out.astype(dtype), jnp.where(reads, parts.most + jnp.log(total), -jnp.inf)
@@ -90,6 +90,7 @@ class Rows:
         row, shift = self._listed(rows)
         counts = np.maximum(lists.slices[..., 1] - lists.slices[..., 0], 0).sum(-1)
         most = max(1, int(counts[np.unique(self.walkers)].max()))
+        listed, masks = (np.append(array, NOTHING) for array in (lists.blocks, lists.masks))  # never empty
         slices = jnp.asarray(lists.slices)[self.walkers[None, :, :, None], row[:, None, None]]  # [b, k, w, r, parts, 2]
         number = jnp.arange(most, dtype=jnp.int32)
         position, before = jnp.zeros((*slices.shape[:4], most), jnp.int32), jnp.int32(0)
@@ -97,14 +98,14 @@ class Rows:
             start, stop = slices[..., part, 0, None], slices[..., part, 1, None]
             position = jnp.where(number >= before, start + number - before, position)
             before = before + jnp.maximum(stop - start, 0)
-        block = jnp.asarray(lists.blocks)[position] + shift[:, None, None, :, None]
+        block = jnp.asarray(listed)[position] + shift[:, None, None, :, None]
         slot = place(block)
         there = jnp.take_along_axis(held[:, :, None, None], jnp.clip(slot, 0, held.shape[2] - 1), -1) == block
         slots = held.shape[2]
         slot = jnp.where(there & (number < before) & (slot >= 0) & (slot < slots), slot, slots)
         kinds = jnp.full((*slices.shape[:4], slots), NOTHING, jnp.int32)
         at = jnp.meshgrid(*map(jnp.arange, kinds.shape[:4]), indexing="ij", sparse=True)
-        return kinds.at[(*(each[..., None] for each in at), slot)].set(jnp.asarray(lists.masks)[position], mode="drop")
+        return kinds.at[(*(each[..., None] for each in at), slot)].set(jnp.asarray(masks)[position], mode="drop")
 
     def _listed(self, rows: Array) -> tuple[Array, Array]:
         """The rows of the lists that read alike, and how many blocks further on the given ones stand."""
@@ -155,6 +156,14 @@ class Options:
 
     scale: float
     soft_cap: float | None
+
+    @classmethod
+    def of(cls, head_dim: int, scale: float | None, soft_cap: float | None) -> "Options":
+        """Raises ValueError where the op would."""
+        return cls(
+            head_dim**-0.5 if scale is None else check_number("scale", scale),
+            None if soft_cap is None else check_number("logits_soft_cap", soft_cap, above=0),
+        )
 
 
 def attend(
@@ -212,7 +221,8 @@ def _attend(query, positions, keys: Keys, masks, options: Options, finite) -> Pa
     weights = jnp.exp(logits - jnp.where(jnp.isneginf(most), 0, most)[..., None])
     total = weights.sum(-1)
     if keys.value_scale is not None:
-        weights = weights * tokens(keys.value_scale)[:, None, :, None, None]
+        # Of a NaN the scale is one.
+        weights = jnp.where(seen, weights * tokens(keys.value_scale)[:, None, :, None, None], 0)
 
     def product(value):
         return _weighted(weights.astype(dtype), value)
@@ -229,18 +239,17 @@ def _attend(query, positions, keys: Keys, masks, options: Options, finite) -> Pa
 def _weighted(weights: Float[Array, "z u k g t n"], value: Float[Array, "z k n e"]) -> Float[Array, "z u t k g e"]:
     """Sums of values, in float32."""
     contexts, samples, kv_heads, group, length, tokens = weights.shape
-    rows = jnp.moveaxis(weights, 2, 1).reshape(contexts * kv_heads, -1, tokens)
-    value = value.reshape(contexts * kv_heads, tokens, -1)
+    rows = jnp.moveaxis(weights, 2, 1).reshape(contexts, kv_heads, -1, tokens)
 
     def at_once(rows, value):
-        return jnp.einsum("bmn,bne->bme", rows, value, preferred_element_type=jnp.float32)
+        return jnp.einsum("zkmn,zkne->zkme", rows, value, preferred_element_type=jnp.float32)
 
     def in_runs(rows, value):
         run = min(RUN, tokens & -tokens)
-        rows, value = rows.reshape(*rows.shape[:2], -1, run), value.reshape(len(value), -1, run, value.shape[2])
-        return jnp.einsum("bmrn,brne->brme", rows, value, preferred_element_type=jnp.float32).sum(1)
+        rows, value = rows.reshape(*rows.shape[:3], -1, run), value.reshape(contexts, kv_heads, -1, run, value.shape[3])
+        return jnp.einsum("zkmrn,zkrne->zkrme", rows, value, preferred_element_type=jnp.float32).sum(2)
 
-    if rows.shape[1] > FEW_ROWS:
+    if rows.shape[2] > FEW_ROWS:
         out = at_once(rows, value)
     else:
         out = jax.lax.platform_dependent(rows, value, cpu=in_runs, default=at_once)

@@ -20,6 +20,9 @@ from s2jax.patterns import Heads, Pattern
 TRIAL_BLOCKS = 64
 """A pattern of bounded reach shows what it does to a context this long, or to four times its reach."""
 
+MANY_BLOCKS = 1 << 16
+"""So far a pattern that streams is seen to repeat itself."""
+
 ALIKE = 16
 """KV heads share a buffer where each leaves at most one slot, or one in so many, unused: a buffer costs time, too."""
 
@@ -41,10 +44,10 @@ class CacheLayout:
     """
 
     pattern: Pattern
-    schedule: BlockSchedule
+    schedule: BlockSchedule = dataclasses.field(repr=False)
     slots: Int32[np.ndarray, " k"]
-    slot_of: Int32[np.ndarray, "k blocks"] | None
-    last: Int32[np.ndarray, "k blocks"] | None
+    slot_of: Int32[np.ndarray, "k blocks"] | None = dataclasses.field(repr=False)
+    last: Int32[np.ndarray, "k blocks"] | None = dataclasses.field(repr=False)
     max_length: int | None
     max_rollback: int
     first_repeated: int = 0
@@ -128,7 +131,8 @@ def _last_readers(schedule: BlockSchedule) -> np.ndarray:
     readers = schedule.transposed
     starts, stops = readers.slices[..., 0], readers.slices[..., 1]
     some = stops > starts
-    found = np.where(some, readers.blocks[np.where(some, stops - 1, 0)], -1).max(-1, initial=-1)
+    blocks = np.append(readers.blocks, -1)  # not even a pattern that reads nothing leaves it empty
+    found = np.where(some, blocks[np.where(some, stops - 1, -1)], -1).max(-1, initial=-1)
     groups = schedule.head_index.reshape(schedule.num_kv_heads, -1)
     return found[groups].max(1).astype(np.int32)
 
@@ -162,8 +166,14 @@ def _recurrence(pattern: Pattern, heads: Heads, size: int) -> tuple[int, int]:
         blocks = 4 * reach
     for period in range(1, blocks // 2):
         if all(_repeats(band, period) for each in bands for band in each):
-            return reach, period
-    raise _unbounded(pattern)
+            break
+    else:
+        raise _unbounded(pattern)
+    # The first blocks may be more than were tried.
+    for head in range(heads.num_heads):
+        if not all(_repeats(band, period) for band in _bands(pattern, heads, head, size, max(blocks, MANY_BLOCKS))):
+            raise _unbounded(pattern)
+    return reach, period
 
 
 def _bands(pattern: Pattern, heads: Heads, head: int, size: int, blocks: int) -> tuple[Band, ...]:

@@ -101,7 +101,16 @@ def test_bounded_patterns_stream(pattern, slots, period):
 
 
 @pytest.mark.parametrize(
-    "pattern", [Dense(), LocalStride(), FirstTokens(3) | Local(4), MASK, PerHead([Local(4), Dense()] * 2)], ids=str
+    "pattern",
+    [
+        Dense(),
+        LocalStride(),
+        FirstTokens(3) | Local(4),
+        FirstBlocks(300, 16) & Local(4, block_size=16),
+        MASK,
+        PerHead([Local(4), Dense()] * 2),
+    ],
+    ids=str,
 )
 def test_others_need_a_length(pattern):
     with pytest.raises(ValueError, match="needs max_length, the most tokens"):
