@@ -183,7 +183,8 @@ def attend(
     batch, length, kv_heads, group, _ = query.shape
     slots, size = keys.held.shape[2], masks.shape[1]
     each = max(1, PAIRS_AT_ONCE // max(1, batch * length * kv_heads * group * size))
-    if each >= slots:
+    # A single token's logits are few beside the keys that they are of.
+    if each >= slots or length == 1:
         return _attend(query, positions, keys, masks, options, finite)
 
     def step(parts: Parts, start):

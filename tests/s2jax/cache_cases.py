@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from s2jax import (
     BlockMask,
@@ -40,6 +41,10 @@ BOUNDED = {
     "tokens": Local(tokens=40) & Local(8, block_size=16),
     "stripes": Ranges(((2, 1), (6, 2)), 16),
 }
+
+
+def slow_but(quick: tuple[str, ...], names=PATTERNS) -> list:
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
 
 
 @functools.cache

@@ -8,14 +8,25 @@ import numpy as np
 import pytest
 
 from s2jax import KVCache
-from tests.s2jax.cache_cases import BOUNDED, PATTERNS, STRIDE, arrays, cache_for, check, cut, extend, reference
+from tests.s2jax.cache_cases import (
+    BOUNDED,
+    PATTERNS,
+    STRIDE,
+    arrays,
+    cache_for,
+    check,
+    cut,
+    extend,
+    reference,
+    slow_but,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
 
 @pytest.mark.usefixtures("quick_compilation")
 class TestEqualsTheOp:
-    @pytest.mark.parametrize("name", PATTERNS)
+    @pytest.mark.parametrize("name", slow_but(("local stride", "dense heads", "any mask", "nothing", "first tokens")))
     def test_prompt_then_tokens(self, name):
         tokens, cache = arrays(), cache_for(PATTERNS[name])
         expected = reference(tokens, PATTERNS[name])
@@ -26,7 +37,7 @@ class TestEqualsTheOp:
             check(out, expected[:, at : at + 1])
         assert cache.lengths.tolist() == [130, 130]
 
-    @pytest.mark.parametrize("name", PATTERNS)
+    @pytest.mark.parametrize("name", slow_but(("local stride", "read again after a while", "by head")))
     def test_chunks(self, name):
         tokens, cache = arrays(), cache_for(PATTERNS[name])
         expected = reference(tokens, PATTERNS[name])
@@ -128,7 +139,7 @@ class TestSequences:
             check(out[0, 0], expected[0][0, 100 + step])
             check(out[1, 0], expected[1][1, step])
 
-    @pytest.mark.parametrize("name", ["local stride", "any mask", "first tokens", "rows that read nothing"])
+    @pytest.mark.parametrize("name", slow_but(("local stride", "first tokens")))
     def test_rollback(self, name):
         """Drafts of 20 tokens, of which some are taken back and others come in their place."""
         pattern, draft = PATTERNS[name], arrays(seed=1)
@@ -163,8 +174,17 @@ class TestSequences:
         check(out[0], reference(tokens, STRIDE)[0, 97:98])
         assert jnp.isnan(out[1]).all()
 
-    @pytest.mark.parametrize("name", ["local stride", "by head"])
-    @pytest.mark.parametrize(("prompt", "new"), [(100, 60), (96, 20), (5, 170)])
+    @pytest.mark.parametrize(
+        ("name", "prompt", "new"),
+        [
+            ("local stride", 100, 60),
+            pytest.param("local stride", 96, 20, marks=pytest.mark.slow),
+            pytest.param("local stride", 5, 170, marks=pytest.mark.slow),
+            pytest.param("by head", 100, 60, marks=pytest.mark.slow),
+            ("by head", 96, 20),
+            pytest.param("by head", 5, 170, marks=pytest.mark.slow),
+        ],
+    )
     def test_fork(self, name, prompt, new):
         pattern, samples = PATTERNS[name], 3
         tokens = arrays()
