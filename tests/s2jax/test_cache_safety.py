@@ -90,7 +90,7 @@ def test_streams_as_far_as_positions_are_counted(name):
 def test_a_chunk_may_be_written_in_any_order():
     """What is dropped before it is read goes nowhere: XLA does not say which of two writes to one place is the last."""
     cache = cache_for(STRIDE)
-    space, buffer = cache._spaces[0], cache.buffers[0]
+    space, buffer = cache.spaces[0], cache.buffers[0]
     _, key, value = cut(arrays(), 0, 150)
     positions, end = jnp.tile(jnp.arange(150), (2, 1)), jnp.array([150, 90])
     order = np.random.default_rng(1).permutation(150)
