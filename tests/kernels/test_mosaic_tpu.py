@@ -47,6 +47,10 @@ def slow_but(quick: tuple[str, ...], cases: list) -> list:
     ]
 
 
+SHARED = [each for each in (*parameters(), *named(*SHAPES)) if not isinstance(each.values[0].pattern, Selected)]
+"""Those with lists that rows can share: a selection has none."""
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # of NaN on purpose
 class TestInterpreted(AttentionContract):
     implementation = "mosaic_tpu"
@@ -81,10 +85,8 @@ class TestInterpreted(AttentionContract):
             each.cache_clear()
 
     @pytest.mark.usefixtures("quick_compilation", "no_room")
-    @pytest.mark.parametrize("case", slow_but(("local stride",), [*parameters(), *named(*SHAPES)]))
+    @pytest.mark.parametrize("case", slow_but(("local stride",), SHARED))
     def test_rows_that_share_lists(self, case: Case):
-        if isinstance(case.pattern, Selected):
-            pytest.skip("a selection has no lists to share")
         self.check(case)
 
     @pytest.mark.slow
