@@ -98,9 +98,9 @@ class TestInterpreted(AttentionContract):
         super().test_random_cases()
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", ["local stride both ways", "strangers", "an offset for each"])
-    def test_gradients_show_the_pattern(self, name: str):
-        super().test_gradients_show_the_pattern(name)
+    @pytest.mark.parametrize("case", parameters("local stride both ways", "strangers", "an offset for each"))
+    def test_gradients_show_the_pattern(self, case: Case):
+        super().test_gradients_show_the_pattern(case)
 
     @pytest.fixture(autouse=True)
     def interpreted(self):
