@@ -190,47 +190,34 @@ class S2Attention(nnx.Module):
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
         """Self attention of a prompt, with which the cache begins anew; see `KVCache.prefill`."""
-        self._check_cache(cache)
-        positions = None if self.rope_theta is None else jnp.arange(x.shape[1], dtype=jnp.int32)
-        query, (key, value) = self.queries(x, positions), self.keys_values(x, positions)
-        heads, cache = cache.prefill(
-            query,
-            key,
-            value,
-            counts=counts,
-            scale=self.scale,
-            logits_soft_cap=self.logits_soft_cap,
-            sinks=_array(self.sinks),
-            query_spec=self.query_spec,
-            implementation=self.implementation,
-        )
+        arrays, options = self._for_cache(x, cache, jnp.zeros_like(cache.lengths))
+        backend = {"query_spec": self.query_spec, "implementation": self.implementation}
+        heads, cache = cache.prefill(*arrays, counts=counts, **options, **backend)
         return self.out(heads), cache
 
     def extend(
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
         """Self attention of the next tokens of every sequence, over all that the cache holds; see `KVCache.extend`."""
-        self._check_cache(cache)
-        positions = cache.lengths[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-        positions = None if self.rope_theta is None else positions
-        query, (key, value) = self.queries(x, positions), self.keys_values(x, positions)
-        heads, cache = cache.extend(
-            query,
-            key,
-            value,
-            counts=counts,
-            scale=self.scale,
-            logits_soft_cap=self.logits_soft_cap,
-            sinks=_array(self.sinks),
-        )
+        arrays, options = self._for_cache(x, cache, cache.lengths)
+        heads, cache = cache.extend(*arrays, counts=counts, **options)
         return self.out(heads), cache
 
-    def _check_cache(self, cache: KVCache) -> None:
+    def _for_cache(
+        self, x: Float[Array, "b t f"], cache: KVCache, start: Int[Array, "b"]
+    ) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
+        """Query, key and value of tokens from a position on, and how they attend."""
         if cache.layout.pattern != self.pattern:
             raise ValueError(
                 f"the cache was made for {cache.layout.pattern!r}, the layer reads by {self.pattern!r}: make it with "
                 "the layer's create_cache"
             )
+        positions = None
+        if self.rope_theta is not None:
+            positions = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        key, value = self.keys_values(x, positions)
+        options = {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap, "sinks": _array(self.sinks)}
+        return (self.queries(x, positions), key, value), options
 
     def queries(
         self,

@@ -12,7 +12,6 @@ from models import Transformer, TransformerConfig
 from models.generate import Spent, generate, main
 from models.pretrained import Pretrained
 from models.sampling import Sampling
-from models.smollm2 import fetch
 from s2jax import Dense, FirstTokens, Local, LocalStride
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
@@ -103,17 +102,9 @@ class TestModel:
             ours.extend(jnp.zeros((1, 1), int), dense)
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    try:
-        return str(fetch())
-    except ConnectionError as error:
-        pytest.skip(f"{error}")
-
-
 class TestCommand:
-    def test_continues_a_text(self, smollm2, capsys):
-        main(["--model", smollm2, "--prompt", "The capital of Italy is", "--max-new-tokens", "4"])
+    def test_continues_a_text(self, smollm2_path, capsys):
+        main(["--model", str(smollm2_path), "--prompt", "The capital of Italy is", "--max-new-tokens", "4"])
         told = capsys.readouterr()
         assert told.out == " Rome.\n\n\n"  # the last one ends the output
         assert "prompt: 5 tokens in " in told.err
@@ -131,8 +122,8 @@ class TestCommand:
             (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
         ],
     )
-    def test_errors_are_one_line(self, smollm2, arguments, message):
-        model = [] if "--model" in arguments else ["--model", smollm2]
+    def test_errors_are_one_line(self, smollm2_path, arguments, message):
+        model = [] if "--model" in arguments else ["--model", str(smollm2_path)]
         with pytest.raises(SystemExit) as raised:
             main([*model, *arguments])
         assert message in raised.value.code

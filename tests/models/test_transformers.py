@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import smollm2
 from models.pretrained import Pretrained, load, save
 from tests.models.checkpoints import LLAMA, QWEN3, UNTIED, transformer
 
@@ -50,14 +49,6 @@ def theirs(torch, model, ids):
 
 def relative_error(given, expected):
     return np.abs(given - expected).max() / np.abs(expected).max()
-
-
-@pytest.fixture(scope="module")
-def smollm2_path():
-    try:
-        return smollm2.fetch()
-    except ConnectionError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-1)])
