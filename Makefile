@@ -47,10 +47,9 @@ bench: .venv/.train ## the benchmarks into benchmarks/results/, and the tables f
 	$(PY) benchmarks/attention.py $(ARGS)
 	@$(PY) benchmarks/report.py
 
-docs: .venv/.train ## what is generated: pictures, the README's tables, docs/train-help.txt
+docs: .venv/.train ## what is generated: pictures, the README's tables
 	@$(PY) -m s2jax.picture
 	@$(PY) benchmarks/report.py
-	@COLUMNS=100 NO_COLOR=1 $(PY) train.py --help >docs/.help && mv docs/.help docs/train-help.txt
 
 compilers: .venv/.compilers ## the compilers for TPU and NVIDIA, to compile kernels with no device (1.5 GB)
 

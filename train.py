@@ -16,15 +16,18 @@ from pathlib import Path
 import jax
 
 import models
+import s2jax
+from models.pretrained import Checkpoint
 from training.checkpoint import Checkpoints, StopRequest
 from training.command_line import parse
-from training.config import Config
-from training.corpus import Corpus, hold_out, load_corpus, standard_library
+from training.config import Config, require
+from training.corpus import BYTE_VOCAB, Corpus, hold_out, load_corpus, standard_library
 from training.data import process_share, to_devices, training_batches
 from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_size
 from training.metrics import MetricsLog, Progress, mfu
 from training.packing import PackedRows, arrays, empty_row
-from training.report import final_report, resume_command
+from training.pretrained import checkpoint_of, export, in_tokens, pretrained_state
+from training.report import final_report, generate_command, resume_command
 from training.step import Metrics, Trainer, TrainState
 
 
@@ -83,6 +86,7 @@ class Run:
     first_step: int
     first_row: int  # of the shuffled order
     data_name: str
+    checkpoint: Checkpoint | None  # of --pretrained
 
 
 def prepare(config: Config) -> Run:
@@ -96,34 +100,38 @@ def prepare(config: Config) -> Run:
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"{jax.device_count()} × {jax.devices()[0].device_kind} as {shape}; {jax.process_count()} process(es)")
 
-    train_set, heldout = load_data(config)
+    checkpoint = None if config.pretrained is None else checkpoint_of(config)
+    train_set, heldout = load_data(config, checkpoint)
     config = with_run_dir(config)
     rows = PackedRows(train_set, config.input.seq_len)
 
     trainer = Trainer(config, mesh)
-    sparse = config.model.num_layers - len(config.model.dense_layers)
-    say(
-        f"Model {config.preset}: {models.param_count(trainer.model_config):,} parameters, {config.model.num_layers} "
-        f"layers, {sparse} of them sparse: {trainer.model_config.pattern}"
-    )
+    say(f"Model {config.name}: {models.param_count(trainer.model_config):,} parameters, {layers_of(trainer)}")
     checkpoints = Checkpoints(run_dir(config) / "checkpoints", keep=config.output.keep, say=say)
     data_name = f"{train_set.fingerprint()} seq_len {config.input.seq_len} seed {config.seed}"
-    state, first_step, first_row = start_state(trainer, checkpoints, data_name)
+    state, first_step, first_row = start_state(trainer, checkpoints, data_name, checkpoint)
 
     began = time.perf_counter()
     step = compile_step(trainer)
     say(f"Compiled the training step in {time.perf_counter() - began:.0f} s")
     if jax.process_index() == 0:  # last, so that flags that a checkpoint does not fit are not kept
         (run_dir(config) / "config.json").write_text(config.to_json())
-    return Run(config, trainer, step, rows, heldout, checkpoints, state, first_step, first_row, data_name)
+    return Run(config, trainer, step, rows, heldout, checkpoints, state, first_step, first_row, data_name, checkpoint)
+
+
+def layers_of(trainer: Trainer) -> str:
+    """How many there are, and what the sparse ones read."""
+    config = trainer.model_config
+    sparse = sum(config.layer_pattern(layer) != s2jax.Dense() for layer in range(config.num_layers))
+    return f"{config.num_layers} layers, {f'{sparse} of them sparse: {config.pattern}' if sparse else 'all dense'}"
 
 
 def with_run_dir(config: Config) -> Config:
-    """Names a new directory after preset and time, if none is named, and makes it."""
+    """Names a new directory after the model and the time, if none is named, and makes it."""
     if config.run_dir is None:
         if jax.process_count() > 1:
             raise ValueError("--run-dir: expected a directory that all processes share, got none")
-        name = f"runs/{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         config = dataclasses.replace(config, run_dir=name)
     try:
         run_dir(config).mkdir(parents=True, exist_ok=True)
@@ -136,8 +144,8 @@ def run_dir(config: Config) -> Path:
     return Path(config.run_dir or "")
 
 
-def load_data(config: Config) -> tuple[Corpus, Corpus]:
-    """Training and held-out documents."""
+def load_data(config: Config, checkpoint: Checkpoint | None) -> tuple[Corpus, Corpus]:
+    """Training and held-out documents, in the tokens of a checkpoint if there is one."""
     options = config.input
     if config.data is None:
         corpus, name = standard_library(), "Python's standard library"
@@ -150,6 +158,10 @@ def load_data(config: Config) -> tuple[Corpus, Corpus]:
             end_token=options.end_token,
         )
         name = config.data
+    if checkpoint is not None:
+        corpus = in_tokens(corpus, checkpoint)
+    fits = not corpus.byte_level or config.model.vocab_size >= BYTE_VOCAB
+    require(fits, "--vocab-size", f"at least {BYTE_VOCAB} for byte-level text", config.model.vocab_size)
     train_set, heldout = hold_out(corpus, options.heldout)
     heldout = heldout.first(options.heldout_tokens)
     skipped = f"; {corpus.skipped} empty or binary files skipped" if corpus.skipped else ""
@@ -160,9 +172,13 @@ def load_data(config: Config) -> tuple[Corpus, Corpus]:
     return train_set, heldout
 
 
-def start_state(trainer: Trainer, checkpoints: Checkpoints, data_name: str) -> tuple[TrainState, int, int]:
-    """State, step and data position to start from: the newest checkpoint's, or fresh ones."""
+def start_state(
+    trainer: Trainer, checkpoints: Checkpoints, data_name: str, pretrained: Checkpoint | None
+) -> tuple[TrainState, int, int]:
+    """State, step and data position to start from: the run's newest checkpoint's, or fresh ones."""
     restored = checkpoints.restore(trainer.abstract_state._asdict())
+    if restored is None and pretrained is not None:
+        return pretrained_state(trainer, pretrained), 0, 0
     if restored is None:
         return trainer.init(trainer.config.seed), 0, 0
     say(f"Going on from checkpoint {restored.step} in {checkpoints.directory}")
@@ -224,6 +240,9 @@ def train(run: Run) -> int:
     say("Evaluating …")
     speed = recorder.progress.tokens_per_second() if recorder.progress.trained_steps else None
     say("\n" + final_report(trainer, state.params, run.heldout, step=done, tokens_per_second=speed))
+    if run.checkpoint is not None:
+        export(run_dir(config) / "model", run.checkpoint, state.params)
+        say(f"Try it with   {generate_command(config)}")
     return 0
 
 

@@ -10,6 +10,7 @@ float32.
 
 import functools
 import itertools
+import pathlib
 import time
 
 import jax
@@ -36,6 +37,7 @@ CASES = (
     ("dense", "Dense()", ()),
     ("window of 512", "Local(8)", ()),
     ("window of 512, first block", "Local(8) | FirstBlocks(1)", ()),
+    ("window of 3520, first block", "Local(55) | FirstBlocks(1)", ()),
     ("stride 3, window of 1024, first block", "LocalStride(64, 16, 3) | FirstBlocks(1)", ()),
     ("stride 3, window of 256, first block", SPARSE, ()),
     ("stride 8, window of 256, first block", "LocalStride(64, 4, 8) | FirstBlocks(1)", ()),
@@ -47,8 +49,14 @@ CASES = (
 )
 
 
-def measure(name: str, text: str, dense_layers: tuple[int, ...], tokens: np.ndarray) -> dict:
-    pretrained = load(smollm2.fetch(), pattern_of(text), dense_layers=dense_layers, dtype="float32")
+def measure(
+    name: str,
+    text: str,
+    dense_layers: tuple[int, ...],
+    tokens: np.ndarray,
+    path: pathlib.Path | None = None,  # of a model other than SmolLM2 itself
+) -> dict:
+    pretrained = load(path or smollm2.fetch(), pattern_of(text), dense_layers=dense_layers, dtype="float32")
     model, length = pretrained.model, tokens.shape[1]
     graph, state = nnx.split(model)
     caches = model.create_caches(1, max_length=length + 64)

@@ -10,9 +10,11 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
@@ -27,7 +29,16 @@ from s2jax.patterns import Dense, Pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrained:
+class _Around:
+    max_context: int
+    tokenizer: Tokenizer | None = None
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    chat_template: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained(_Around):
     """A model and what it takes to talk to it.
 
     Attributes:
@@ -40,23 +51,56 @@ class Pretrained:
     """
 
     model: Transformer
-    max_context: int
-    tokenizer: Tokenizer | None = None
-    eos_ids: tuple[int, ...] = ()
-    bos_id: int | None = None
-    chat_template: str | None = None
 
 
-def load(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint(_Around):
+    """A checkpoint whose weights are still in its files; see `Pretrained` for what is around them.
+
+    Attributes:
+        config: the model that they are for.
+        tensors: by their Hugging Face names, each read when it is asked for.
+    """
+
+    config: TransformerConfig
+    tensors: Mapping[str, np.ndarray]
+
+    def parameters(self) -> dict:
+        """Reads and checks the weights: float32 on the host, nested as `nnx.update` takes them.
+
+        Raises:
+            ValueError: in one line, if tensors are missing, torn, of another shape, NaN or infinite.
+        """
+        return from_huggingface(self.tensors, self.config)
+
+    def with_parameters(self, parameters: dict) -> Pretrained:
+        """The model with these weights, its own or others that came of them."""
+        model = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
+        arrays = nnx.traversals.flatten_mapping(parameters)
+        for path in arrays:  # one by one: two copies of a tensor at a time, not of the model
+            arrays[path] = jnp.asarray(arrays[path])
+        nnx.update(model, nnx.traversals.unflatten_mapping(arrays))
+        around = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Around)}
+        return Pretrained(model=model, **around)
+
+
+def load(path: str | os.PathLike, pattern: Pattern = Dense(), **settings: Any) -> Pretrained:  # noqa: B008 - frozen
+    """Loads a Llama, Mistral or Qwen3 checkpoint, see `open_checkpoint`.
+
+    Tensors are read, checked and converted one by one, so that the peak is the float32 model and little more.
+    """
+    checkpoint = open_checkpoint(path, pattern, **settings)
+    return checkpoint.with_parameters(checkpoint.parameters())
+
+
+def open_checkpoint(
     path: str | os.PathLike,
     pattern: Pattern = Dense(),  # noqa: B008 - a frozen value
     *,
     tokenizer: str | os.PathLike | None = None,
     **settings: Any,
-) -> Pretrained:
-    """Loads a Llama, Mistral or Qwen3 checkpoint.
-
-    Tensors are read, checked and converted one by one, so that the peak is the float32 model and little more.
+) -> Checkpoint:
+    """Reads all of a Llama, Mistral or Qwen3 checkpoint but its weights.
 
     Args:
         path: a GGUF file, or a directory with config.json, safetensors and, usually, tokenizer.json.
@@ -67,7 +111,7 @@ def load(
 
     Raises:
         ValueError: in one line, if a file is missing or torn; if the model is not one that `Transformer` computes
-            exactly; on a quantisation or a tokenizer that cannot be read; on weights that are NaN or infinite.
+            exactly; on a quantisation or a tokenizer that cannot be read.
     """
     path = pathlib.Path(path)
     read = _read_directory if path.is_dir() else _read_gguf
@@ -110,14 +154,15 @@ def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
     return Tokenizer.from_file(str(path))
 
 
-def _read_gguf(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any) -> Pretrained:
+def _read_gguf(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any) -> Checkpoint:
     file = GgufFile(path)
     metadata = file.metadata
     if tokenizer is None and "tokenizer.ggml.model" in metadata:
         tokenizer = tokenizer_from_gguf(metadata)
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    return Pretrained(
-        model=_model(TransformerConfig(**file.shape(), **settings), file),
+    return Checkpoint(
+        config=TransformerConfig(**file.shape(), **settings),
+        tensors=file,
         max_context=file.max_context(),
         tokenizer=tokenizer,
         eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
@@ -126,7 +171,7 @@ def _read_gguf(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any)
     )
 
 
-def _read_directory(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any) -> Pretrained:
+def _read_directory(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any) -> Checkpoint:
     values = read_json(path / "config.json")
     config = config_from_huggingface(values, **settings)
     if tokenizer is None and (path / "tokenizer.json").exists():
@@ -134,23 +179,15 @@ def _read_directory(path: pathlib.Path, tokenizer: Tokenizer | None, **settings:
     # Where the two differ, it is this one that generation goes by.
     generation = _optional_json(path / "generation_config.json")
     ends = generation.get("eos_token_id", values.get("eos_token_id"))
-    return Pretrained(
-        model=_model(config, ShardedTensors(path)),
+    return Checkpoint(
+        config=config,
+        tensors=ShardedTensors(path),
         max_context=int(values.get("max_position_embeddings", 2048)),
         tokenizer=tokenizer,
         eos_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
         bos_id=generation.get("bos_token_id", values.get("bos_token_id")),
         chat_template=_chat_template(path),
     )
-
-
-def _model(config: TransformerConfig, tensors) -> Transformer:
-    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-    parameters = nnx.traversals.flatten_mapping(from_huggingface(tensors, config))
-    for path in parameters:  # one by one: two copies of a tensor at a time, not of the model
-        parameters[path] = jnp.asarray(parameters[path])
-    nnx.update(model, nnx.traversals.unflatten_mapping(parameters))
-    return model
 
 
 def _chat_template(path: pathlib.Path) -> str | None:

@@ -10,23 +10,29 @@ from pathlib import Path
 
 import tyro
 
-from training.config import Config, recipe, require
+from training.config import Config, fine_tuning, recipe, require
 
 
 def parse(argv: Sequence[str]) -> Config:
     """The config that the flags ask for; prints the help and exits 0 on --help.
 
-    The defaults come from the run that --run-dir holds, if it holds one, else from the --preset's recipe.
+    The defaults come from the run that --run-dir holds, if it holds one, else from the recipe of --preset or for
+    --pretrained.
 
     Raises:
         ValueError: in one line, what was expected and what came.
     """
     run_dir = _peek(argv, "--run-dir")
     saved = Path(run_dir, "config.json") if run_dir else None
-    preset = _peek(argv, "--preset")
+    preset, pretrained = _peek(argv, "--preset"), _peek(argv, "--pretrained")
     if saved is not None and saved.exists():
         defaults = Config.from_json(saved)
         require(preset in (None, defaults.preset), "--preset", f"{defaults.preset}, as in {run_dir}", preset)
+        same = pretrained in (None, defaults.pretrained)
+        require(same, "--pretrained", f"{defaults.pretrained}, as in {run_dir}", pretrained)
+    elif pretrained is not None:
+        require(preset is None, "--pretrained", "no --preset beside it", preset)
+        defaults = fine_tuning(pretrained)
     else:
         defaults = recipe(preset or "tiny")
     complaint = io.StringIO()

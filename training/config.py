@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import models
-import s2jax
+from models.pattern_text import pattern_of
+from models.pretrained import open_checkpoint
 
 
 def require(condition: bool, flag: str, expected: str, got: object) -> None:
@@ -76,14 +77,8 @@ class ModelOptions:
     """Width of a head."""
     d_ff: int
     """Inner width of the feed-forward."""
-    block_size: int
-    """Tokens in a block of the sparse layers' pattern: a power of two from 16."""
-    local_blocks: int
-    """Blocks behind it (its own included) that a query reads whole."""
-    vert_stride: int
-    """Beyond them it reads one block in so many, each KV head others."""
-    num_dense_heads: int
-    """KV heads of a sparse layer that read everything."""
+    pattern: str
+    """Who reads whom in the sparse layers, such as 'LocalStride(64, 16, 8) | FirstBlocks(1)'."""
     dense_layers: tuple[int, ...]
     """Layers whose attention is dense: their indices, the first layer being 0."""
     tie_embeddings: bool
@@ -92,6 +87,8 @@ class ModelOptions:
     """Whether queries and keys are RMS-normalised, with a learned gain."""
     rope_theta: float
     """Base of the rotary positions."""
+    norm_eps: float
+    """Added to the mean square in every RMS norm."""
     dtype: Literal["bfloat16", "float32"]
     """Type that activations are computed in; the parameters are float32 always."""
     remat: Literal["none", "attention", "full"]
@@ -100,19 +97,13 @@ class ModelOptions:
     """Attention backend: auto picks by platform; xla or reference asks for just that one."""
 
     def __post_init__(self):
-        for flag, value in (("--block-size", self.block_size), ("--local-blocks", self.local_blocks)):
-            require(value >= 1, flag, "a whole number of at least 1", value)
         self.transformer()  # raises where the values do not fit together
 
     @classmethod
     def of(cls, config: models.TransformerConfig) -> ModelOptions:
         """The options that `transformer()` turns back into `config`."""
-        pattern = config.pattern
-        if not isinstance(pattern, s2jax.LocalStride):
-            raise ValueError(f"expected a preset with a LocalStride pattern, got {pattern!r}")
-        shared = {f.name for f in dataclasses.fields(cls)} - {"implementation"}
-        sources = {**dataclasses.asdict(config), **{n: getattr(pattern, n) for n in _PATTERN_FIELDS}}
-        return cls(**{name: sources[name] for name in shared})
+        values = {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
+        return cls(**values | {"pattern": str(config.pattern), "implementation": config.implementation or "auto"})
 
     def transformer(self, query_spec=None) -> models.TransformerConfig:
         """The model's config.
@@ -123,13 +114,13 @@ class ModelOptions:
         Raises:
             ValueError: a value is out of range, or two do not fit together.
         """
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _PATTERN_FIELDS}
+        try:
+            pattern = pattern_of(self.pattern)
+        except ValueError as error:
+            raise ValueError(f"--pattern: {error}") from error
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["implementation"] = None if self.implementation == "auto" else self.implementation
-        pattern = s2jax.LocalStride(**{name: getattr(self, name) for name in _PATTERN_FIELDS})
-        return models.TransformerConfig(**values, pattern=pattern, query_spec=query_spec)
-
-
-_PATTERN_FIELDS = ("block_size", "local_blocks", "vert_stride", "num_dense_heads")
+        return models.TransformerConfig(**values | {"pattern": pattern, "query_spec": query_spec})
 
 
 @dataclass(frozen=True)
@@ -231,8 +222,10 @@ class Config:
     """
 
     model: ModelOptions
-    preset: str = "tiny"
+    preset: str | None = "tiny"
     """Model and recipe that the defaults of all flags come from."""
+    pretrained: str | None = None
+    """Hugging Face directory or GGUF file to start from instead of a preset: its shape, weights and tokenizer."""
     data: str | None = None
     """Text file, .jsonl, token file (.npy, .bin) or a directory of these; None is Python's own standard library."""
     steps: int = 1000
@@ -249,8 +242,15 @@ class Config:
     def __post_init__(self):
         _require_counts(self, "steps")
         _require_counts(self, "seed", least=0)
+        one = (self.preset is None) != (self.pretrained is None)
+        require(one, "--pretrained", "it or --preset, not both", f"{self.pretrained} and {self.preset}")
         rows, parts = self.input.batch_size, self.optimizer.accumulate
         require(rows % parts == 0, "--accumulate", f"a divisor of the {rows} rows of a batch", parts)
+
+    @property
+    def name(self) -> str:
+        """The preset's, or the checkpoint's."""
+        return self.preset or Path(self.pretrained or "").resolve().stem
 
     def to_json(self) -> str:
         """What `from_json` reads: all but this process's place in a cluster, which the next run may not share."""
@@ -306,4 +306,24 @@ def recipe(preset: str) -> Config:
         input=DataOptions(seq_len=8192, batch_size=512, heldout=0.0005),
         optimizer=OptimizerOptions(optimizer="adamw", learning_rate=3e-4, rest_learning_rate=3e-4, warmup_steps=2000),
         output=OutputOptions(checkpoint_every=1000),
+    )
+
+
+def fine_tuning(path: str) -> Config:
+    """The defaults of a run that starts from pretrained weights: a hundred steps at a low rate, dense.
+
+    Raises:
+        ValueError: the checkpoint cannot be read; in one line.
+    """
+    checkpoint = open_checkpoint(path)
+    return Config(
+        ModelOptions.of(checkpoint.config),
+        preset=None,
+        pretrained=path,
+        steps=100,
+        input=DataOptions(seq_len=min(4096, checkpoint.max_context)),
+        optimizer=OptimizerOptions(
+            optimizer="adamw", learning_rate=1e-4, rest_learning_rate=1e-4, warmup_steps=10, weight_decay=0.0
+        ),
+        output=OutputOptions(checkpoint_every=50, keep=1),
     )

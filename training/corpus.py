@@ -192,7 +192,7 @@ def load_corpus(path: Path, *, vocab_size: int, text_field: str, token_dtype: st
 
     Args:
         path: text file (any suffix), `.jsonl`, `.npy` or `.bin` (raw tokens), or a directory of these.
-        vocab_size: token ids must lie below it.
+        vocab_size: the ids of token files must lie below it.
         text_field: the field of a JSONL line that holds its text.
         token_dtype: "uint16" or "uint32", of a `.bin` file.
         end_token: the id that closes a document in a token file; None takes each file as one document.
@@ -225,10 +225,7 @@ def load_corpus(path: Path, *, vocab_size: int, text_field: str, token_dtype: st
     kinds = {isinstance(document, TokenDocument) for document in documents}
     if len(kinds) > 1:
         raise ValueError(f"--data: expected either text or token files in {path}, got both")
-    byte_level = not kinds.pop()
-    if byte_level and vocab_size < BYTE_VOCAB:
-        raise ValueError(f"expected a vocabulary of at least {BYTE_VOCAB} for byte-level text, got {vocab_size}")
-    return Corpus(tuple(documents), byte_level, skipped)
+    return Corpus(tuple(documents), not kinds.pop(), skipped)
 
 
 def _visible_files(directory: Path) -> Iterator[Path]:

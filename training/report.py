@@ -23,8 +23,6 @@ from training.step import Trainer
 
 def resume_command(config: Config) -> str:
     """The command that goes on with a run, from the directory that this one was given in."""
-    python = sys.executable
-    inside = os.path.relpath(python)
     flags = ["train.py", "--run-dir", str(config.run_dir)]
     cluster = config.devices
     if cluster.distributed:
@@ -32,7 +30,21 @@ def resume_command(config: Config) -> str:
     if cluster.coordinator is not None:
         flags += ["--coordinator", cluster.coordinator, "--num-processes", str(cluster.num_processes)]
         flags += ["--process-id", str(cluster.process_id)]
-    return shlex.join([python if inside.startswith("..") else inside, *flags])
+    return shlex.join([_python(), *flags])
+
+
+def generate_command(config: Config) -> str:
+    """The command that goes on with a text by a fine-tuned model."""
+    flags = ["-m", "models.generate", "--model", f"{config.run_dir}/model", "--pattern", config.model.pattern]
+    if config.model.dense_layers:
+        flags += ["--dense-layers", *map(str, config.model.dense_layers)]
+    return shlex.join([_python(), *flags, "--prompt", "Once upon a time"])
+
+
+def _python() -> str:
+    """The interpreter, from the directory that the command was given in if it lies there."""
+    inside = os.path.relpath(sys.executable)
+    return sys.executable if inside.startswith("..") else inside
 
 
 def final_report(trainer: Trainer, params: Any, heldout: Corpus, *, step: int, tokens_per_second: float | None) -> str:

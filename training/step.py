@@ -68,9 +68,15 @@ class Trainer:
         """Fresh weights, made where they lie; the same on every mesh."""
         return jax.jit(self._initial, out_shardings=self.shardings)(jax.random.key(seed))
 
+    def begin(self, params: Any) -> TrainState:
+        """Step 0 with these weights, which lie as `shardings` says and are given away."""
+        return jax.jit(self._unmoved, donate_argnums=0, out_shardings=self.shardings)(params)
+
     def _initial(self, key: Array) -> TrainState:
         model = models.Transformer(self.model_config, rngs=nnx.Rngs(key))
-        params = nnx.to_pure_dict(nnx.state(model))
+        return self._unmoved(nnx.to_pure_dict(nnx.state(model)))
+
+    def _unmoved(self, params: Any) -> TrainState:
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def _logits(self, params: Any, batch: Batch) -> Float[Array, "b t v"]:

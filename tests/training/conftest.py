@@ -42,8 +42,7 @@ def small_model() -> ModelOptions:
         num_kv_heads=2,
         head_dim=8,
         d_ff=48,
-        local_blocks=1,
-        vert_stride=2,
+        pattern="LocalStride(16, 1, 2)",
         dense_layers=(0,),
     )
 

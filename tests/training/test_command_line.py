@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 import models
+from s2jax import Dense, FirstTokens, Local, LocalStride
+from train import load_data
 from training.command_line import parse
 from training.config import Config, DeviceOptions, ModelOptions, recipe
 
@@ -18,15 +20,16 @@ def test_every_preset_has_a_recipe_whose_model_is_the_preset(preset):
 
 def test_flags_reach_their_fields():
     flags = (
-        "--data d --steps 7 --seq-len 32 --vert-stride 2 --dense-layers 1 3 --optimizer adamw --mesh 2 -1 2 --keep 5 "
-        "--no-qk-norm --remat full --learning-rate 0.5"
+        "--data d --steps 7 --seq-len 32 --pattern LocalStride(16,4,2) --dense-layers 1 3 --optimizer adamw "
+        "--mesh 2 -1 2 --keep 5 --no-qk-norm --remat full --learning-rate 0.5"
     )
     config = parse(flags.split())
     assert (config.data, config.steps, config.input.seq_len, config.output.keep) == ("d", 7, 32, 5)
     assert config.devices.mesh == (2, -1, 2)
     assert config.optimizer.matrix_rate == 0.5
     model = config.model.transformer()
-    assert (model.pattern.vert_stride, model.dense_layers, model.qk_norm, model.remat) == (2, (1, 3), False, "full")
+    assert (model.dense_layers, model.qk_norm, model.remat) == ((1, 3), False, "full")
+    assert model.pattern == LocalStride(16, 4, 2)
 
 
 def test_the_rate_follows_the_optimizer():
@@ -60,8 +63,9 @@ def test_the_rate_follows_the_optimizer():
         ("--coordinator host:1", "--coordinator: expected --distributed beside it"),
         ("--distributed --num-processes 2", "--distributed: expected all or none of"),
         ("--num-heads 5", "num_heads must be a multiple of num_kv_heads"),
-        ("--block-size 24", "block_size .* 24"),
-        ("--local-blocks 0", "--local-blocks: expected a whole number of at least 1, got 0"),
+        ("--pattern LocalStride(24)", "--pattern: block_size .* 24"),
+        ("--pattern LocalStride(16,-1,2)", "--pattern: .*local_blocks .* -1"),
+        ("--pattern Sparse(3)", "--pattern: expected a pattern such as 'LocalStride.64, 16, 8.' .* got 'Sparse.3.'"),
         ("--dense-layers 9", "dense_layers must be layer indices from 0 to 3"),
         ("--sparse", "Unrecognized options: --sparse"),
     ],
@@ -70,6 +74,12 @@ def test_bad_values_are_one_line(flags, message):
     with pytest.raises(ValueError, match=message) as raised:
         parse(flags.split())
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("data", [[], ["--data", __file__]])
+def test_bytes_need_their_vocabulary(data):
+    with pytest.raises(ValueError, match="--vocab-size: expected at least 257 for byte-level text, got 256"):
+        load_data(parse(["--vocab-size", "256", *data]), None)
 
 
 def test_help_names_every_flag_in_groups(capsys, monkeypatch):
@@ -116,12 +126,7 @@ def test_a_spoiled_config_is_refused(tmp_path, content):
         parse(["--run-dir", str(tmp_path)])
 
 
-def test_a_preset_of_another_pattern_has_no_flags():
-    with pytest.raises(ValueError, match="expected a preset with a LocalStride pattern"):
-        ModelOptions.of(dataclasses.replace(models.presets["tiny"], pattern=_dense()))
-
-
-def _dense():
-    import s2jax
-
-    return s2jax.Dense()
+@pytest.mark.parametrize("pattern", [Local(4) & (Dense() | FirstTokens(2)), LocalStride(64, 4, 8, homo_head=True)])
+def test_every_pattern_has_its_flag(pattern):
+    config = dataclasses.replace(models.presets["tiny"], pattern=pattern)
+    assert ModelOptions.of(config).transformer() == config

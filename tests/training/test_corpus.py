@@ -133,12 +133,6 @@ def test_bad_data_is_refused_by_name(tmp_path, kind, message):
         load_corpus(write_bad(kind, tmp_path), **OPTIONS)
 
 
-def test_bytes_need_their_vocabulary(tmp_path):
-    (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match="at least 257 for byte-level text, got 256"):
-        load_corpus(tmp_path, **{**OPTIONS, "vocab_size": 256})
-
-
 def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("a")
 

@@ -19,8 +19,9 @@ from training.step import Metrics
 ROOT = Path(__file__).parents[2]
 # Two small layers; short rows of a text that is soon read.
 SMALL = """
-    --num-layers 2 --d-model 32 --num-heads 4 --num-kv-heads 2 --head-dim 8 --d-ff 48 --local-blocks 1
-    --vert-stride 2 --dense-layers 0 --seq-len 64 --batch-size 4 --optimizer adamw --log-every 5 --sample-bytes 8
+    --num-layers 2 --d-model 32 --num-heads 4 --num-kv-heads 2 --head-dim 8 --d-ff 48
+    --pattern LocalStride(16,1,2) --dense-layers 0 --seq-len 64 --batch-size 4 --optimizer adamw
+    --log-every 5 --sample-bytes 8
 """
 
 

@@ -1,0 +1,85 @@
+"""Fine-tuning: text in a pretrained model's tokens, a state of its weights, and the tuned model written out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from models.pretrained import Checkpoint, open_checkpoint, save
+from training.config import Config, ModelOptions, require
+from training.corpus import Corpus, TokenDocument, content_bytes
+from training.step import Trainer, TrainState
+
+_TOGETHER = 64  # documents handed to the tokenizer's threads at once
+_FREE = {"pattern", "dense_layers", "rope_theta", "dtype", "remat", "implementation"}  # what the weights leave open
+
+
+def checkpoint_of(config: Config) -> Checkpoint:
+    """The checkpoint that --pretrained names, to be read by the run's pattern.
+
+    Raises:
+        ValueError: it cannot be read, or a flag asks for a model of another shape.
+    """
+    assert config.pretrained is not None
+    checkpoint = open_checkpoint(config.pretrained)
+    stored = ModelOptions.of(checkpoint.config)
+    for field in dataclasses.fields(ModelOptions):
+        expected, got = getattr(stored, field.name), getattr(config.model, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        require(field.name in _FREE or expected == got, flag, f"{expected}, as in {config.pretrained}", got)
+    wanted = config.model.transformer()
+    settings = {name: getattr(wanted, name) for name in _FREE}
+    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **settings))
+
+
+def in_tokens(corpus: Corpus, checkpoint: Checkpoint) -> Corpus:
+    """Texts as the checkpoint's tokenizer cuts them, each closed by the token that ends a text; tokens as they are.
+
+    Raises:
+        ValueError: there is no tokenizer, or a text is not UTF-8.
+    """
+    if not corpus.byte_level:
+        return corpus
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        raise ValueError("--data: expected token files (.npy, .bin), as the checkpoint has no tokenizer, got text")
+    documents: list[TokenDocument] = []
+    for some in itertools.batched(corpus.documents, _TOGETHER):
+        texts = [_decoded(document.name, content_bytes(document)) for document in some]
+        for document, encoding in zip(some, tokenizer.encode_batch(texts), strict=True):
+            tokens = np.array([*encoding.ids, *checkpoint.eos_ids[:1]], np.int32)
+            if len(tokens) > 1:  # one token predicts nothing
+                documents.append(TokenDocument(document.name, tokens, 0, len(tokens)))
+    return Corpus(tuple(documents), False, corpus.skipped)
+
+
+def _decoded(name: str, content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--data: expected UTF-8 in {name}, got byte {content[error.start]} at {error.start}"
+        ) from error
+
+
+def pretrained_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainState:
+    """Step 0 with the checkpoint's weights, each device given its part of them."""
+
+    def placed(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, like.sharding, lambda part: array[part])
+
+    return trainer.begin(jax.tree.map(placed, checkpoint.parameters(), trainer.abstract_state.params))
+
+
+def export(directory: Path, checkpoint: Checkpoint, params: Any) -> None:
+    """Writes the model as a Hugging Face directory; every process takes part, the first writes."""
+    if jax.process_count() > 1:
+        params = multihost_utils.process_allgather(params, tiled=True)
+    if jax.process_index() == 0:
+        save(directory, checkpoint.with_parameters(params))
