@@ -4,6 +4,7 @@ import dataclasses
 
 from jax.sharding import PartitionSpec
 
+from s2jax.heads import RopeScaling
 from s2jax.patterns import Dense, Pattern
 
 REMAT_POLICIES = ("none", "attention", "full")
@@ -25,6 +26,7 @@ class TransformerConfig:
         pattern: who reads whom in the sparse layers; causal.
         dense_layers: indices of the layers whose attention is dense instead, see `hybrid_dense_layers`.
         rope_theta: base of the rotary positions.
+        rope_scaling: of their frequencies, as in Llama 3.1; a `s2jax.RopeScaling` or its four numbers.
         norm_eps: added to the mean square in every RMS norm.
         tie_embeddings: the output projection is the transposed embedding.
         qk_norm: RMS-normalised queries and keys with a learned gain.
@@ -50,6 +52,7 @@ class TransformerConfig:
     pattern: Pattern
     dense_layers: tuple[int, ...] = ()
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qk_norm: bool = False
@@ -76,6 +79,9 @@ class TransformerConfig:
             )
         if not self.pattern.causal:
             raise ValueError(f"a decoder needs a causal pattern, got the bidirectional {self.pattern!r}")
+        if self.rope_scaling is not None:
+            object.__setattr__(self, "rope_scaling", RopeScaling(*self.rope_scaling))
+            self.rope_scaling.check()
         self._check_dense_layers()
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:

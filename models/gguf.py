@@ -14,6 +14,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from s2jax.heads import RopeScaling
+
 _OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -32,6 +34,9 @@ _LAYER_NAMES = {
     "ffn_up.weight": "mlp.up_proj.weight",
     "ffn_down.weight": "mlp.down_proj.weight",
 }
+ROPE_FACTORS = "rope_freqs.weight"
+LLAMA3_ROPE = (1.0, 4.0, 8192)
+"""Low and high frequency factor, and original length."""
 _ARCHITECTURES = ("llama", "qwen3")
 # Hyperparameters that are read below, that say nothing new, or that name the origin of a file.
 _KNOWN = {
@@ -78,7 +83,8 @@ class GgufFile(Mapping[str, np.ndarray]):
         architecture = self.metadata.get("general.architecture")
         if architecture not in _ARCHITECTURES:
             raise ValueError(f"{path} has the architecture {architecture!r}; supported are {', '.join(_ARCHITECTURES)}")
-        self._tensors = {_name(tensor.name, path): tensor for tensor in tensors}
+        self._rope_factors = next((tensor for tensor in tensors if tensor.name == ROPE_FACTORS), None)
+        self._tensors = {_name(tensor.name, path): tensor for tensor in tensors if tensor.name != ROPE_FACTORS}
         # Rows of these are in llama.cpp's order: heads by their tensors.
         self._reordered = {}
         if architecture == "llama":
@@ -128,6 +134,7 @@ class GgufFile(Mapping[str, np.ndarray]):
             "head_dim": head_dim,
             "d_ff": self._count("feed_forward_length"),
             "rope_theta": self._get("rope.freq_base", 10_000.0),
+            "rope_scaling": self._rope_scaling(head_dim),
             "norm_eps": self._get("attention.layer_norm_rms_epsilon"),
             "tie_embeddings": "lm_head.weight" not in self,
             "qk_norm": self.metadata["general.architecture"] == "qwen3",
@@ -136,6 +143,24 @@ class GgufFile(Mapping[str, np.ndarray]):
     def max_context(self) -> int:
         """The longest sequence, in tokens, that the model was trained for."""
         return self._count("context_length")
+
+    def _rope_scaling(self, head_dim: int) -> RopeScaling | None:
+        """The scaling whose effect the file tells, a factor for every frequency, but not its four numbers.
+
+        Of these all checkpoints of Llama 3.1 to 3.3 have three in common; the factor is the largest.
+        """
+        if self._rope_factors is None:
+            return None
+        factors = np.asarray(self._rope_factors.data, np.float32)
+        theta = self._get("rope.freq_base", 10_000.0)
+        scaling = RopeScaling(float(factors.max()), *LLAMA3_ROPE)
+        plain = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+        if factors.shape != plain.shape or not np.allclose(plain / scaling.scaled(plain), factors, rtol=1e-4):
+            raise ValueError(
+                f"{ROPE_FACTORS} scales the rotary positions in another way than Llama 3.1 with a factor of "
+                f"{factors.max():g}, which alone is supported"
+            )
+        return scaling
 
     def _check_hyperparameters(self) -> None:
         prefix = f"{self.metadata['general.architecture']}."
@@ -190,9 +215,8 @@ def _name(name: str, path: str | os.PathLike) -> str:
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
     if match and match[2] in _LAYER_NAMES:
         return f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}"
-    hint = " (rotary positions scaled as in Llama 3.1)" if name == "rope_freqs.weight" else ""
     raise ValueError(
-        f"{path} has the tensor {name}{hint}, for which the model here has no use; supported are plain "
+        f"{path} has the tensor {name}, for which the model here has no use; supported are plain "
         "Llama and Qwen3 decoders without biases or experts"
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import TransformerConfig
+from s2jax.heads import RopeScaling
 
 # Defaults in which the architectures differ. Mistral's window is on unless config.json turns it off.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -25,6 +26,8 @@ _SUPPORTED: dict[str, tuple] = {
     "quantization_config": (None,),
 }
 _PLAIN_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+# In the order of `RopeScaling`.
+_LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def config_from_huggingface(values: Mapping[str, Any], **settings: Any) -> TransformerConfig:
@@ -43,6 +46,7 @@ def config_from_huggingface(values: Mapping[str, Any], **settings: Any) -> Trans
     if architecture == "Qwen3ForCausalLM" and not values.get("use_sliding_window"):
         values["sliding_window"] = None
     _check_supported(values)
+    rope = _rope(values)
     heads, width = _count(values, "num_attention_heads"), _count(values, "hidden_size")
     return TransformerConfig(
         vocab_size=_count(values, "vocab_size"),
@@ -52,7 +56,8 @@ def config_from_huggingface(values: Mapping[str, Any], **settings: Any) -> Trans
         num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim") or width // heads,
         d_ff=_count(values, "intermediate_size"),
-        rope_theta=float(_rope(values).get("rope_theta") or values.get("rope_theta") or 10_000.0),
+        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
+        rope_scaling=RopeScaling(*(rope[key] for key in _LLAMA3_ROPE)) if "factor" in rope else None,
         norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
         qk_norm=architecture == "Qwen3ForCausalLM",
@@ -67,6 +72,9 @@ def config_to_huggingface(config: TransformerConfig, max_context: int) -> dict[s
         config: of the model. Its pattern has no place in config.json and is left out.
         max_context: the longest sequence, in tokens, that the model is meant for.
     """
+    theta, scaling, rope = config.rope_theta, config.rope_scaling, {"rope_type": "default"}
+    if scaling is not None:
+        rope = {"rope_type": "llama3", **dict(zip(_LLAMA3_ROPE, scaling, strict=True))}
     architecture, model_type = ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
     return {
         "architectures": [architecture],
@@ -79,9 +87,10 @@ def config_to_huggingface(config: TransformerConfig, max_context: int) -> dict[s
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": max_context,
-        # Transformers 4 reads the first, 5 the second.
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        # Transformers 4 reads the first two, 5 the third.
+        "rope_theta": theta,
+        "rope_scaling": None if scaling is None else rope,
+        "rope_parameters": rope | {"rope_theta": theta},
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "hidden_act": "silu",
@@ -110,8 +119,13 @@ def _check_supported(values: Mapping[str, Any]) -> None:
             )
     rope = _rope(values)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or not rope.keys() <= _PLAIN_ROPE or rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"config.json changes the rotary positions by {dict(rope)}; supported are plain ones alone")
+    known = {"default": _PLAIN_ROPE, "llama3": _PLAIN_ROPE.union(_LLAMA3_ROPE)}.get(kind, set())
+    whole = kind != "llama3" or rope.keys() >= set(_LLAMA3_ROPE)
+    if not (rope.keys() <= known and whole) or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(
+            f"config.json changes the rotary positions by {dict(rope)}; supported are plain ones, and rope_type llama3 "
+            f"with {', '.join(_LLAMA3_ROPE)}"
+        )
 
 
 def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -72,6 +72,7 @@ class DecoderLayer(nnx.Module):
             kernel_init=fan_in(),
             out_kernel_init=fan_in(config.num_layers),
             rope_theta=config.rope_theta,
+            rope_scaling=config.rope_scaling,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             query_spec=config.query_spec,

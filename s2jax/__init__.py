@@ -9,6 +9,7 @@ from s2jax.cache import KVCache
 from s2jax.cache_layout import CacheLayout, compile_cache
 from s2jax.compiler import compile_schedule
 from s2jax.functional import attention, combine
+from s2jax.heads import RopeScaling
 from s2jax.patterns import (
     BlockMask,
     Dense,
@@ -41,6 +42,7 @@ __all__ = [
     "PerHead",
     "Ranges",
     "RelativeStride",
+    "RopeScaling",
     "Strided",
     "TpuTiles",
     "XlaTiles",

@@ -1,8 +1,42 @@
 """What the NNX and the Linen layer share: head counts, and what befalls q and k between projection and attention."""
 
+import math
+import typing
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+
+class RopeScaling(typing.NamedTuple):
+    """Rotary frequencies of Llama 3.1 and later: the slow ones slower yet, so that a longer context turns no further.
+
+    A pair of features that turns at least `high_freq_factor` times within `original_length` tokens keeps its frequency;
+    one that turns at most `low_freq_factor` times has it divided by `factor`; in between it is interpolated linearly.
+
+    Source: The Llama 3 Herd of Models, arXiv 2407.21783, and the checkpoints' config.json.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+    def check(self) -> None:
+        """Raises ValueError unless the numbers make such a scaling."""
+        ordered = 0 < self.low_freq_factor < self.high_freq_factor < math.inf
+        if not (ordered and 1 <= self.factor < math.inf and self.original_length >= 1):
+            raise ValueError(
+                "a RopeScaling needs a factor of at least 1, 0 < low_freq_factor < high_freq_factor and an "
+                f"original_length of at least 1, got {self}"
+            )
+
+    def scaled(self, frequencies: Float[Array, " d/2"]) -> Float[Array, " d/2"]:
+        """Of frequencies in radians per token."""
+        turns = frequencies * (self.original_length / (2 * math.pi))
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = kept.clip(0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
 
 
 def head_counts(
@@ -54,7 +88,10 @@ def rms_norm(x: Float[Array, "... d"], gain: Float[Array, "d"], epsilon: float =
 
 
 def rotary(
-    x: Float[Array, "b t h d"], positions: Int[Array, "b t"] | Int[Array, "t"], theta: float
+    x: Float[Array, "b t h d"],
+    positions: Int[Array, "b t"] | Int[Array, "t"],
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> Float[Array, "b t h d"]:
     """Rotates each head by its token's position, so that a query-key product depends on their distance only.
 
@@ -66,6 +103,7 @@ def rotary(
         x: queries or keys, `d` even.
         positions: integer positions, one row per batch entry or one row shared by all.
         theta: base of the wavelengths, commonly 1e4 to 1e6.
+        scaling: of the frequencies that follow from `theta`.
 
     Returns:
         The rotated heads in the dtype of `x`; angles are computed in float32 (float64 for float64 input).
@@ -87,6 +125,8 @@ def rotary(
         raise ValueError(f"positions must be integers, got {positions.dtype}; cast them to int32")
     wide = jnp.promote_types(x.dtype, jnp.float32)
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
+    if scaling is not None:
+        frequencies = scaling.scaled(frequencies)
     angles = positions.reshape((-1, length, 1, 1)).astype(wide) * frequencies.reshape((1, 1, 1, -1))
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
@@ -99,6 +139,7 @@ def place(
     positions: Int[Array, "b t"] | Int[Array, "t"] | None,
     offset: int | Int[Array, ""] | Int[Array, "b"],
     rope_theta: float | None,
+    rope_scaling: RopeScaling | None,
     norm_eps: float,
 ) -> Float[Array, "b t h d"]:
     """Queries or keys as the attention takes them: normalised if there is a gain, rotated if there is a theta.
@@ -106,19 +147,20 @@ def place(
     Positions default to `offset, offset + 1, ...`.
 
     Raises:
-        ValueError: if positions are given that nothing would use, or that do not fit.
+        ValueError: if positions or a scaling are given that nothing would use, or positions that do not fit.
     """
     if gain is not None:
         heads = rms_norm(heads, gain, norm_eps)
     if rope_theta is None:
-        if positions is not None:
-            raise ValueError("positions serve the rotary embedding, but the layer has rope_theta=None; give it one")
+        for name, given in (("positions", positions), ("rope_scaling", rope_scaling)):
+            if given is not None:
+                raise ValueError(f"{name} serves the rotary embedding, but the layer has rope_theta=None; give it one")
         return heads
     if positions is None:
         steps = jnp.arange(heads.shape[1], dtype=jnp.int32)
         offset = jnp.asarray(offset, jnp.int32)
         positions = offset.reshape(-1, 1) + steps.reshape(1, -1) if offset.ndim else offset + steps
-    return rotary(heads, positions, rope_theta)
+    return rotary(heads, positions, rope_theta, rope_scaling)
 
 
 def refuse_key_arguments(kv_positions, kv_segment_ids, query_offset) -> None:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
-from s2jax.heads import head_counts, place, refuse_key_arguments
+from s2jax.heads import RopeScaling, head_counts, place, refuse_key_arguments
 
 __all__ = ["S2Attention", "attention_fn"]
 
@@ -43,6 +43,7 @@ class S2Attention(nn.Module):
     kernel_init: Initializer = default_kernel_init
     out_kernel_init: Initializer | None = None
     rope_theta: float | None = None
+    rope_scaling: RopeScaling | None = None
     qk_norm: bool = False
     norm_eps: float = 1e-6
     use_sinks: bool = False
@@ -82,8 +83,8 @@ class S2Attention(nn.Module):
         sinks = self.param("sinks", zeros, (self.num_heads,), self.param_dtype) if self.use_sinks else None
 
         heads = attention(
-            place(query, query_gain, positions, query_offset, self.rope_theta, self.norm_eps),
-            place(key, key_gain, kv_positions, 0, self.rope_theta, self.norm_eps),
+            place(query, query_gain, positions, query_offset, self.rope_theta, self.rope_scaling, self.norm_eps),
+            place(key, key_gain, kv_positions, 0, self.rope_theta, self.rope_scaling, self.norm_eps),
             value,
             self.pattern if pattern is None else pattern,
             scale=self.scale,

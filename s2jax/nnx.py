@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
-from s2jax.heads import head_counts, place, refuse_key_arguments
+from s2jax.heads import RopeScaling, head_counts, place, refuse_key_arguments
 
 __all__ = ["S2Attention", "attention_fn"]
 
@@ -44,6 +44,7 @@ class S2Attention(nnx.Module):
         kernel_init: initialises the four kernels.
         out_kernel_init: initialises the output kernel instead, if given.
         rope_theta: base of the rotary positions; None leaves queries and keys unrotated.
+        rope_scaling: of the rotary frequencies, as in Llama 3.1.
         qk_norm: RMS-normalises each head of q and k, with a learned gain (without one, the logits could not exceed
             `d ** 0.5`, which costs quality).
         norm_eps: added to the mean square under `qk_norm`.
@@ -74,6 +75,7 @@ class S2Attention(nnx.Module):
         kernel_init: Initializer = default_kernel_init,
         out_kernel_init: Initializer | None = None,
         rope_theta: float | None = None,
+        rope_scaling: RopeScaling | None = None,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         use_sinks: bool = False,
@@ -86,6 +88,7 @@ class S2Attention(nnx.Module):
         num_kv_heads, head_dim = head_counts(num_heads, num_kv_heads, head_dim, in_features, rope_theta)
         self.pattern = pattern
         self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
         self.norm_eps = norm_eps
         self.scale = scale
         self.logits_soft_cap = logits_soft_cap
@@ -227,13 +230,23 @@ class S2Attention(nnx.Module):
         query_offset: int | Int[Array, ""] | Int[Array, "b"] = 0,
     ) -> Float[Array, "b t h d"]:
         """The queries of `x`, normalised and rotated as the layer is set up."""
-        return place(self.query(x), _array(self.query_gain), positions, query_offset, self.rope_theta, self.norm_eps)
+        return place(
+            self.query(x),
+            _array(self.query_gain),
+            positions,
+            query_offset,
+            self.rope_theta,
+            self.rope_scaling,
+            self.norm_eps,
+        )
 
     def keys_values(
         self, x: Float[Array, "b s f"], positions: Int[Array, "b s"] | Int[Array, "s"] | None = None
     ) -> tuple[Float[Array, "b s k d"], Float[Array, "b s k d"]]:
         """The keys of `x`, normalised and rotated (as a cache holds them), and its values."""
-        return place(self.key(x), _array(self.key_gain), positions, 0, self.rope_theta, self.norm_eps), self.value(x)
+        return place(
+            self.key(x), _array(self.key_gain), positions, 0, self.rope_theta, self.rope_scaling, self.norm_eps
+        ), self.value(x)
 
 
 def _array(parameter: nnx.Param | None) -> Array | None:

@@ -87,6 +87,8 @@ class ModelOptions:
     """Whether queries and keys are RMS-normalised, with a learned gain."""
     rope_theta: float
     """Base of the rotary positions."""
+    rope_scaling: tuple[float, float, float, int] | None
+    """Llama 3.1's: factor, low and high frequency factor, original length."""
     norm_eps: float
     """Added to the mean square in every RMS norm."""
     dtype: Literal["bfloat16", "float32"]
@@ -103,6 +105,7 @@ class ModelOptions:
     def of(cls, config: models.TransformerConfig) -> ModelOptions:
         """The options that `transformer()` turns back into `config`."""
         values = {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
+        values["rope_scaling"] = None if config.rope_scaling is None else tuple(config.rope_scaling)
         return cls(**values | {"pattern": str(config.pattern), "implementation": config.implementation or "auto"})
 
     def transformer(self, query_spec=None) -> models.TransformerConfig:

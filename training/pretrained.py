@@ -17,7 +17,8 @@ from training.corpus import Corpus, TokenDocument, content_bytes
 from training.step import Trainer, TrainState
 
 _TOGETHER = 64  # documents handed to the tokenizer's threads at once
-_FREE = {"pattern", "dense_layers", "rope_theta", "dtype", "remat", "implementation"}  # what the weights leave open
+# What the weights leave open.
+_FREE = {"pattern", "dense_layers", "rope_theta", "rope_scaling", "dtype", "remat", "implementation"}
 
 
 def checkpoint_of(config: Config) -> Checkpoint:

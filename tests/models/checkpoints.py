@@ -8,6 +8,7 @@ from flax import nnx
 
 from models import Transformer, TransformerConfig
 from models.huggingface import to_huggingface
+from s2jax.heads import RopeScaling
 from s2jax.patterns import Dense
 
 LLAMA = TransformerConfig(
@@ -27,6 +28,10 @@ LLAMA = TransformerConfig(
 )
 UNTIED = dataclasses.replace(LLAMA, tie_embeddings=False, rope_theta=10_000.0, num_kv_heads=4)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=24)  # heads wider than the stream
+# Of the frequencies of eight pairs, some are kept, some lowered by a part, some by the whole factor.
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 256}
+SCALED = dataclasses.replace(LLAMA, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 256))
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",

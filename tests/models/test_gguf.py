@@ -9,6 +9,7 @@ import pytest
 from models.gguf import GgufFile
 from models.huggingface import to_huggingface
 from models.pretrained import load
+from s2jax.heads import RopeScaling
 from s2jax.patterns import LocalStride
 from tests.models.checkpoints import LLAMA, QWEN3, UNTIED, gguf_tensors, logits, transformer, write_gguf
 
@@ -79,6 +80,24 @@ def test_hyperparameters_that_a_file_may_leave_out(tmp_path):
     write_gguf(tmp_path / "model.gguf", transformer(config), metadata=absent)
     loaded = load(tmp_path / "model.gguf", **SETTINGS).model.config
     assert (loaded.num_kv_heads, loaded.head_dim, loaded.rope_theta) == (4, 16, 10_000.0)
+
+
+def test_the_scaled_rotary_positions_of_llama_3(tmp_path):
+    config = dataclasses.replace(LLAMA, rope_theta=500_000.0, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192))
+    wavelengths = 2 * np.pi * 500_000.0 ** (np.arange(8) / 8)
+    turns = 8192 / wavelengths  # within the length of the first training
+    between = 1 / ((4 - turns) / 3 / 32 + (turns - 1) / 3)
+    factors = np.select([turns > 4, turns < 1], [1, 32], between).astype(np.float32)
+    assert len({*factors.tolist()}) > 2
+    model = transformer(config)
+    write_gguf(tmp_path / "model.gguf", model, tensors={"rope_freqs.weight": factors})
+    loaded = load(tmp_path / "model.gguf", **SETTINGS).model
+    assert loaded.config == dataclasses.replace(config, norm_eps=loaded.config.norm_eps)
+    np.testing.assert_allclose(logits(loaded), logits(model), atol=1e-5)
+    match = (
+        "rope_freqs.weight scales the rotary positions in another way than Llama 3.1 with a factor of 8, which"
+    )
+    refused(tmp_path / "other.gguf", match, tensors={"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)})
 
 
 def test_a_vocabulary_may_have_more_rows_than_tokens(whole):
@@ -160,7 +179,6 @@ def test_another_architecture_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("rope_freqs.weight", r"rope_freqs\.weight \(rotary positions scaled as in Llama 3\.1\)"),
         ("blk.0.attn_q.bias", r"blk\.0\.attn_q\.bias, for which the model here has no use"),
         ("blk.0.ffn_gate_exps.weight", r"ffn_gate_exps"),
     ],

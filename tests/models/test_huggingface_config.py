@@ -6,7 +6,7 @@ import pytest
 
 from models.huggingface_config import config_from_huggingface, config_to_huggingface
 from s2jax.patterns import Dense, Local
-from tests.models.checkpoints import LLAMA, QWEN3, UNTIED
+from tests.models.checkpoints import LLAMA, LLAMA3, QWEN3, SCALED, UNTIED
 
 VALUES = {
     "architectures": ["LlamaForCausalLM"],
@@ -59,12 +59,17 @@ def test_the_rotary_base_of_transformers_5():
     assert without("rope_theta", rope_parameters={"rope_type": "default", "rope_theta": 500.0}) == LLAMA
 
 
+def test_the_scaled_rotary_positions_of_llama_3():
+    assert config(rope_scaling=LLAMA3) == SCALED
+    assert without("rope_theta", rope_parameters=LLAMA3 | {"rope_theta": 500.0}) == SCALED
+
+
 def test_settings_are_the_callers():
     local = config_from_huggingface(VALUES, pattern=Local(tokens=64), dense_layers=(1,), remat="full")
     assert (local.pattern, local.dense_layers, local.remat) == (Local(tokens=64), (1,), "full")
 
 
-@pytest.mark.parametrize("original", [LLAMA, UNTIED, QWEN3], ids=["llama", "untied", "qwen3"])
+@pytest.mark.parametrize("original", [LLAMA, UNTIED, QWEN3, SCALED], ids=["llama", "untied", "qwen3", "scaled"])
 def test_round_trip(original):
     values = config_to_huggingface(original, max_context=128)
     assert config_from_huggingface(values, **SETTINGS) == original
@@ -83,6 +88,8 @@ def test_round_trip(original):
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config=.*gptq"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "changes the rotary positions by .*linear"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "changes the rotary positions by .*llama3"),
+        ({"rope_scaling": LLAMA3 | {"beta_fast": 32}}, "changes the rotary positions by .*beta_fast"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "needs a factor of at least 1, 0 < low_freq_factor < h"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "changes the rotary positions by .*yarn"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "changes the rotary positions by .*full_att"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "changes the rotary positions"),

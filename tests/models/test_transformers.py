@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from models.pretrained import Pretrained, load, save
-from tests.models.checkpoints import LLAMA, QWEN3, UNTIED, transformer
+from tests.models.checkpoints import LLAMA, LLAMA3, QWEN3, SCALED, UNTIED, transformer
 
 # Theirs are not ours to mend.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -70,7 +70,7 @@ def test_smollm2_has_their_tokens(transformers, smollm2_path):
     assert load(smollm2_path).tokenizer.encode(text).ids == tokenizer(text).input_ids
 
 
-@pytest.mark.parametrize("config", [LLAMA, UNTIED, QWEN3], ids=["llama", "untied", "qwen3"])
+@pytest.mark.parametrize("config", [LLAMA, UNTIED, QWEN3, SCALED], ids=["llama", "untied", "qwen3", "scaled"])
 def test_they_load_what_we_save(torch, transformers, tmp_path, config):
     model = transformer(config)
     save(tmp_path, Pretrained(model=model, max_context=128))
@@ -102,6 +102,7 @@ def test_they_load_the_tokenizer_that_we_save(transformers, smollm2_path, tmp_pa
     ("name", "changes"),
     [
         ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+        ("Llama", {"rope_parameters": LLAMA3 | {"rope_theta": 500.0}, "max_position_embeddings": 512}),
         ("Mistral", {"sliding_window": None}),
         ("Qwen3", {"head_dim": 24}),
     ],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s2jax.heads import head_counts, rms_norm, rotary
+from s2jax.heads import RopeScaling, head_counts, rms_norm, rotary
 
 
 def heads(seed=0, batch=2, length=7, num_heads=3, head_dim=8, dtype=jnp.float32):
@@ -32,6 +32,27 @@ def test_rotary_products_depend_on_distance_only():
         return jnp.einsum("bthd,bshd->bhts", *(rotary(x, positions + shift, 100.0) for x in (query, key)))
 
     np.testing.assert_allclose(products(0), products(37), atol=1e-4)
+
+
+def test_slow_pairs_of_llama_3_turn_slower():
+    theta, scaling = 500.0, RopeScaling(8.0, 1.0, 4.0, 256)
+    frequencies = theta ** (-2 * np.arange(8) / 16)
+    turns = frequencies * 256 / (2 * np.pi)
+    share = (turns - 1) / (4 - 1)  # of the frequency that is kept, in between
+    assert ((turns > 4).sum(), (turns < 1).sum()) == (3, 3)
+    between = (1 - share) * frequencies / 8 + share * frequencies
+    expected = np.where(turns > 4, frequencies, np.where(turns < 1, frequencies / 8, between))
+    x, positions = jnp.ones((1, 5, 1, 16)), jnp.array([0, 1, 7, 100, 300])
+    result = rotary(x, positions, theta, scaling)[0, :, 0]
+    angles = np.asarray(positions)[:, None] * expected
+    turned = [np.cos(angles) - np.sin(angles), np.sin(angles) + np.cos(angles)]
+    np.testing.assert_allclose(result, np.concatenate(turned, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize("numbers", [(0.5, 1, 4, 8192), (8, 4, 1, 8192), (8, 0, 4, 8192), (8, 1, 4, 0), (8, 1, 1, 8)])
+def test_numbers_that_make_no_scaling(numbers):
+    with pytest.raises(ValueError, match="needs a factor of at least 1, 0 < low_freq_factor < high_freq_factor"):
+        RopeScaling(*numbers).check()
 
 
 def test_rotary_positions_per_batch_entry():

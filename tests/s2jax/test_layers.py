@@ -190,6 +190,16 @@ def test_arguments_that_mean_nothing_are_refused(call, message):
         twin.apply({"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}, x, **call)
 
 
+def test_both_scale_their_rotary_positions():
+    scaling, x = s2jax.RopeScaling(8.0, 1.0, 4.0, 64), inputs()
+    layer, twin = nnx_layer(rope_theta=1e4, rope_scaling=scaling), linen_layer(rope_theta=1e4, rope_scaling=scaling)
+    out = twin.apply({"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}, x)
+    np.testing.assert_array_equal(out, layer(x))
+    assert np.abs(out - nnx_layer(rope_theta=1e4)(x)).max() > 1e-2
+    with pytest.raises(ValueError, match="rope_scaling serves the rotary embedding, but the layer has rope_theta=None"):
+        nnx_layer(rope_scaling=scaling)(x)
+
+
 def test_head_counts_are_checked_in_both():
     with pytest.raises(ValueError, match="num_heads=4, num_kv_heads=3"):
         nnx_layer(num_kv_heads=3)
