@@ -1,6 +1,7 @@
 """Continues a text with a pretrained model, dense or sparse, over a cache that holds what will be read again.
 
     python -m models.generate --prompt "The capital of Italy is"
+    python -m models.generate --chat --prompt "What is the capital of Italy?"
     python -m models.generate --model my-model/ --pattern "LocalStride(64, 16, 3)" --dense-layers 0 1 --prompt "..."
 
 The text goes to stdout as it comes; what it took to stderr, at the end.
@@ -22,6 +23,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from models import smollm2
+from models.chat import chat_tokens
 from models.pattern_text import pattern_of
 from models.pretrained import Pretrained, load
 from models.sampling import Sampling
@@ -156,6 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         prompt = pathlib.Path(given.prompt_file).read_text("utf-8") if given.prompt_file else given.prompt
         if not prompt:
             raise ValueError("the prompt is empty: give a text to go on from")
+        if given.system is not None and not given.chat:
+            raise ValueError("--system is part of a conversation: give --chat, too")
         pretrained = load(
             smollm2.fetch() if given.model is None else given.model,
             pattern, dense_layers=tuple(given.dense_layers), dtype=given.dtype,
@@ -163,8 +167,12 @@ def main(argv: list[str] | None = None) -> None:
         if pretrained.tokenizer is None:
             raise ValueError(f"{given.model} has no tokenizer: put a tokenizer.json beside its weights")
         spent = Spent()
+        tokens = pretrained.tokenizer.encode(prompt).ids
+        if given.chat:
+            system = [] if given.system is None else [{"role": "system", "content": given.system}]
+            tokens = chat_tokens(pretrained, [*system, {"role": "user", "content": prompt}])
         ids = generate(
-            pretrained, pretrained.tokenizer.encode(prompt).ids, given.max_new_tokens, sampling=sampling,
+            pretrained, tokens, given.max_new_tokens, sampling=sampling,
             seed=given.seed, chunk=given.chunk, cache_dtype=given.cache_dtype, spent=spent,
         )  # fmt: skip
         for piece in text_of(pretrained.tokenizer, ids):
@@ -185,6 +193,8 @@ def _parser() -> argparse.ArgumentParser:
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--prompt", help="the text to continue")
     text.add_argument("--prompt-file", help="a UTF-8 file with it")
+    parser.add_argument("--chat", action="store_true", help="the prompt is what a user says, to be answered")
+    parser.add_argument("--system", help="what is said before, with --chat; by default what the checkpoint says")
     parser.add_argument("--pattern", help="who reads whom, such as 'LocalStride(64, 16, 3)'; by default dense")
     parser.add_argument("--dense-layers", type=int, nargs="*", default=[], help="layers that stay dense, from 0 on")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default %(default)s")

@@ -110,6 +110,13 @@ class TestCommand:
         assert "prompt: 5 tokens in " in told.err
         assert "100% of a full one" in told.err
 
+    def test_answers(self, smollm2_path, capsys):
+        said = ["--chat", "--system", "Be brief.", "--prompt", "Hello!", "--max-new-tokens", "2"]
+        main(["--model", str(smollm2_path), *said])
+        told = capsys.readouterr()
+        assert told.out.strip()
+        assert "prompt: 19 tokens in " in told.err
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -120,6 +127,7 @@ class TestCommand:
             (["--prompt", "a", "--max-new-tokens", "9000"], "do not fit into the model's context of 8192"),
             (["--prompt", "a", "--dense-layers", "31"], "dense_layers must be layer indices from 0 to 29"),
             (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+            (["--prompt", "a", "--system", "b"], "--system is part of a conversation: give --chat, too"),
         ],
     )
     def test_errors_are_one_line(self, smollm2_path, arguments, message):

@@ -94,9 +94,7 @@ def test_the_scaled_rotary_positions_of_llama_3(tmp_path):
     loaded = load(tmp_path / "model.gguf", **SETTINGS).model
     assert loaded.config == dataclasses.replace(config, norm_eps=loaded.config.norm_eps)
     np.testing.assert_allclose(logits(loaded), logits(model), atol=1e-5)
-    match = (
-        "rope_freqs.weight scales the rotary positions in another way than Llama 3.1 with a factor of 8, which"
-    )
+    match = "rope_freqs.weight scales the rotary positions in another way than Llama 3.1 with a factor of 8, which"
     refused(tmp_path / "other.gguf", match, tensors={"rope_freqs.weight": np.arange(1, 9, dtype=np.float32)})
 
 

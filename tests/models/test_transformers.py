@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.chat import chat_tokens
 from models.pretrained import Pretrained, load, save
 from tests.models.checkpoints import LLAMA, LLAMA3, QWEN3, SCALED, UNTIED, transformer
 
@@ -94,8 +95,9 @@ def test_they_load_the_tokenizer_that_we_save(transformers, smollm2_path, tmp_pa
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(TEXT).input_ids == pretrained.tokenizer.encode(TEXT).ids
     assert (loaded.eos_token_id, loaded.bos_token_id) == (2, 1)
-    prompt = loaded.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
-    assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    messages = [{"role": "user", "content": "Hi"}]
+    theirs = loaded.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat_tokens(pretrained, messages) == theirs
 
 
 @pytest.mark.parametrize(
