@@ -27,31 +27,36 @@ ALIKE = 16
 """KV heads share a buffer where each leaves at most one slot, or one in so many, unused: a buffer costs time, too."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class CacheLayout:
     """What a cache keeps for every KV head, and where.
 
+    Those of equal arguments are equal, so that what is jitted for one cache serves another.
+
     Attributes:
+      max_length: tokens of the context; None for patterns of bounded reach, which stream without end.
+      max_rollback: tokens that may be taken back at once: what their rows have dropped is kept as much longer.
+      shards: of a mesh, over which the KV heads are split, one run of them after the other.
       schedule: `pattern`, compiled for `max_length` tokens; or, where that is None, for as many rows as differ.
       slots: int32 [k], blocks that are kept at once.
       slot_of: int32 [k, blocks], where every block is kept, -1 where it never is; None: block modulo slots.
       last: int32 [k, blocks], the last row at which every block is kept, -1 where it never is; None: as long as its
         slot is its own.
-      max_length: tokens of the context; None for patterns of bounded reach, which stream without end.
-      max_rollback: tokens that may be taken back at once: what their rows have dropped is kept as much longer.
       first_repeated: where there is no `max_length`: the row from which on rows repeat themselves ...
       period: ... after so many, shifted by as many blocks.
     """
 
     pattern: Pattern
-    schedule: BlockSchedule = dataclasses.field(repr=False)
-    slots: Int32[np.ndarray, " k"]
-    slot_of: Int32[np.ndarray, "k blocks"] | None = dataclasses.field(repr=False)
-    last: Int32[np.ndarray, "k blocks"] | None = dataclasses.field(repr=False)
+    heads: Heads
     max_length: int | None
     max_rollback: int
-    first_repeated: int = 0
-    period: int = 1
+    shards: int
+    schedule: BlockSchedule = dataclasses.field(compare=False, repr=False)
+    slots: Int32[np.ndarray, " k"] = dataclasses.field(compare=False)
+    slot_of: Int32[np.ndarray, "k blocks"] | None = dataclasses.field(compare=False, repr=False, default=None)
+    last: Int32[np.ndarray, "k blocks"] | None = dataclasses.field(compare=False, repr=False, default=None)
+    first_repeated: int = dataclasses.field(compare=False, default=0)
+    period: int = dataclasses.field(compare=False, default=1)
 
     @property
     def block_size(self) -> int:
@@ -59,15 +64,24 @@ class CacheLayout:
 
     @functools.cached_property
     def buffers(self) -> tuple[tuple[int, ...], ...]:
-        """KV heads by buffers: each is as large as its head with the most slots needs it."""
+        """KV heads by buffers: each is as large as its head with the most slots needs it.
+
+        All shards run one program, so every buffer has as many heads of each: the first of every shard by slots stand
+        together, then the second, and so on.
+        """
+        slots = self.slots.reshape(self.shards, -1)
+        ranked = np.argsort(-slots, 1, kind="stable")
+        needed = np.take_along_axis(slots, ranked, 1).max(0)
         found: list[list[int]] = []
-        for head in np.argsort(-self.slots, kind="stable").tolist():
+        for rank, count in enumerate(needed):
             # The one with the most slots came first.
-            if found and self.slots[found[-1][0]] - self.slots[head] <= max(1, self.slots[head] // ALIKE):
-                found[-1].append(head)
+            if found and needed[found[-1][0]] - count <= max(1, count // ALIKE):
+                found[-1].append(rank)
             else:
-                found.append([head])
-        return tuple(tuple(sorted(heads)) for heads in found)
+                found.append([rank])
+        heads = np.arange(self.slots.size).reshape(slots.shape)
+        each = (np.take_along_axis(heads, ranked[:, ranks], 1) for ranks in found)
+        return tuple(tuple(np.sort(group, None).tolist()) for group in each)
 
     @property
     def share(self) -> float | None:
@@ -84,7 +98,13 @@ class CacheLayout:
 
 @functools.lru_cache(maxsize=64)
 def compile_cache(
-    pattern: Pattern, *, num_heads: int, num_kv_heads: int, max_length: int | None = None, max_rollback: int = 0
+    pattern: Pattern,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    max_length: int | None = None,
+    max_rollback: int = 0,
+    shards: int = 1,
 ) -> CacheLayout:
     """What of a context has to be kept so that its continuation can be attended from. Cached.
 
@@ -92,27 +112,38 @@ def compile_cache(
       pattern: who reads whom; causal.
       max_length: tokens of the longest context. None: patterns of bounded reach stream without end.
       max_rollback: how many tokens may be taken back at once.
+      shards: of a mesh, over which the KV heads are split. Each keeps as much as the one that needs the most.
 
     Raises:
-      ValueError: the pattern is not causal, or does not fit the heads; or it needs a `max_length`.
+      ValueError: the pattern is not causal, or does not fit the heads; or it needs a `max_length`; or the KV heads
+        cannot be split over the shards.
     """
     if not isinstance(pattern, Pattern) or not pattern.causal:
         raise ValueError(
             f"a cache needs a causal s2jax pattern, for nothing later than a token is there; got {pattern!r}"
         )
-    for name, number, least in (("max_length", max_length, 1), ("max_rollback", max_rollback, 0)):
+    for name, number, least in (
+        ("max_length", max_length, 1),
+        ("max_rollback", max_rollback, 0),
+        ("shards", shards, 1),
+    ):
         is_integer = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
         if number is not None and not (is_integer and number >= least):
             raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
     shapes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    given = pattern, Heads(**shapes), max_length, max_rollback, shards
+    if num_kv_heads % shards:
+        raise ValueError(
+            f"{num_kv_heads} KV heads cannot be split over {shards} shards: take a number that divides them"
+        )
     size = pattern.schedule_block_size()
     slack = -(-max_rollback // size)
     if max_length is None:
-        reach, period = _recurrence(pattern, Heads(num_heads, num_kv_heads), size)
+        reach, period = _recurrence(pattern, given[1], size)
         length = (reach + period) * size
         schedule = compile_schedule(pattern, query_length=length, kv_length=length, **shapes)
         slots = np.full(num_kv_heads, reach + slack, np.int32)
-        return CacheLayout(pattern, schedule, slots, None, None, None, max_rollback, reach, period)
+        return CacheLayout(*given, schedule, slots, first_repeated=reach, period=period)
     schedule = compile_schedule(pattern, query_length=max_length, kv_length=max_length, **shapes)
     last = _last_readers(schedule)
     last = np.where(last >= 0, np.minimum(last + slack, last.shape[1] - 1), -1)
@@ -123,7 +154,7 @@ def compile_cache(
             known[each.tobytes()] = _slots(each)
         slot_of[head] = known[each.tobytes()]
     slots = np.maximum(1, slot_of.max(1) + 1)
-    return CacheLayout(pattern, schedule, slots, slot_of, last, max_length, max_rollback)
+    return CacheLayout(*given, schedule, slots, slot_of, last)
 
 
 def _last_readers(schedule: BlockSchedule) -> np.ndarray:

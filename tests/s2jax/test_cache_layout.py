@@ -83,6 +83,34 @@ def test_dense_heads_have_a_buffer_of_their_own():
     assert layout.nbytes(1, 1, 1) == 2 * 16 * (128 + 3 * 18)
 
 
+@pytest.mark.parametrize("shards", [1, 2, 4, 8])
+def test_every_shard_has_as_many_heads_in_every_buffer(shards):
+    windows = [Local(blocks, block_size=16) for blocks in (1, 20, 4, 30, 9, 12, 15, 25)]
+    layout = compile_cache(PerHead(windows), num_heads=8, num_kv_heads=8, max_length=512, shards=shards)
+    assert sorted(sum(layout.buffers, ())) == list(range(8))
+    assert len(layout.buffers) == 8 // shards
+    for heads in layout.buffers:
+        assert [head * shards // 8 for head in heads] == list(range(shards))
+    # The most that the heads of one rank need, whichever shards they are of.
+    ranked = -np.sort(-layout.slots.reshape(shards, -1), 1)
+    assert layout.nbytes(1, 0, 1) == 16 * shards * ranked.max(0).sum()
+
+
+def test_equal_arguments_make_equal_layouts():
+    """Those that were compiled twice too."""
+    given = {"num_heads": 4, "num_kv_heads": 2, "max_length": 100, "max_rollback": 1, "shards": 1}
+    first = compile_cache(LocalStride(16, 1, 4), **given)
+    compile_cache.cache_clear()
+    second = compile_cache(LocalStride(16, 1, 4), **given)
+    assert first is not second
+    assert (first, hash(first)) == (second, hash(second))
+    others = {"num_heads": 2, "num_kv_heads": 4, "max_length": 101, "max_rollback": 0, "shards": 2}
+    for name in given:
+        change = {"num_heads": 4, "num_kv_heads": 4} if name == "num_kv_heads" else {name: others[name]}
+        assert compile_cache(LocalStride(16, 1, 4), **{**given, **change}) != first
+    assert compile_cache(LocalStride(16, 1, 3), **given) != first
+
+
 @pytest.mark.parametrize(
     ("pattern", "slots", "period"),
     [
@@ -125,6 +153,8 @@ def test_others_need_a_length(pattern):
         ({"max_length": 0}, "max_length must be an integer of at least 1, got 0"),
         ({"max_rollback": -1}, "max_rollback must be an integer of at least 0, got -1"),
         ({"max_rollback": 1.5}, "max_rollback must be an integer of at least 0, got 1.5"),
+        ({"shards": 0}, "shards must be an integer of at least 1, got 0"),
+        ({"shards": 4}, "2 KV heads cannot be split over 4 shards: take a number that divides them"),
         ({"num_heads": 5}, "num_heads must be a multiple of num_kv_heads"),
     ],
 )
