@@ -6,6 +6,7 @@ the forward and in the backward pass each, says what belongs to whom.
 
 import dataclasses
 import functools
+import math
 import typing
 
 import jax
@@ -26,6 +27,10 @@ class Sharding:
     heads: Axes
     every: Axes
     explicit: bool
+
+    @property
+    def head_shards(self) -> int:
+        return _product(self.heads, dict(jax.sharding.get_abstract_mesh().shape))
 
     def of(self, batch: int | None = None, heads: int | None = None, ndim: int = 4) -> P:
         """The spec of an array with `ndim` axes whose batch and heads are the given ones."""
@@ -48,20 +53,22 @@ def over_shards(
       results, extra: what comes out, and what the arrays are: one letter each, "q" for [batch, length, heads,
         features], "l" for [batch, heads, length], "b" for [batch, heads] and "-" for None.
     """
-    sharding = find_sharding(operands, query_spec)
+    sharding = find_sharding(jax.typeof(operands.query), operands.key.shape[2], query_spec)
     if sharding is None:
         return function(operands, *arrays)
     kinds = {"q": sharding.of(0, 2), "l": sharding.of(0, 1, 3), "b": sharding.of(0, 1, 2), "-": None}
     in_specs = (_operand_specs(sharding, table_specs, operands), *(kinds[kind] for kind in extra))
-    arguments = (operands, *arrays)
+    out_specs = tuple(kinds[kind] for kind in results)
+    return on_shards(function, sharding, in_specs, out_specs, operands, *arrays)
+
+
+def on_shards(function, sharding: Sharding | None, in_specs: tuple, out_specs, *arguments):
+    """`function(*arguments)` on every shard, or as it is where there are none."""
+    if sharding is None:
+        return function(*arguments)
     if sharding.explicit:
         arguments = jax.tree.map(jax.sharding.reshard, arguments, in_specs)
-    mapped = jax.shard_map(
-        function,
-        in_specs=in_specs,
-        out_specs=tuple(kinds[kind] for kind in results),
-        axis_names=set(sharding.every),
-    )
+    mapped = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=set(sharding.every))
     return mapped(*arguments)
 
 
@@ -89,8 +96,11 @@ def _operand_specs(sharding: Sharding, table_specs, operands: Operands) -> typin
     return Operands(**specs)
 
 
-def find_sharding(operands: Operands, query_spec: P | None) -> Sharding | None:
+def find_sharding(query, kv_heads: int, query_spec: P | None) -> Sharding | None:
     """How the query is split over the mesh that is set; None where there is none, or one device.
+
+    Args:
+      query: its type, as `jax.typeof` tells it.
 
     Raises:
       ValueError: the sharding cannot be known, or is one that cannot be computed without communication.
@@ -99,7 +109,7 @@ def find_sharding(operands: Operands, query_spec: P | None) -> Sharding | None:
     if query_spec is not None and not isinstance(query_spec, P):
         raise ValueError(f"query_spec must be a PartitionSpec, got {type(query_spec).__name__}")
     if mesh.empty:
-        if any(kind is AxisType.Explicit for kind in _own_mesh(operands.query).axis_types):
+        if any(kind is AxisType.Explicit for kind in query.sharding.mesh.axis_types):
             raise ValueError("the query is sharded over a mesh with Explicit axes; set it with jax.set_mesh(mesh)")
         if query_spec is not None and any(query_spec):
             raise ValueError(f"query_spec {query_spec} needs a mesh; set it with jax.set_mesh(mesh)")
@@ -108,7 +118,7 @@ def find_sharding(operands: Operands, query_spec: P | None) -> Sharding | None:
     free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual]
     if all(sizes[name] == 1 for name in free):
         return None
-    spec = jax.typeof(operands.query).sharding.spec if query_spec is None else query_spec
+    spec = query.sharding.spec if query_spec is None else query_spec
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     unknown = [name for name in free if kinds[name] is AxisType.Auto and sizes[name] > 1]
     if query_spec is None and unknown:
@@ -122,13 +132,13 @@ def find_sharding(operands: Operands, query_spec: P | None) -> Sharding | None:
     for name in (*batch, *heads):
         if name not in free:
             raise ValueError(f"query_spec {spec} names {name!r}; the mesh's free axes are {', '.join(free)}")
-    _check_divides("sequences", operands.query.shape[0], batch, sizes)
-    _check_divides("KV heads", operands.key.shape[2], heads, sizes)
+    _check_divides("sequences", query.shape[0], batch, sizes)
+    _check_divides("KV heads", kv_heads, heads, sizes)
     return Sharding(batch, heads, tuple(free), any(kinds[name] is AxisType.Explicit for name in free))
 
 
-def equally_varying(operands: Operands) -> Operands:
-    """The operands, each varying over every axis of a caller's `shard_map` that any of them varies over.
+def equally_varying[T](operands: T) -> T:
+    """The arrays of a pytree, each varying over every axis of a caller's `shard_map` that any of them varies over.
 
     So results and gradients have the query's type; the cast's own gradient sums over the axes that it added.
     """
@@ -158,18 +168,16 @@ def sharded_like(gradient: jax.Array | None, primal: jax.Array | None) -> jax.Ar
     return jax.sharding.reshard(gradient, jax.typeof(primal).sharding.spec)
 
 
-def _own_mesh(array: jax.Array) -> jax.sharding.AbstractMesh:
-    return jax.typeof(array).sharding.mesh
-
-
 def _names(axes) -> Axes:
     return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
 
+def _product(axes: Axes, sizes: dict[str, int]) -> int:
+    return math.prod(sizes[name] for name in axes)
+
+
 def _check_divides(what: str, count: int, axes: Axes, sizes: dict[str, int]) -> None:
-    shards = 1
-    for name in axes:
-        shards *= sizes[name]
+    shards = _product(axes, sizes)
     if count % shards:
         raise ValueError(
             f"{count} {what} cannot be split over the {shards} shards of {' × '.join(axes)}: take a mesh whose axis "
