@@ -1,17 +1,21 @@
 """A KV cache that holds what will be read again, and nothing else, for any causal pattern."""
 
 import dataclasses
+import functools
 import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.checks import check_sinks
-from s2jax.cache_attention import Keys, Options, Parts, Rows, attend, for_each
+from s2jax.cache_attention import Options, for_each
 from s2jax.cache_layout import CacheLayout, compile_cache
-from s2jax.cache_slots import Buffer, Space, in_blocks, like
+from s2jax.cache_sharding import over_shards, sharding_of, sharding_to_create, shards_of
+from s2jax.cache_slots import Buffer, Space
+from s2jax.cache_step import Step, Tables
 from s2jax.functional import attention
 from s2jax.patterns import Pattern
 
@@ -46,18 +50,20 @@ class KVCache:
     Attributes:
       lengths: int32 [b], tokens of every sequence.
       furthest: int32 [b], the most there have been: what was dropped then is gone.
-      finite: whether there was never a NaN or Inf among the values.
+      finite: bool [b, k], whether there was never a NaN or Inf among the values.
       prefix: what `fork` shares, else None.
       room: blocks for the tokens after a fork, else None.
+      query_spec: how sequences and heads are split over a mesh.
     """
 
     buffers: tuple[Buffer, ...]
     lengths: Int32[Array, " b"]
     furthest: Int32[Array, " b"]
-    finite: Bool[Array, ""]
+    finite: Bool[Array, "b k"]
     prefix: Prefix | None
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
     room: int | None = dataclasses.field(metadata={"static": True})
+    query_spec: PartitionSpec | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def create(
@@ -72,6 +78,7 @@ class KVCache:
         max_length: int | None = None,
         max_rollback: int = 0,
         dtype: typing.Any = jnp.bfloat16,
+        query_spec: PartitionSpec | None = None,
     ) -> "KVCache":
         """An empty cache.
 
@@ -80,21 +87,29 @@ class KVCache:
           max_length: tokens of the longest context; None for patterns of bounded reach, which stream without end.
           max_rollback: tokens that `rollback` may take back.
           dtype: bfloat16, float16 or float32, that of keys and values; or int8, with a scale for every token and head.
+          query_spec: how the queries of all calls are sharded over the mesh that is set with `jax.set_mesh`, as
+            P(batch, None, heads, None): so is the cache, and no device tells another anything. Each keeps as many
+            blocks as the one whose heads need the most. See `s2jax.attention`; over Explicit axes it is needed where
+            heads are split.
 
         Raises:
-          ValueError: see `compile_cache`; or the dtype is none of these.
+          ValueError: see `compile_cache`; the dtype is none of these; sequences or KV heads cannot be split so.
         """
         dtype = jnp.dtype(dtype)
         if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
             raise ValueError(f"dtype must be bfloat16, float16, float32 or int8, got {dtype}")
+        sharding = sharding_to_create(query_spec, batch, num_kv_heads)
         layout = compile_cache(
-            pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback
-        )
-        features = head_dim, head_dim if value_dim is None else value_dim
-        buffers = tuple(space.empty(batch, *features, dtype) for space in Space.all_of(layout))
-        # An array each: one that stands twice in a pytree cannot be donated.
-        lengths, furthest = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32)
-        return cls(buffers, lengths, furthest, jnp.array(True), None, layout, None)
+            pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback,
+            shards=shards_of(sharding),
+        )  # fmt: skip
+        arguments = Tables.of(layout, None, layout.shards), jnp.zeros(batch, jnp.int32)
+        empty = functools.partial(
+            cls._empty, layout=layout, head_dim=head_dim, value_dim=head_dim if value_dim is None else value_dim,
+            dtype=dtype, query_spec=query_spec,
+        )  # fmt: skip
+        like = jax.eval_shape(empty, *arguments)
+        return over_shards(cls._empty, sharding, "kc", "c", *arguments, like=like, **empty.keywords)[0]
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +130,8 @@ class KVCache:
 
         Args:
           counts: tokens of every sequence, between 0 and t; those after them are padding, whose outputs mean nothing.
-          options: of `s2jax.attention`, but for offsets and segments: the prompt begins the context, and is one.
+          options: of `s2jax.attention`, but for offsets and segments, as the prompt begins the context and is one, and
+            for `query_spec`, which is the cache's.
 
         Returns:
           What `s2jax.attention` gives, and the cache.
@@ -123,11 +139,13 @@ class KVCache:
         Raises:
           ValueError: the prompt is empty or longer than `max_length`; arrays do not fit the cache.
         """
-        self._check(query, key, value, counts)
+        counts = self._check(query, key, value, counts)
         refused = {"query_offset", "query_segment_ids", "kv_segment_ids"} & options.keys()
         if refused:
             names = ", ".join(sorted(refused))
             raise ValueError(f"a prompt begins its sequence's one context: prefill takes no {names}")
+        if "query_spec" in options:
+            raise ValueError("prefill takes no query_spec: how the cache is split is said once, in KVCache.create")
         if self.prefix is not None:
             raise ValueError("prefill begins anew, but the sequences share a prefix: prefill before fork")
         length = query.shape[1]
@@ -136,14 +154,11 @@ class KVCache:
                 f"a prompt of {length} tokens does not fit into a cache for {self.layout.max_length}: create it with a "
                 "larger max_length"
             )
-        out = attention(query, key, value, self.layout.pattern, **options)
-        lengths = _extended(jnp.zeros_like(self.lengths), length, counts)
-        buffers = tuple(
-            space.survivors(space.take(key), space.take(value), lengths, buffer.key.dtype)
-            for space, buffer in zip(self.spaces, self.buffers, strict=True)
-        )
-        finite, furthest = self._finite(value), jnp.array(lengths)
-        return out, dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=furthest, finite=finite)
+        sharding = sharding_of(self.layout, query, self.query_spec)
+        out = attention(query, key, value, self.layout.pattern, query_spec=self.query_spec, **options)
+        tables = Tables.of(self.layout, None, shards_of(sharding))
+        arguments = self, tables, key, value, counts
+        return out, over_shards(KVCache._begun, sharding, "ckqqc", "c", *arguments, like=(self,))[0]
 
     def extend(
         self,
@@ -170,34 +185,15 @@ class KVCache:
         Raises:
           ValueError: there is no token; arrays do not fit the cache.
         """
-        self._check(query, key, value, counts)
-        batch, length, num_heads, head_dim = query.shape
-        lengths = _extended(self.lengths, length, counts)
-        positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
-        finite = self.finite & self._finite(value)
-        options = Options.of(head_dim, scale, logits_soft_cap)
-        sinks, kv_heads = check_sinks(sinks, num_heads), key.shape[2]
-        grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)
-        parts, buffers = [], []
-        for index, space in enumerate(self.spaces):
-            mine = space.take(grouped), space.take(key), space.take(value)
-            found, buffer = self._extend(index, space, *mine, positions, lengths, options, finite)
-            parts.append(found)
-            buffers.append(buffer)
-        order = np.argsort(np.concatenate(self.layout.buffers))
-        joined = parts[0]
-        if len(parts) > 1:
-            joined = jax.tree.map(lambda *each: jnp.concatenate(each, 2)[:, :, order], *parts)
-        out, lse = joined.finish(None if sinks is None else sinks.reshape(kv_heads, -1), query.dtype)
-        beyond = (positions >= self._limit()[:, None]) | (lengths >= NEVER)[:, None]
-        out = jnp.where(beyond[..., None, None, None], jnp.nan, out).reshape(batch, length, num_heads, -1)
-        cache = dataclasses.replace(
-            self, buffers=tuple(buffers), lengths=lengths, furthest=jnp.maximum(self.furthest, lengths), finite=finite
-        )
-        if not return_lse:
-            return out, cache
-        lse = jnp.where(beyond[..., None, None], jnp.nan, lse).reshape(batch, length, num_heads).swapaxes(1, 2)
-        return (out, lse), cache
+        counts = self._check(query, key, value, counts)
+        sharding = sharding_of(self.layout, query, self.query_spec)
+        options, sinks = Options.of(query.shape[3], scale, logits_soft_cap), check_sinks(sinks, query.shape[2])
+        tables = Tables.of(self.layout, self.room, shards_of(sharding))
+        out, lse, cache = over_shards(
+            KVCache._extended, sharding, "ckqqqck", "qlc", self, tables, query, key, value, counts, sinks,
+            like=(query, query, self), options=options,
+        )  # fmt: skip
+        return ((out, lse) if return_lse else out), cache
 
     def rollback(self, tokens: int | Int32[Array, "#b"]) -> "KVCache":
         """Without the last tokens of every sequence, as when a draft was refused.
@@ -251,63 +247,84 @@ class KVCache:
         if self.prefix is not None:
             raise ValueError("a fork cannot be forked again: fork the prompt's cache into all samples at once")
         size = self.layout.block_size
-        first = self.lengths // size
         room = -(-(size - 1 + max_new_tokens) // size)
-        batch = len(first) * samples
+        # An array that is sharded as queries are.
+        sharding = sharding_of(self.layout, self.buffers[0].held[:, None], self.query_spec)
+        tables = Tables.of(self.layout, room, shards_of(sharding))
+        like = dataclasses.replace(self, prefix=Prefix(self.buffers, self.lengths), room=room)
+        arguments = KVCache._forked, sharding, "ck", "c", self, tables
+        return over_shards(*arguments, like=(like,), samples=samples, room=room)[0]
+
+    @property
+    def spaces(self) -> tuple[Space, ...]:
+        """Of every buffer, which block has which slot."""
+        return Tables.of(self.layout, self.room, 1).spaces
+
+    # What follows runs on every shard by itself: the cache's arrays, the tokens and the tables are the shard's.
+
+    @classmethod
+    def _empty(
+        cls, tables: Tables, zeros: Array, *, layout, head_dim: int, value_dim: int, dtype, query_spec
+    ) -> "tuple[KVCache]":
+        buffers = tuple(space.empty(len(zeros), head_dim, value_dim, dtype) for space in tables.spaces)
+        finite = jnp.ones((len(zeros), len(tables.order)), bool)
+        # An array each: one that stands twice in a pytree cannot be donated.
+        return (cls(buffers, zeros, jnp.array(zeros), finite, None, layout, None, query_spec),)
+
+    def _begun(self, tables: Tables, key: Array, value: Array, counts: Array | None) -> "tuple[KVCache]":
+        lengths = _extended(jnp.zeros_like(self.lengths), key.shape[1], counts)
         buffers = tuple(
-            space.begun(buffer, first, batch)
-            for space, buffer in zip(Space.all_of(self.layout, room), self.buffers, strict=True)
+            space.survivors(space.take(key), space.take(value), lengths, buffer.key.dtype)
+            for space, buffer in zip(tables.spaces, self.buffers, strict=True)
         )
+        finite, furthest = self._finite(value), jnp.array(lengths)
+        return (dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=furthest, finite=finite),)
+
+    def _extended(
+        self, tables: Tables, query: Array, key: Array, value: Array, counts: Array | None, sinks: Array | None, *,
+        options: Options,
+    ) -> "tuple[Array, Array, KVCache]":  # fmt: skip
+        batch, length, num_heads, head_dim = query.shape
+        kv_heads = key.shape[2]
+        lengths = _extended(self.lengths, length, counts)
+        positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+        finite, limit = self.finite & self._finite(value), self._limit(tables.spaces)
+        step = Step(self.layout, positions, self.lengths, lengths, limit, self._first, finite.all(), options)
+        grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)
+        parts, buffers = [], []
+        for index, (space, rows) in enumerate(zip(tables.spaces, tables.rows, strict=True)):
+            mine = space.take(grouped), space.take(key), space.take(value)
+            prefix = None if self.prefix is None else self.prefix.buffers[index]
+            found, buffer = step.extend(space, rows, self.buffers[index], prefix, *mine)
+            parts.append(found)
+            buffers.append(buffer)
+        sinks = None if sinks is None else sinks.reshape(kv_heads, -1)
+        out, lse = tables.join(parts).finish(sinks, query.dtype)
+        beyond = (positions >= limit[:, None]) | (lengths >= NEVER)[:, None]
+        out = jnp.where(beyond[..., None, None, None], jnp.nan, out).reshape(batch, length, num_heads, -1)
+        lse = jnp.where(beyond[..., None, None], jnp.nan, lse).reshape(batch, length, num_heads).swapaxes(1, 2)
+        cache = dataclasses.replace(
+            self, buffers=tuple(buffers), lengths=lengths, furthest=jnp.maximum(self.furthest, lengths), finite=finite
+        )
+        return out, lse, cache
+
+    def _forked(self, tables: Tables, *, samples: int, room: int) -> "tuple[KVCache]":
+        first = self.lengths // self.layout.block_size
+        batch = len(first) * samples
+        pairs = zip(tables.spaces, self.buffers, strict=True)
+        buffers = tuple(space.begun(buffer, first, batch) for space, buffer in pairs)
         shared = tuple(
             dataclasses.replace(buffer, held=jnp.where(buffer.held >= first[:, None, None], -1, buffer.held))
             for buffer in self.buffers
         )
-        lengths = for_each(self.lengths, batch)
-        furthest = jnp.array(lengths)
-        return dataclasses.replace(
-            self, buffers=buffers, lengths=lengths, furthest=furthest, prefix=Prefix(shared, first), room=room
-        )
-
-    @property
-    def spaces(self) -> list[Space]:
-        """Of every buffer, which block has which slot."""
-        return Space.all_of(self.layout, self.room)
-
-    def _extend(
-        self, index: int, space: Space, query, key, value, positions, lengths, options: Options, finite
-    ) -> tuple[Parts, Buffer]:
-        """Of one buffer."""
-        batch, length = positions.shape
-        size, masks = self.layout.block_size, self.layout.schedule.token_masks
-        walked = Rows.of(self.layout, space.heads)
-        count = (length + size - 2) // size + 1
-        rows = positions[:, :1] // size + jnp.arange(count, dtype=jnp.int32)
-        start, end, first = jnp.zeros(batch, jnp.int32), jnp.minimum(lengths, self._limit()), self._first
-
-        def over(buffer: Buffer, place, since, until) -> Parts:
-            kinds = walked.kinds(rows, for_each(buffer.held, batch), place)
-            keys = Keys(
-                buffer.key, buffer.value, buffer.key_scale, buffer.value_scale, buffer.held, kinds, since, until
-            )
-            return attend(query, positions, keys, masks, options, finite)
-
-        def place(block):
-            return space.place(block, first)
-
-        before = self.buffers[index]
-        after = space.append(before, key, value, positions, end, first)
-        if length - 1 <= self.layout.max_rollback:
-            # Nothing was written over that one of these tokens reads.
-            parts = over(after, place, start, lengths)
-        else:
-            own = in_blocks(key, value, positions[:, 0], size, count)
-            parts = over(before, place, start, self.lengths)
-            parts = parts.merge(over(own, lambda block: block - like(rows[:, 0], block), self.lengths, lengths))
-        if self.prefix is not None:
-            as_laid_out = dataclasses.replace(space, room=None)
-            shared = over(self.prefix.buffers[index], lambda block: as_laid_out.place(block, None), start, lengths)
-            parts = parts.merge(shared)
-        return parts, after
+        lengths, finite = for_each(self.lengths, batch), for_each(self.finite, batch)
+        prefix = Prefix(shared, first)
+        return (
+            dataclasses.replace(
+                self, buffers=buffers, lengths=lengths, furthest=jnp.array(lengths), finite=finite, prefix=prefix,
+                room=room,
+            ),
+        )  # fmt: skip
 
     @property
     def _first(self) -> Array | None:
@@ -318,19 +335,20 @@ class KVCache:
         """The least length to go back to."""
         return jnp.zeros_like(self.lengths) if self._first is None else self._first * self.layout.block_size
 
-    def _limit(self) -> Array:
+    def _limit(self, spaces: tuple[Space, ...]) -> Array:
         """The first position of every sequence that there is no place for."""
         most = NEVER if self.layout.max_length is None else self.layout.max_length
-        if self.room is None or all(space.room is None for space in self.spaces):
+        if self.room is None or all(space.room is None for space in spaces):
             return jnp.full(len(self.lengths), most, jnp.int32)
         return jnp.minimum(most, self._begins() + self.room * self.layout.block_size)
 
-    def _finite(self, value: Array) -> Array:
+    def _finite(self, value: Array) -> Bool[Array, "b k"]:
         """Whether no value is NaN or Inf, as it comes or as it is stored."""
         stored = self.buffers[0].value.dtype
-        return jnp.isfinite(value.astype(stored) if jnp.issubdtype(stored, jnp.floating) else value).all()
+        return jnp.isfinite(value.astype(stored) if jnp.issubdtype(stored, jnp.floating) else value).all((1, 3))
 
-    def _check(self, query, key, value, counts) -> None:
+    def _check(self, query, key, value, counts) -> Int32[Array, " b"] | None:
+        """The counts."""
         layout = self.layout.schedule
         batch, (_, _, _, _, head_dim) = len(self.lengths), self.buffers[0].key.shape
         value_dim = self.buffers[0].value.shape[-1]
@@ -351,15 +369,16 @@ class KVCache:
                 )
             if array.dtype == jnp.float64:
                 raise ValueError("a cache computes in float32, got float64: cast query, key and value")
-        if counts is not None:
-            counts = jnp.asarray(counts)
-            if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
-                raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")
+        if counts is None:
+            return None
+        counts = jnp.asarray(counts)
+        if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
+            raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")
+        return counts.astype(jnp.int32)
 
 
 def _extended(lengths: Array, most: int, counts: Array | None) -> Int32[Array, " b"]:
     """Lengths with so many tokens more; `NEVER` where a count is none."""
     if counts is None:
         return lengths + most
-    counts = jnp.asarray(counts, jnp.int32)
     return jnp.where((counts >= 0) & (counts <= most), lengths + counts, NEVER)

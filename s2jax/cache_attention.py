@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.checks import check_number
 from pallas_kernels.schedule import NOTHING
+from pallas_kernels.sharding import equally_varying
 from s2jax.cache_layout import CacheLayout
 
 PAIRS_AT_ONCE = 1 << 23
@@ -57,24 +58,28 @@ class Parts(typing.NamedTuple):
         return out.astype(dtype), jnp.where(reads, parts.most + jnp.log(total), -jnp.inf)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Rows:
     """How the KV heads of a buffer read, for lookups under `jit`.
 
     Attributes:
       walkers: int32 [k, w], the distinct heads whose lists their query heads walk: all of a group, or one for all.
-      group: query heads of a KV head.
+      most: entries of the longest row of any of them.
     """
 
-    layout: CacheLayout
-    walkers: Int32[np.ndarray, "k w"]
-    group: int
+    walkers: Int32[np.ndarray | Array, "k w"]
+    layout: CacheLayout = dataclasses.field(metadata={"static": True})
+    most: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, layout: CacheLayout, kv_heads: tuple[int, ...]) -> "Rows":
+        lists = layout.schedule.lists
         walkers = layout.schedule.head_index.reshape(layout.schedule.num_kv_heads, -1)[list(kv_heads)]
         alike = (walkers == walkers[:, :1]).all()
-        return cls(layout, walkers[:, :1] if alike else walkers, walkers.shape[1])
+        slices = lists.slices[np.unique(walkers)]
+        most = max(1, int(np.maximum(slices[..., 1] - slices[..., 0], 0).sum(-1).max()))
+        return cls(walkers[:, :1] if alike else walkers, layout, most)
 
     def kinds(
         self, rows: Int32[Array, "b r"], held: Int32[Array, "b k slots"], place: typing.Callable[[Array], Array]
@@ -88,12 +93,10 @@ class Rows:
         """
         lists = self.layout.schedule.lists
         row, shift = self._listed(rows)
-        counts = np.maximum(lists.slices[..., 1] - lists.slices[..., 0], 0).sum(-1)
-        most = max(1, int(counts[np.unique(self.walkers)].max()))
         listed, masks = (np.append(array, NOTHING) for array in (lists.blocks, lists.masks))  # never empty
         slices = jnp.asarray(lists.slices)[self.walkers[None, :, :, None], row[:, None, None]]  # [b, k, w, r, parts, 2]
-        number = jnp.arange(most, dtype=jnp.int32)
-        position, before = jnp.zeros((*slices.shape[:4], most), jnp.int32), jnp.int32(0)
+        number = jnp.arange(self.most, dtype=jnp.int32)
+        position, before = jnp.zeros((*slices.shape[:4], self.most), jnp.int32), jnp.int32(0)
         for part in range(slices.shape[4]):
             start, stop = slices[..., part, 0, None], slices[..., part, 1, None]
             position = jnp.where(number >= before, start + number - before, position)
@@ -191,11 +194,14 @@ def attend(
         return parts.merge(_attend(query, positions, keys.part(start, each), masks, options, finite)), None
 
     shape = batch, length, kv_heads, group
+    # Inside a `shard_map` what a loop begins with must vary over the mesh as its results do.
+    query, positions, keys, finite = equally_varying((query, positions, keys, finite))
     nothing = Parts(
         jnp.zeros((*shape, keys.value.shape[-1]), jnp.float32),
         jnp.full(shape, -jnp.inf, jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )
+    nothing, _ = equally_varying((nothing, query))
     return jax.lax.scan(step, nothing, jnp.arange(math.ceil(slots / each), dtype=jnp.int32) * each)[0]
 
 

@@ -46,35 +46,45 @@ class Buffer:
         return cls(key, value, key_scale, value_scale, held)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Space:
     """The slots of a buffer: which block has which, and for how long.
 
+    The arrays have a row for every KV head of the buffer; on a mesh, for those of a shard.
+
     Attributes:
-      heads: the KV heads of the buffer.
+      heads: int32 [k], where the buffer's KV heads stand among all, or among all of their shard.
+      slot_of, last: int32 [k, blocks], see `CacheLayout`.
+      slots: for every head.
       room: blocks that there are for what comes after a fork, one after the other from its first own block on; None
         where blocks stand as the layout has them.
     """
 
-    layout: CacheLayout
-    heads: tuple[int, ...]
-    room: int | None = None
+    heads: Int32[np.ndarray | Array, " k"]
+    slot_of: Int32[np.ndarray | Array, "k blocks"] | None
+    last: Int32[np.ndarray | Array, "k blocks"] | None
+    layout: CacheLayout = dataclasses.field(metadata={"static": True})
+    slots: int = dataclasses.field(metadata={"static": True})
+    room: int | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def all_of(cls, layout: CacheLayout, room: int | None = None) -> "list[Space]":
-        """That of every buffer. A fork needs no more room than the layout takes."""
-        spaces = [cls(layout, heads) for heads in layout.buffers]
-        return [
-            dataclasses.replace(each, room=room) if room is not None and room <= each.slots else each for each in spaces
-        ]
+    def of(cls, layout: CacheLayout, heads: tuple[int, ...], room: int | None, shards: int) -> "Space":
+        """Where there is `room` for a fork, but no more of it than the layout takes anyway."""
+        chosen, slots = list(heads), int(layout.slots[list(heads)].max())
+        slot_of, last = (None if table is None else table[chosen] for table in (layout.slot_of, layout.last))
+        local = np.array(heads, np.int32) % (layout.heads.num_kv_heads // shards)
+        if room is not None and room > slots:
+            room = None
+        return cls(local, slot_of, last, layout, slots if room is None else room, room)
 
-    @property
-    def slots(self) -> int:
-        return int(self.layout.slots[list(self.heads)].max()) if self.room is None else self.room
+    def as_laid_out(self) -> "Space":
+        """As it is without a fork, to look blocks up."""
+        return dataclasses.replace(self, room=None)
 
     def take(self, array: Array) -> Array:
         """Of all KV heads [b, t, k, ...], the buffer's."""
-        return array if len(self.heads) == array.shape[2] else array[:, :, list(self.heads)]
+        return array if len(self.heads) == array.shape[2] else array[:, :, self.heads]
 
     def empty(self, batch: int, head_dim: int, value_dim: int, dtype) -> Buffer:
         return Buffer.empty((batch, len(self.heads), self.slots, self.layout.block_size), head_dim, value_dim, dtype)
@@ -87,23 +97,23 @@ class Space:
         """
         if self.room is not None:
             return block - like(first, block)
-        if self.layout.slot_of is None:
+        if self.slot_of is None:
             return block % int(self.layout.slots[0])
-        return self._look_up(self.layout.slot_of, block)
+        return self._look_up(self.slot_of, block)
 
     def kept(self, block: Int32[Array, "b k ..."], row: Int32[Array, " b"]) -> Bool[Array, "b k ..."]:
         """Whether blocks are still kept at a row of queries."""
         if self.room is not None:
             return jnp.ones(block.shape, bool)
-        if self.layout.last is None:
+        if self.last is None:
             return block > like(row, block) - int(self.layout.slots[0])
-        return self._look_up(self.layout.last, block) >= like(row, block)
+        return self._look_up(self.last, block) >= like(row, block)
 
-    def _look_up(self, table: np.ndarray, block: Array) -> Array:
+    def _look_up(self, table: np.ndarray | Array, block: Array) -> Array:
         """Of a table [k, blocks]; -1 beyond it."""
         head = jnp.arange(len(self.heads)).reshape(1, -1, *[1] * (block.ndim - 2))
         most = table.shape[1] - 1
-        return jnp.where(block <= most, jnp.asarray(table[list(self.heads)])[head, jnp.clip(block, 0, most)], -1)
+        return jnp.where(block <= most, jnp.asarray(table)[head, jnp.clip(block, 0, most)], -1)
 
     def append(
         self,
@@ -146,7 +156,7 @@ class Space:
     def begun(self, shared: Buffer, first: Int32[Array, " z"], batch: int) -> Buffer:
         """After a fork, with a copy of the block that is still being filled for each of the sequences."""
         block = jnp.broadcast_to(first[:, None, None], (*shared.held.shape[:2], 1))
-        source = jnp.maximum(dataclasses.replace(self, room=None).place(block, None), 0)
+        source = jnp.maximum(self.as_laid_out().place(block, None), 0)
         filling = jnp.take_along_axis(shared.held, source, 2) == block
         filling, block = for_each(filling, batch), for_each(block, batch)
         at = self._at(block, filling, for_each(first, batch))

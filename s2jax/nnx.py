@@ -172,7 +172,7 @@ class S2Attention(nnx.Module):
     def create_cache(
         self, batch: int, *, max_length: int | None = None, max_rollback: int = 0, dtype: Dtype | None = None
     ) -> KVCache:
-        """An empty cache for this layer's keys and values; see `KVCache.create`.
+        """An empty cache for this layer's keys and values, sharded by its `query_spec`; see `KVCache.create`.
 
         Args:
             dtype: of what is stored, by default the layer's.
@@ -187,6 +187,7 @@ class S2Attention(nnx.Module):
             max_length=max_length,
             max_rollback=max_rollback,
             dtype=dtype or self.query.dtype or self.query.param_dtype,
+            query_spec=self.query_spec,
         )
 
     def prefill(
@@ -194,8 +195,7 @@ class S2Attention(nnx.Module):
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
         """Self attention of a prompt, with which the cache begins anew; see `KVCache.prefill`."""
         arrays, options = self._for_cache(x, cache, jnp.zeros_like(cache.lengths))
-        backend = {"query_spec": self.query_spec, "implementation": self.implementation}
-        heads, cache = cache.prefill(*arrays, counts=counts, **options, **backend)
+        heads, cache = cache.prefill(*arrays, counts=counts, implementation=self.implementation, **options)
         return self.out(heads), cache
 
     def extend(

@@ -1,0 +1,105 @@
+"""How the buffers of a KV cache take tokens in and are attended to, on one device or on a shard of a mesh."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from s2jax.cache_attention import Keys, Options, Parts, Rows, attend, for_each
+from s2jax.cache_layout import CacheLayout
+from s2jax.cache_slots import Buffer, Space, in_blocks, like
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """What differs from KV head to KV head: arrays with a row for each, which a mesh splits as it does the heads.
+
+    Attributes:
+      spaces, rows: of every buffer.
+      order: int32 [k], where every KV head stands among those of all buffers, one buffer after the other; on a mesh,
+        among those of its shard.
+    """
+
+    spaces: tuple[Space, ...]
+    rows: tuple[Rows, ...]
+    order: Int32[np.ndarray | Array, " k"]
+
+    @classmethod
+    def of(cls, layout: CacheLayout, room: int | None, shards: int) -> "Tables":
+        """Of a cache, after a fork with so much room, split over so many of its layout's shards."""
+        spaces = tuple(Space.of(layout, heads, room, shards) for heads in layout.buffers)
+        stand = [space.heads.reshape(shards, -1) for space in spaces]
+        order = np.argsort(np.concatenate(stand, 1), 1).astype(np.int32).reshape(-1)
+        return cls(spaces, tuple(Rows.of(layout, heads) for heads in layout.buffers), order)
+
+    def join(self, parts: list[Parts]) -> Parts:
+        """Of all KV heads, what was found for those of every buffer."""
+        if len(parts) == 1:
+            return parts[0]
+        return jax.tree.map(lambda *each: jnp.concatenate(each, 2)[:, :, self.order], *parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Tokens that come to every sequence.
+
+    Attributes:
+      positions: int32 [b, t], of the tokens.
+      before, after: int32 [b], lengths of the sequences.
+      limit: int32 [b], the first position that there is no place for.
+      first: int32 [b], the first own block after a fork.
+      finite: whether no value that may be met is NaN or Inf.
+    """
+
+    layout: CacheLayout
+    positions: Int32[Array, "b t"]
+    before: Int32[Array, " b"]
+    after: Int32[Array, " b"]
+    limit: Int32[Array, " b"]
+    first: Int32[Array, " b"] | None
+    finite: Bool[Array, ""]
+    options: Options
+
+    def extend(
+        self,
+        space: Space,
+        walked: Rows,
+        before: Buffer,
+        prefix: Buffer | None,
+        query: Float[Array, "b t k g d"],
+        key: Float[Array, "b t k d"],
+        value: Float[Array, "b t k e"],
+    ) -> tuple[Parts, Buffer]:
+        """Of one buffer, of whose KV heads the tokens are."""
+        batch, length = self.positions.shape
+        size, masks = self.layout.block_size, self.layout.schedule.token_masks
+        count = (length + size - 2) // size + 1
+        rows = self.positions[:, :1] // size + jnp.arange(count, dtype=jnp.int32)
+        start, end = jnp.zeros_like(self.before), jnp.minimum(self.after, self.limit)
+
+        def over(buffer: Buffer, place, since, until) -> Parts:
+            kinds = walked.kinds(rows, for_each(buffer.held, batch), place)
+            keys = Keys(
+                buffer.key, buffer.value, buffer.key_scale, buffer.value_scale, buffer.held, kinds, since, until
+            )
+            return attend(query, self.positions, keys, masks, self.options, self.finite)
+
+        def place(block):
+            return space.place(block, self.first)
+
+        after = space.append(before, key, value, self.positions, end, self.first)
+        if length - 1 <= self.layout.max_rollback:
+            # Nothing was written over that one of these tokens reads.
+            parts = over(after, place, start, self.after)
+        else:
+            own = in_blocks(key, value, self.positions[:, 0], size, count)
+            parts = over(before, place, start, self.before)
+            parts = parts.merge(over(own, lambda block: block - like(rows[:, 0], block), self.before, self.after))
+        if prefix is not None:
+            as_laid_out = space.as_laid_out()
+            shared = over(prefix, lambda block: as_laid_out.place(block, None), start, self.after)
+            parts = parts.merge(shared)
+        return parts, after
