@@ -158,7 +158,7 @@ class Transformer(nnx.Module):
     def create_caches(
         self, batch: int, *, max_length: int | None = None, max_rollback: int = 0, dtype: Any = None
     ) -> tuple[KVCache, ...]:
-        """Empty caches, one for each layer; see `KVCache.create`.
+        """Empty caches, one for each layer, sharded by `config.query_spec`; see `KVCache.create`.
 
         Args:
             dtype: of what is stored, by default `config.dtype`.
@@ -205,9 +205,10 @@ class Transformer(nnx.Module):
     def _cached(self, tokens, caches, counts, last: bool, *, begin: bool):
         if len(caches) != len(self.layers):
             raise ValueError(f"a model of {len(self.layers)} layers needs as many caches, got {len(caches)}")
-        x, after = self.embed(tokens).astype(self.config.dtype), []
+        x, after = self._along_batch(self.embed(tokens).astype(self.config.dtype)), []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = run_cached_layer(begin, *nnx.split(layer), x, cache, counts)
+            x = self._along_batch(x)
             after.append(cache)
         if last:
             end = jnp.full(len(x), x.shape[1]) if counts is None else counts

@@ -1,20 +1,26 @@
 """Partition specs by parameter path."""
 
 import dataclasses
+import functools
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from models import Transformer, partition_specs, presets
 
+COLLECTIVE = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
 CONFIG = dataclasses.replace(presets["tiny"], num_layers=2, tie_embeddings=False)
 
 
@@ -88,3 +94,35 @@ def test_a_mesh_of_eight_gives_one_devices_logits_and_gathers_weights_not_activa
     command = [sys.executable, "-c", ON_EIGHT_DEVICES]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_caches_on_a_mesh_give_one_devices_logits_and_stay_where_they_are():
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    plain = dataclasses.replace(CONFIG, num_layers=1, dense_layers=(), implementation="reference")
+    config = dataclasses.replace(plain, query_spec=P(("data", "fsdp"), None, "tensor", None))
+    tokens = jax.random.randint(jax.random.key(0), (4, 21), 0, 272)
+    graph, state = nnx.split(Transformer(plain, rngs=nnx.Rngs(0)))
+    expected = jax.jit(lambda state: nnx.merge(graph, state)(tokens))(state)
+
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+    def step(name, state, tokens, caches):
+        return getattr(nnx.merge(graph, state), name)(tokens, caches, last=True)
+
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    state = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), state, partition_specs(state))
+    tokens = jax.device_put(tokens, NamedSharding(mesh, P(config.query_spec[0])))
+    with jax.set_mesh(mesh):
+        caches = nnx.merge(graph, state).create_caches(4, max_length=64)
+        kept = caches[0].buffers[0].key
+        split = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
+        first, caches = step("prefill", state, tokens[:, :20], caches)
+        run = step.lower("extend", state, tokens[:, 20:], caches).compile()
+        second, caches = run(state, tokens[:, 20:], caches)
+    np.testing.assert_allclose(np.stack([first[:, 0], second[:, 0]], 1), expected[:, 19:], atol=1e-5)
+    for each in (kept, *(cache.buffers[0].key for cache in caches)):
+        assert each.sharding.is_equivalent_to(split, 5)
+    # Weights are gathered, and activations of one token are summed.
+    lines = [line for line in run.as_text().splitlines() if re.search(COLLECTIVE, line) and "state[" not in line]
+    sizes = [math.prod(map(int, re.findall(r"\[([\d,]+)\]", line)[0].split(","))) for line in lines]
+    assert 0 < max(sizes) <= 128
