@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
 from s2jax.cache import KVCache
+from s2jax.cache_layout import CacheLayout
 from s2jax.heads import rms_norm
 from s2jax.nnx import S2Attention
 
@@ -177,6 +178,8 @@ class Transformer(nnx.Module):
         """Begins every sequence with a prompt.
 
         Args:
+            caches: of `create_caches`. What is done to one, such as a rollback, is to be done to all: where layers read
+                alike, what their caches hold is looked up in the first one's.
             counts: tokens of each prompt; those after them are padding.
             last: gives the logits of each prompt's last token alone, which is what one samples from: n is 1, else t.
 
@@ -206,7 +209,9 @@ class Transformer(nnx.Module):
         if len(caches) != len(self.layers):
             raise ValueError(f"a model of {len(self.layers)} layers needs as many caches, got {len(caches)}")
         x, after = self._along_batch(self.embed(tokens).astype(self.config.dtype)), []
+        first: dict[CacheLayout, KVCache] = {}
         for layer, cache in zip(self.layers, caches, strict=True):
+            cache = cache.beside(first.setdefault(cache.layout, cache))
             x, cache = run_cached_layer(begin, *nnx.split(layer), x, cache, counts)
             x = self._along_batch(x)
             after.append(cache)

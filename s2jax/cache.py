@@ -11,11 +11,12 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.checks import check_sinks
+from pallas_kernels.sharding import Sharding
 from s2jax.cache_attention import Options, for_each
 from s2jax.cache_layout import CacheLayout, compile_cache
 from s2jax.cache_sharding import over_shards, sharding_of, sharding_to_create, shards_of
 from s2jax.cache_slots import Buffer, Space
-from s2jax.cache_step import Step, Tables
+from s2jax.cache_step import Step, Tables, check_tokens
 from s2jax.functional import attention
 from s2jax.patterns import Pattern
 
@@ -139,7 +140,7 @@ class KVCache:
         Raises:
           ValueError: the prompt is empty or longer than `max_length`; arrays do not fit the cache.
         """
-        counts = self._check(query, key, value, counts)
+        counts = check_tokens(self.layout, self.buffers[0], len(self.lengths), query, key, value, counts)
         refused = {"query_offset", "query_segment_ids", "kv_segment_ids"} & options.keys()
         if refused:
             names = ", ".join(sorted(refused))
@@ -185,7 +186,7 @@ class KVCache:
         Raises:
           ValueError: there is no token; arrays do not fit the cache.
         """
-        counts = self._check(query, key, value, counts)
+        counts = check_tokens(self.layout, self.buffers[0], len(self.lengths), query, key, value, counts)
         sharding = sharding_of(self.layout, query, self.query_spec)
         options, sinks = Options.of(query.shape[3], scale, logits_soft_cap), check_sinks(sinks, query.shape[2])
         tables = Tables.of(self.layout, self.room, shards_of(sharding))
@@ -208,10 +209,9 @@ class KVCache:
             raise ValueError(
                 f"from 0 to max_rollback={most} tokens can be taken back, got {tokens}; see KVCache.create"
             )
-        lengths = self.lengths - jnp.asarray(tokens, jnp.int32)
-        possible = (lengths >= jnp.maximum(self.furthest - most, self._begins())) & (lengths <= self.lengths)
-        possible &= self.lengths < NEVER
-        return dataclasses.replace(self, lengths=jnp.where(possible, lengths, NEVER))
+        tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), self.lengths.shape)
+        arguments = KVCache._shortened, self._sharding(), "cc", "c", self, tokens
+        return over_shards(*arguments, like=(self,))[0]
 
     def reset(self, which: Bool[Array, " b"]) -> "KVCache":
         """Empties some of the sequences, for others to take their place.
@@ -248,17 +248,36 @@ class KVCache:
             raise ValueError("a fork cannot be forked again: fork the prompt's cache into all samples at once")
         size = self.layout.block_size
         room = -(-(size - 1 + max_new_tokens) // size)
-        # An array that is sharded as queries are.
-        sharding = sharding_of(self.layout, self.buffers[0].held[:, None], self.query_spec)
+        sharding = self._sharding()
         tables = Tables.of(self.layout, room, shards_of(sharding))
         like = dataclasses.replace(self, prefix=Prefix(self.buffers, self.lengths), room=room)
         arguments = KVCache._forked, sharding, "ck", "c", self, tables
         return over_shards(*arguments, like=(like,), samples=samples, room=room)[0]
 
+    def beside(self, other: "KVCache") -> "KVCache":
+        """The cache, with the lengths and blocks of another one of its layout that holds the same tokens.
+
+        What XLA computes of these alone it then computes once for both, as for the layers of a model.
+        """
+
+        def stands(buffers: tuple[Buffer, ...], others: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+            pairs = zip(buffers, others, strict=True)
+            return tuple(dataclasses.replace(buffer, held=other.held) for buffer, other in pairs)
+
+        buffers, prefix = stands(self.buffers, other.buffers), self.prefix
+        if prefix is not None and other.prefix is not None:
+            prefix = Prefix(stands(prefix.buffers, other.prefix.buffers), other.prefix.first)
+        lengths, furthest = other.lengths, other.furthest
+        return dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=furthest, prefix=prefix)
+
     @property
     def spaces(self) -> tuple[Space, ...]:
         """Of every buffer, which block has which slot."""
         return Tables.of(self.layout, self.room, 1).spaces
+
+    def _sharding(self) -> Sharding | None:
+        """As that of its arrays."""
+        return sharding_of(self.layout, self.buffers[0].held[:, None], self.query_spec)
 
     # What follows runs on every shard by itself: the cache's arrays, the tokens and the tables are the shard's.
 
@@ -272,7 +291,7 @@ class KVCache:
         return (cls(buffers, zeros, jnp.array(zeros), finite, None, layout, None, query_spec),)
 
     def _begun(self, tables: Tables, key: Array, value: Array, counts: Array | None) -> "tuple[KVCache]":
-        lengths = _extended(jnp.zeros_like(self.lengths), key.shape[1], counts)
+        lengths = _lengthened(jnp.zeros_like(self.lengths), key.shape[1], counts)
         buffers = tuple(
             space.survivors(space.take(key), space.take(value), lengths, buffer.key.dtype)
             for space, buffer in zip(tables.spaces, self.buffers, strict=True)
@@ -286,7 +305,7 @@ class KVCache:
     ) -> "tuple[Array, Array, KVCache]":  # fmt: skip
         batch, length, num_heads, head_dim = query.shape
         kv_heads = key.shape[2]
-        lengths = _extended(self.lengths, length, counts)
+        lengths = _lengthened(self.lengths, length, counts)
         positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
         finite, limit = self.finite & self._finite(value), self._limit(tables.spaces)
         step = Step(self.layout, positions, self.lengths, lengths, limit, self._first, finite.all(), options)
@@ -307,6 +326,12 @@ class KVCache:
             self, buffers=tuple(buffers), lengths=lengths, furthest=jnp.maximum(self.furthest, lengths), finite=finite
         )
         return out, lse, cache
+
+    def _shortened(self, tokens: Array) -> "tuple[KVCache]":
+        lengths, most = self.lengths - tokens, self.layout.max_rollback
+        possible = (lengths >= jnp.maximum(self.furthest - most, self._begins())) & (lengths <= self.lengths)
+        possible &= self.lengths < NEVER
+        return (dataclasses.replace(self, lengths=jnp.where(possible, lengths, NEVER)),)
 
     def _forked(self, tables: Tables, *, samples: int, room: int) -> "tuple[KVCache]":
         first = self.lengths // self.layout.block_size
@@ -347,37 +372,8 @@ class KVCache:
         stored = self.buffers[0].value.dtype
         return jnp.isfinite(value.astype(stored) if jnp.issubdtype(stored, jnp.floating) else value).all((1, 3))
 
-    def _check(self, query, key, value, counts) -> Int32[Array, " b"] | None:
-        """The counts."""
-        layout = self.layout.schedule
-        batch, (_, _, _, _, head_dim) = len(self.lengths), self.buffers[0].key.shape
-        value_dim = self.buffers[0].value.shape[-1]
-        length = query.shape[1] if query.ndim == 4 else 0
-        for name, array, heads, features in (
-            ("query", query, layout.num_heads, head_dim),
-            ("key", key, layout.num_kv_heads, head_dim),
-            ("value", value, layout.num_kv_heads, value_dim),
-        ):
-            if array.shape != (batch, length, heads, features) or not length:
-                raise ValueError(
-                    f"{name} must have shape [{batch}, tokens, {heads}, {features}] in this cache, with one number of "
-                    f"tokens for all three and at least one, got {list(array.shape)}"
-                )
-            if array.dtype != query.dtype or not jnp.issubdtype(array.dtype, jnp.floating):
-                raise ValueError(
-                    f"query, key and value must be of one floating dtype, got {query.dtype}, {array.dtype}"
-                )
-            if array.dtype == jnp.float64:
-                raise ValueError("a cache computes in float32, got float64: cast query, key and value")
-        if counts is None:
-            return None
-        counts = jnp.asarray(counts)
-        if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
-            raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")
-        return counts.astype(jnp.int32)
 
-
-def _extended(lengths: Array, most: int, counts: Array | None) -> Int32[Array, " b"]:
+def _lengthened(lengths: Array, most: int, counts: Array | None) -> Int32[Array, " b"]:
     """Lengths with so many tokens more; `NEVER` where a count is none."""
     if counts is None:
         return lengths + most

@@ -103,3 +103,31 @@ class Step:
             shared = over(prefix, lambda block: as_laid_out.place(block, None), start, self.after)
             parts = parts.merge(shared)
         return parts, after
+
+
+def check_tokens(
+    layout: CacheLayout, buffer: Buffer, batch: int, query: Array, key: Array, value: Array, counts
+) -> Int32[Array, " b"] | None:
+    """The counts; raises ValueError where tokens do not fit a cache for so many sequences."""
+    head_dim, value_dim = buffer.key.shape[-1], buffer.value.shape[-1]
+    length = query.shape[1] if query.ndim == 4 else 0
+    for name, array, heads, features in (
+        ("query", query, layout.heads.num_heads, head_dim),
+        ("key", key, layout.heads.num_kv_heads, head_dim),
+        ("value", value, layout.heads.num_kv_heads, value_dim),
+    ):
+        if array.shape != (batch, length, heads, features) or not length:
+            raise ValueError(
+                f"{name} must have shape [{batch}, tokens, {heads}, {features}] in this cache, with one number of "
+                f"tokens for all three and at least one, got {list(array.shape)}"
+            )
+        if array.dtype != query.dtype or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"query, key and value must be of one floating dtype, got {query.dtype}, {array.dtype}")
+        if array.dtype == jnp.float64:
+            raise ValueError("a cache computes in float32, got float64: cast query, key and value")
+    if counts is None:
+        return None
+    counts = jnp.asarray(counts)
+    if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
+        raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")
+    return counts.astype(jnp.int32)

@@ -203,3 +203,15 @@ def test_ids_beyond_the_vocabulary_give_nan_instead_of_another_tokens_logits():
 def test_input_that_does_not_fit(ids, arguments, message):
     with pytest.raises(ValueError, match=message):
         transformer()(ids, **arguments)
+
+
+def test_layers_that_read_alike_look_up_once_what_their_caches_hold():
+    """Whatever depends on lengths and blocks alone; there are gathers for the embedding, too."""
+
+    def gathers(num_layers: int) -> int:
+        model = transformer(num_layers=num_layers, dense_layers=())
+        graph, state = nnx.split(model)
+        step = jax.jit(lambda state, caches: nnx.merge(graph, state).extend(tokens(length=1), caches))
+        return step.lower(state, model.create_caches(2, max_length=64)).compile().as_text().count(" gather(")
+
+    assert gathers(1) == gathers(3)
