@@ -208,12 +208,14 @@ class Transformer(nnx.Module):
     def _cached(self, tokens, caches, counts, last: bool, *, begin: bool):
         if len(caches) != len(self.layers):
             raise ValueError(f"a model of {len(self.layers)} layers needs as many caches, got {len(caches)}")
-        x, after = self._along_batch(self.embed(tokens).astype(self.config.dtype)), []
+        # Of a few tokens XLA had rather gather activations: the weights, which this would have it gather, are larger.
+        along = self._along_batch if begin else lambda x: x
+        x, after = along(self.embed(tokens).astype(self.config.dtype)), []
         first: dict[CacheLayout, KVCache] = {}
         for layer, cache in zip(self.layers, caches, strict=True):
             cache = cache.beside(first.setdefault(cache.layout, cache))
             x, cache = run_cached_layer(begin, *nnx.split(layer), x, cache, counts)
-            x = self._along_batch(x)
+            x = along(x)
             after.append(cache)
         if last:
             end = jnp.full(len(x), x.shape[1]) if counts is None else counts
