@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from s2jax.cache import KVCache
+
 
 class RopeScaling(typing.NamedTuple):
     """Rotary frequencies of Llama 3.1 and later: the slow ones slower yet, so that a longer context turns no further.
@@ -161,6 +163,25 @@ def place(
         offset = jnp.asarray(offset, jnp.int32)
         positions = offset.reshape(-1, 1) + steps.reshape(1, -1) if offset.ndim else offset + steps
     return rotary(heads, positions, rope_theta, rope_scaling)
+
+
+def next_positions(
+    cache: KVCache, pattern: typing.Any, length: int, rope_theta: float | None, *, begin: bool
+) -> Int[Array, "b t"] | None:
+    """Rotary positions of tokens that come to a cache, which either begin its sequences or go on with them.
+
+    Raises:
+        ValueError: the cache was made for another pattern.
+    """
+    if cache.layout.pattern != pattern:
+        raise ValueError(
+            f"the cache was made for {cache.layout.pattern!r}, the layer reads by {pattern!r}: make it with the "
+            "layer's create_cache"
+        )
+    if rope_theta is None:
+        return None
+    start = jnp.zeros_like(cache.lengths) if begin else cache.lengths
+    return start[:, None] + jnp.arange(length, dtype=jnp.int32)
 
 
 def refuse_key_arguments(kv_positions, kv_segment_ids, query_offset) -> None:

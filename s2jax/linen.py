@@ -1,5 +1,6 @@
 """Sparsely-sharded attention as a Flax Linen layer, and as `attention_fn` of `nn.MultiHeadDotProductAttention`."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,9 +10,10 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
-from s2jax.heads import RopeScaling, head_counts, place, refuse_key_arguments
+from s2jax.heads import RopeScaling, head_counts, next_positions, place, refuse_key_arguments
 
 __all__ = ["S2Attention", "attention_fn"]
 
@@ -52,7 +54,6 @@ class S2Attention(nn.Module):
     query_spec: PartitionSpec | None = None
     implementation: str | tuple[str, ...] | None = None
 
-    @nn.compact
     def __call__(
         self,
         x: Float[Array, "b t f"],
@@ -69,10 +70,72 @@ class S2Attention(nn.Module):
         if kv is None:
             refuse_key_arguments(kv_positions, kv_segment_ids, query_offset)
             kv, kv_positions, kv_segment_ids = x, positions, segment_ids
-        in_features = x.shape[-1]
-        num_kv_heads, head_dim = head_counts(
-            self.num_heads, self.num_kv_heads, self.head_dim, in_features, self.rope_theta
+        how = {
+            "query_offset": query_offset,
+            "query_segment_ids": segment_ids,
+            "kv_segment_ids": kv_segment_ids,
+            "query_spec": self.query_spec,
+            "implementation": self.implementation,
+        }
+
+        def attend(query, key, value, **options):
+            return attention(query, key, value, self.pattern if pattern is None else pattern, **how, **options), None
+
+        return self._attended(x, kv, positions, kv_positions, query_offset, attend)[0]
+
+    def create_cache(
+        self,
+        batch: int,
+        in_features: int,
+        *,
+        max_length: int | None = None,
+        max_rollback: int = 0,
+        dtype: Dtype | None = None,
+    ) -> KVCache:
+        """An empty cache for this layer's keys and values, sharded by its `query_spec`; see `KVCache.create`.
+
+        Args:
+            in_features: width of the layer's input.
+            dtype: of what is stored, by default the layer's.
+        """
+        num_kv_heads, head_dim = self._head_counts(in_features)
+        return KVCache.create(
+            self.pattern,
+            batch=batch,
+            num_heads=self.num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_length=max_length,
+            max_rollback=max_rollback,
+            dtype=dtype or self.dtype or self.param_dtype,
+            query_spec=self.query_spec,
         )
+
+    def prefill(
+        self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
+    ) -> tuple[Float[Array, "b t out_features"], KVCache]:
+        """Self attention of a prompt, with which the cache begins anew; see `KVCache.prefill`.
+
+        `layer.apply({"params": params}, x, cache, method="prefill")`; `extend` likewise.
+        """
+        attend = functools.partial(cache.prefill, counts=counts, implementation=self.implementation)
+        return self._cached(x, cache, attend, begin=True)
+
+    def extend(
+        self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
+    ) -> tuple[Float[Array, "b t out_features"], KVCache]:
+        """Self attention of the next tokens of every sequence, over all that the cache holds; see `KVCache.extend`."""
+        return self._cached(x, cache, functools.partial(cache.extend, counts=counts), begin=False)
+
+    def _cached(self, x, cache, attend, *, begin: bool):
+        positions = next_positions(cache, self.pattern, x.shape[1], self.rope_theta, begin=begin)
+        return self._attended(x, x, positions, positions, 0, attend)
+
+    @nn.compact
+    def _attended(self, x, kv, positions, kv_positions, query_offset, attend):
+        """The layer with `attend(query, key, value, **options)`, which gives the heads, and something besides."""
+        in_features = x.shape[-1]
+        num_kv_heads, head_dim = self._head_counts(in_features)
         query = self._project("query", (self.num_heads, head_dim))(x)
         key = self._project("key", (num_kv_heads, head_dim))(kv)
         value = self._project("value", (num_kv_heads, head_dim))(kv)
@@ -82,22 +145,22 @@ class S2Attention(nn.Module):
         key_gain = self.param("key_gain", ones, (head_dim,), self.param_dtype) if self.qk_norm else None
         sinks = self.param("sinks", zeros, (self.num_heads,), self.param_dtype) if self.use_sinks else None
 
-        heads = attention(
-            place(query, query_gain, positions, query_offset, self.rope_theta, self.rope_scaling, self.norm_eps),
-            place(key, key_gain, kv_positions, 0, self.rope_theta, self.rope_scaling, self.norm_eps),
+        heads, besides = attend(
+            self._placed(query, query_gain, positions, query_offset),
+            self._placed(key, key_gain, kv_positions, 0),
             value,
-            self.pattern if pattern is None else pattern,
             scale=self.scale,
-            query_offset=query_offset,
-            query_segment_ids=segment_ids,
-            kv_segment_ids=kv_segment_ids,
             logits_soft_cap=self.logits_soft_cap,
             sinks=sinks,
-            query_spec=self.query_spec,
-            implementation=self.implementation,
         )
         out_features = in_features if self.out_features is None else self.out_features
-        return self._project("out", out_features, axis=(-2, -1), kernel_init=self.out_kernel_init)(heads)
+        return self._project("out", out_features, axis=(-2, -1), kernel_init=self.out_kernel_init)(heads), besides
+
+    def _head_counts(self, in_features: int) -> tuple[int, int]:
+        return head_counts(self.num_heads, self.num_kv_heads, self.head_dim, in_features, self.rope_theta)
+
+    def _placed(self, heads, gain, positions, offset) -> Float[Array, "b t heads d"]:
+        return place(heads, gain, positions, offset, self.rope_theta, self.rope_scaling, self.norm_eps)
 
     def _project(
         self, name: str, features: int | tuple[int, ...], axis: int | tuple[int, ...] = -1, kernel_init=None

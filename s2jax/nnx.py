@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
-from s2jax.heads import RopeScaling, head_counts, place, refuse_key_arguments
+from s2jax.heads import RopeScaling, head_counts, next_positions, place, refuse_key_arguments
 
 __all__ = ["S2Attention", "attention_fn"]
 
@@ -194,7 +194,7 @@ class S2Attention(nnx.Module):
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
         """Self attention of a prompt, with which the cache begins anew; see `KVCache.prefill`."""
-        arrays, options = self._for_cache(x, cache, jnp.zeros_like(cache.lengths))
+        arrays, options = self._for_cache(x, cache, begin=True)
         heads, cache = cache.prefill(*arrays, counts=counts, implementation=self.implementation, **options)
         return self.out(heads), cache
 
@@ -202,22 +202,15 @@ class S2Attention(nnx.Module):
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
         """Self attention of the next tokens of every sequence, over all that the cache holds; see `KVCache.extend`."""
-        arrays, options = self._for_cache(x, cache, cache.lengths)
+        arrays, options = self._for_cache(x, cache, begin=False)
         heads, cache = cache.extend(*arrays, counts=counts, **options)
         return self.out(heads), cache
 
     def _for_cache(
-        self, x: Float[Array, "b t f"], cache: KVCache, start: Int[Array, "b"]
+        self, x: Float[Array, "b t f"], cache: KVCache, *, begin: bool
     ) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
-        """Query, key and value of tokens from a position on, and how they attend."""
-        if cache.layout.pattern != self.pattern:
-            raise ValueError(
-                f"the cache was made for {cache.layout.pattern!r}, the layer reads by {self.pattern!r}: make it with "
-                "the layer's create_cache"
-            )
-        positions = None
-        if self.rope_theta is not None:
-            positions = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        """Query, key and value of the tokens, and how they attend."""
+        positions = next_positions(cache, self.pattern, x.shape[1], self.rope_theta, begin=begin)
         key, value = self.keys_values(x, positions)
         options = {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap, "sinks": _array(self.sinks)}
         return (self.queries(x, positions), key, value), options

@@ -190,6 +190,33 @@ def test_arguments_that_mean_nothing_are_refused(call, message):
         twin.apply({"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}, x, **call)
 
 
+@pytest.mark.parametrize("variant", ["everything", *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS)])
+@pytest.mark.usefixtures("quick_compilation")
+def test_both_go_on_from_a_cache(variant):
+    layer, twin, x = nnx_layer(**VARIANTS[variant]), linen_layer(**VARIANTS[variant]), inputs(length=40)
+    params = {"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}
+    expected, counts = layer(x), jnp.array([30, 21])
+    caches = layer.create_cache(2, max_length=48), twin.create_cache(2, 32, max_length=48)
+    assert jax.tree.structure(caches[0]) == jax.tree.structure(caches[1])
+    begun, cache = layer.prefill(x[:, :30], caches[0], counts=counts)
+    twin_begun, twin_cache = twin.apply(params, x[:, :30], caches[1], counts=counts, method="prefill")
+    following = jnp.stack([x[0, 30:40], x[1, 21:31]])
+    out, _ = layer.extend(following, cache)
+    twin_out, _ = twin.apply(params, following, twin_cache, method="extend")
+    np.testing.assert_array_equal(twin_begun, begun)
+    np.testing.assert_array_equal(twin_out, out)
+    np.testing.assert_allclose(begun[1, :21], expected[1, :21], atol=1e-5)
+    np.testing.assert_allclose(out[0], expected[0, 30:40], atol=1e-5)
+    np.testing.assert_allclose(out[1], expected[1, 21:31], atol=1e-5)
+
+
+def test_both_refuse_the_cache_of_another_pattern():
+    cache = nnx_layer(Dense()).create_cache(2, max_length=48)
+    for extend in (nnx_layer().extend, linen_layer().bind({}).extend):
+        with pytest.raises(ValueError, match=r"made for Dense\(\), the layer reads by LocalStride.* create_cache"):
+            extend(inputs(length=1), cache)
+
+
 def test_both_scale_their_rotary_positions():
     scaling, x = s2jax.RopeScaling(8.0, 1.0, 4.0, 64), inputs()
     layer, twin = nnx_layer(rope_theta=1e4, rope_scaling=scaling), linen_layer(rope_theta=1e4, rope_scaling=scaling)
