@@ -241,7 +241,7 @@ def train(run: Run) -> int:
     speed = recorder.progress.tokens_per_second() if recorder.progress.trained_steps else None
     say("\n" + final_report(trainer, state.params, run.heldout, step=done, tokens_per_second=speed))
     if run.checkpoint is not None:
-        export(run_dir(config) / "model", run.checkpoint, state.params)
+        export(config, run.checkpoint, state.params)
         say(f"Try it with   {generate_command(config)}")
     return 0
 

@@ -4,7 +4,7 @@
 
 Every row is a run of train.py over the same 40 rows of 2,048 tokens of five of Jane Austen's novels, and then the
 perplexity of 8,192 tokens of the sixth, before and after. The dense row is there to tell what the text alone teaches:
-only what a sparse row gains beyond it is won back. Runs lie in runs/fine_tuning/ and are gone on with when started
+only what a sparse row gains beyond it is won back. Runs lie in runs/ and are gone on with when started
 again.
 """
 
@@ -34,7 +34,7 @@ CASES = (
 def tuned(name: str, text: str, dense_layers: tuple[int, ...], folder: pathlib.Path) -> pathlib.Path:
     """The directory of the fine-tuned model, by a run of train.py."""
     run = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
-    if not (run / "results.json").exists():
+    if not (run / "model" / "config.json").exists():  # which is written last of all
         command = [sys.executable, "train.py", "--pretrained", str(smollm2.fetch()), "--data", str(folder / "data")]
         command += ["--pattern", text, "--dtype", "float32", "--run-dir", str(run), "--log-every", "1"]
         command += ["--steps", str(STEPS), "--warmup-steps", "4", "--checkpoint-every", str(STEPS)]
@@ -55,9 +55,9 @@ def write_data(folder: pathlib.Path) -> None:
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--rows", nargs="+", default=None, help="names of rows; all by default")
+    arguments.add_argument("--rows", nargs="+", choices=[case[0] for case in CASES], help="by default all")
     given = arguments.parse_args()
-    folder = ROOT / "runs" / "fine_tuning"
+    folder = ROOT / "runs" / f"fine_tuning-{STEPS}x{LENGTH}"
     write_data(folder / "data")
     tokenizer, rows = load(smollm2.fetch()).tokenizer, []
     tokens = np.array([tokenizer.encode(novels()[TITLE]).ids[: BANDS[-1]]], np.int32)

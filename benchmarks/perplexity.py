@@ -105,7 +105,7 @@ def _bands(length: int) -> list[tuple[int, int]]:
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--tokens", type=int, default=BANDS[-1], help="of the context; default %(default)s")
-    arguments.add_argument("--rows", nargs="+", default=None, help="names of rows; all by default")
+    arguments.add_argument("--rows", nargs="+", choices=[case[0] for case in CASES], help="by default all")
     given = arguments.parse_args()
     tokenizer = load(smollm2.fetch()).tokenizer
     ids = tokenizer.encode(novels()[TITLE]).ids[: given.tokens]

@@ -66,6 +66,19 @@ def perplexity(record: dict) -> str:
     return "\n".join([*lines, "", f"{record['text']}. {origin(record, 'perplexity')}"])
 
 
+def fine_tuning(record: dict) -> str:
+    lines = ["| reads | cache | before | over dense | after | over dense, tuned alike |", "|---|---|---|---|---|---|"]
+    dense = record["rows"][0]
+    for row in record["rows"]:
+        over = [f"{row[when] / dense[when] - 1:+.1%}" if row is not dense else "" for when in ("before", "after")]
+        lines.append(
+            f"| {row['reads']} | {row['cache MiB']:.0f} MiB | {row['before']:.1f} | {over[0]} | {row['after']:.1f} "
+            f"| {over[1]} |"
+        )
+    said = f"{record['text']}; trained: {record['trained']}."
+    return "\n".join([*lines, "", f"{said} {origin(record, 'fine_tuning')}"])
+
+
 def schedules(record: dict) -> str:
     lines = [
         "| point | block | density | ideal speedup | executed/ideal, forward | backward | compiled, processor time |",
@@ -249,6 +262,7 @@ TABLES = {
     "attention_cpu": attention,
     "decode": decode,
     "perplexity": perplexity,
+    "fine_tuning": fine_tuning,
     "train_tiny": training,
 }
 

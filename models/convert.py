@@ -86,7 +86,10 @@ def main(argv: list[str] | None = None) -> None:
         pretrained = load(smollm2.fetch() if given.model is None else given.model)
         if pretrained.tokenizer is None:
             raise ValueError(f"{given.model} has no tokenizer: put a tokenizer.json beside its weights")
-        config, length = pretrained.model.config, given.length or pretrained.max_context
+        config, length = pretrained.model.config, pretrained.max_context if given.length is None else given.length
+        for flag, count in (("--tokens", given.tokens), ("--length", length)):
+            if count < 1:
+                raise ValueError(f"{flag} must be at least 1, got {count}")
         ids = pretrained.tokenizer.encode(text).ids[: given.tokens]
         if len(ids) < given.tokens:
             raise ValueError(f"{given.text} must hold {given.tokens} tokens, see --tokens, got {len(ids)}")

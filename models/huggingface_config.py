@@ -25,7 +25,7 @@ _SUPPORTED: dict[str, tuple] = {
     "sliding_window": (None,),
     "quantization_config": (None,),
 }
-_PLAIN_ROPE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_PLAIN_ROPE = {"rope_type", "rope_theta", "partial_rotary_factor"}
 # In the order of `RopeScaling`.
 _LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -47,16 +47,16 @@ def config_from_huggingface(values: Mapping[str, Any], **settings: Any) -> Trans
         values["sliding_window"] = None
     _check_supported(values)
     rope = _rope(values)
-    heads, width = _count(values, "num_attention_heads"), _count(values, "hidden_size")
+    heads, width = positive_integer(values, "num_attention_heads"), positive_integer(values, "hidden_size")
     return TransformerConfig(
-        vocab_size=_count(values, "vocab_size"),
-        num_layers=_count(values, "num_hidden_layers"),
+        vocab_size=positive_integer(values, "vocab_size"),
+        num_layers=positive_integer(values, "num_hidden_layers"),
         d_model=width,
         num_heads=heads,
         num_kv_heads=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim") or width // heads,
-        d_ff=_count(values, "intermediate_size"),
-        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10_000.0),
+        d_ff=positive_integer(values, "intermediate_size"),
+        rope_theta=float(rope.get("rope_theta", 10_000.0)),
         rope_scaling=RopeScaling(*(rope[key] for key in _LLAMA3_ROPE)) if "factor" in rope else None,
         norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
@@ -117,24 +117,45 @@ def _check_supported(values: Mapping[str, Any]) -> None:
                 f"config.json has {key}={values[key]!r}; supported is {supported[0]!r} alone, as anything else "
                 f"changes what the model computes{hint}"
             )
-    rope = _rope(values)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    known = {"default": _PLAIN_ROPE, "llama3": _PLAIN_ROPE.union(_LLAMA3_ROPE)}.get(kind, set())
-    whole = kind != "llama3" or rope.keys() >= set(_LLAMA3_ROPE)
-    if not (rope.keys() <= known and whole) or rope.get("partial_rotary_factor", 1) != 1:
+
+
+def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary positions: transformers 5 has them in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`.
+
+    Raises:
+        ValueError: what is said twice differs, or it is something that the model cannot follow.
+    """
+    rope: dict[str, Any] = {}
+    sources = {"rope_theta": values.get("rope_theta")}, values.get("rope_parameters"), values.get("rope_scaling")
+    for source in sources:
+        if not isinstance(source, (dict, type(None))):
+            raise ValueError(f"config.json must say by an object how positions are rotated, got {source!r}")
+        for key, value in (source or {}).items():
+            key = "rope_type" if key == "type" else key
+            if value is not None and rope.setdefault(key, value) != value:
+                raise ValueError(
+                    f"config.json says of the rotary positions both {key}={rope[key]!r} and {value!r}; keep what is "
+                    "meant in rope_theta, rope_parameters and rope_scaling"
+                )
+    _check_rope({"rope_type": "default", **rope})
+    return rope
+
+
+def _check_rope(rope: Mapping[str, Any]) -> None:
+    known = {"default": _PLAIN_ROPE, "llama3": _PLAIN_ROPE.union(_LLAMA3_ROPE)}.get(str(rope["rope_type"]), set())
+    whole = rope["rope_type"] == "default" or rope.keys() >= set(_LLAMA3_ROPE)
+    numbers = [value for key, value in rope.items() if key != "rope_type"]
+    plain = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in numbers)
+    if not (rope.keys() <= known and whole and plain) or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(
             f"config.json changes the rotary positions by {dict(rope)}; supported are plain ones, and rope_type llama3 "
-            f"with {', '.join(_LLAMA3_ROPE)}"
+            f"with {', '.join(_LLAMA3_ROPE)} as numbers"
         )
 
 
-def _rope(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What transformers 5 calls `rope_parameters` and transformers 4 `rope_scaling`."""
-    return values.get("rope_parameters") or values.get("rope_scaling") or {}
-
-
-def _count(values: Mapping[str, Any], key: str) -> int:
+def positive_integer(values: Mapping[str, Any], key: str) -> int:
+    """The value of a key of config.json; raises ValueError where it is another thing."""
     count = values.get(key)
-    if not isinstance(count, int) or count < 1:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"config.json must have a positive integer as {key!r}, got {count!r}")
     return count

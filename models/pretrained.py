@@ -22,23 +22,26 @@ from models.config import TransformerConfig
 from models.gguf import GgufFile
 from models.gguf_tokenizer import tokenizer_from_gguf
 from models.huggingface import from_huggingface, save_safetensors, to_huggingface
-from models.huggingface_config import config_from_huggingface, config_to_huggingface
+from models.huggingface_config import config_from_huggingface, config_to_huggingface, positive_integer
 from models.huggingface_directory import ShardedTensors, read_json
 from models.transformer import Transformer
 from s2jax.patterns import Dense, Pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Around:
+class _Conventions:
+    """What it takes to talk to a model."""
+
     max_context: int
     tokenizer: Tokenizer | None = None
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
+    eos_token: str | None = None
     chat_template: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrained(_Around):
+class Pretrained(_Conventions):
     """A model and what it takes to talk to it.
 
     Attributes:
@@ -47,6 +50,7 @@ class Pretrained(_Around):
         tokenizer: None if the checkpoint has none.
         eos_ids: the tokens that end a text, or a turn of a conversation.
         bos_id: the token that begins a text, if the model has one; the tokenizer adds it where the model wants it.
+        eos_token: what chat templates call so: the one of `eos_ids` that the tokenizer names.
         chat_template: the Jinja template that lays out a conversation, if the checkpoint has one.
     """
 
@@ -54,7 +58,7 @@ class Pretrained(_Around):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoint(_Around):
+class Checkpoint(_Conventions):
     """A checkpoint whose weights are still in its files; see `Pretrained` for what is around them.
 
     Attributes:
@@ -65,6 +69,14 @@ class Checkpoint(_Around):
     config: TransformerConfig
     tensors: Mapping[str, np.ndarray]
 
+    def __post_init__(self):
+        for token in (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
+                raise ValueError(
+                    f"tokens that begin and end a text must be ids from 0 to {self.config.vocab_size - 1}, the "
+                    f"checkpoint has {token!r}"
+                )
+
     def parameters(self) -> dict:
         """Reads and checks the weights: float32 on the host, nested as `nnx.update` takes them.
 
@@ -74,14 +86,11 @@ class Checkpoint(_Around):
         return from_huggingface(self.tensors, self.config)
 
     def with_parameters(self, parameters: dict) -> Pretrained:
-        """The model with these weights, its own or others that came of them."""
+        """The model with these weights, its own or others that came of them; they stay where they are."""
         model = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
-        arrays = nnx.traversals.flatten_mapping(parameters)
-        for path in arrays:  # one by one: two copies of a tensor at a time, not of the model
-            arrays[path] = jnp.asarray(arrays[path])
-        nnx.update(model, nnx.traversals.unflatten_mapping(arrays))
-        around = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Around)}
-        return Pretrained(model=model, **around)
+        nnx.update(model, parameters)
+        conventions = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Conventions)}
+        return Pretrained(model=model, **conventions)
 
 
 def load(path: str | os.PathLike, pattern: Pattern = Dense(), **settings: Any) -> Pretrained:  # noqa: B008 - frozen
@@ -90,7 +99,10 @@ def load(path: str | os.PathLike, pattern: Pattern = Dense(), **settings: Any) -
     Tensors are read, checked and converted one by one, so that the peak is the float32 model and little more.
     """
     checkpoint = open_checkpoint(path, pattern, **settings)
-    return checkpoint.with_parameters(checkpoint.parameters())
+    arrays = nnx.traversals.flatten_mapping(checkpoint.parameters())
+    for name in arrays:  # one by one: two copies of a tensor at a time, not of the model
+        arrays[name] = jnp.asarray(arrays[name])
+    return checkpoint.with_parameters(nnx.traversals.unflatten_mapping(arrays))
 
 
 def open_checkpoint(
@@ -151,7 +163,11 @@ def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
     # Here, as the errors of `tokenizers` have no class of their own.
     if "model" not in read_json(path):
         raise ValueError(f"{path} must have a 'model', which it lacks: it is no tokenizer.json")
-    return Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    # Left over from someone's training: texts are neither cut nor filled up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _read_gguf(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any) -> Checkpoint:
@@ -160,6 +176,7 @@ def _read_gguf(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any)
     if tokenizer is None and "tokenizer.ggml.model" in metadata:
         tokenizer = tokenizer_from_gguf(metadata)
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    end = None if tokenizer is None or ends[0] is None else tokenizer.id_to_token(ends[0])
     return Checkpoint(
         config=TransformerConfig(**file.shape(), **settings),
         tensors=file,
@@ -167,6 +184,7 @@ def _read_gguf(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any)
         tokenizer=tokenizer,
         eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
         bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token=end,
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 
@@ -178,14 +196,19 @@ def _read_directory(path: pathlib.Path, tokenizer: Tokenizer | None, **settings:
         tokenizer = read_tokenizer(path / "tokenizer.json")
     # Where the two differ, it is this one that generation goes by.
     generation = _optional_json(path / "generation_config.json")
-    ends = generation.get("eos_token_id", values.get("eos_token_id"))
+    ends, begin = (
+        values.get(name) if generation.get(name) is None else generation[name]
+        for name in ("eos_token_id", "bos_token_id")
+    )
+    eos_token = _optional_json(path / "tokenizer_config.json").get("eos_token")
     return Checkpoint(
         config=config,
         tensors=ShardedTensors(path),
-        max_context=int(values.get("max_position_embeddings", 2048)),
+        max_context=positive_integer({"max_position_embeddings": 2048, **values}, "max_position_embeddings"),
         tokenizer=tokenizer,
         eos_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
-        bos_id=generation.get("bos_token_id", values.get("bos_token_id")),
+        bos_id=begin,
+        eos_token=eos_token.get("content") if isinstance(eos_token, dict) else eos_token,
         chat_template=_chat_template(path),
     )
 
@@ -207,8 +230,8 @@ def _tokenizer_config(pretrained: Pretrained, tokenizer: Tokenizer) -> dict[str,
     }
     if pretrained.bos_id is not None:
         values["bos_token"] = tokenizer.id_to_token(pretrained.bos_id)
-    if pretrained.eos_ids:
-        values["eos_token"] = tokenizer.id_to_token(pretrained.eos_ids[0])
+    if pretrained.eos_token is not None:
+        values["eos_token"] = pretrained.eos_token
     if pretrained.chat_template is not None:
         values["chat_template"] = pretrained.chat_template
     return values

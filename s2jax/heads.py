@@ -111,7 +111,7 @@ def rotary(
         The rotated heads in the dtype of `x`; angles are computed in float32 (float64 for float64 input).
 
     Raises:
-        ValueError: if `d` is odd, or if `positions` are no integers or do not fit `x`.
+        ValueError: if `d` is odd, if `positions` are no integers or do not fit `x`, or the scaling is none.
 
     Source: Su et al., RoFormer, arXiv 2104.09864, section 3.4.2.
     """
@@ -128,6 +128,8 @@ def rotary(
     wide = jnp.promote_types(x.dtype, jnp.float32)
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
     if scaling is not None:
+        scaling = RopeScaling(*scaling)  # its four numbers will do
+        scaling.check()
         frequencies = scaling.scaled(frequencies)
     angles = positions.reshape((-1, length, 1, 1)).astype(wide) * frequencies.reshape((1, 1, 1, -1))
     cos, sin = jnp.cos(angles), jnp.sin(angles)

@@ -28,8 +28,6 @@ def parse(argv: Sequence[str]) -> Config:
     if saved is not None and saved.exists():
         defaults = Config.from_json(saved)
         require(preset in (None, defaults.preset), "--preset", f"{defaults.preset}, as in {run_dir}", preset)
-        same = pretrained in (None, defaults.pretrained)
-        require(same, "--pretrained", f"{defaults.pretrained}, as in {run_dir}", pretrained)
     elif pretrained is not None:
         require(preset is None, "--pretrained", "no --preset beside it", preset)
         defaults = fine_tuning(pretrained)
@@ -55,7 +53,7 @@ def _peek(argv: Sequence[str], flag: str) -> str | None:
     """The value of a flag that other flags' defaults depend on."""
     found = None
     for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
+        if word == flag and i + 1 < len(argv) and not argv[i + 1].startswith("--"):
             found = argv[i + 1]
         elif word.startswith(flag + "="):
             found = word.partition("=")[2]

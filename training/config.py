@@ -153,8 +153,9 @@ class OptimizerOptions:
         require(self.optimizer in ("muon", "adamw"), "--optimizer", "muon or adamw", self.optimizer)
         for name in ("learning_rate", "rest_learning_rate", "clip_norm"):
             value = getattr(self, name)
-            fits = value is None if name == "learning_rate" else False
-            require(fits or 0 < value < math.inf, f"--{name.replace('_', '-')}", "a positive number", value)
+            if name == "learning_rate" and value is None:  # it follows the optimizer
+                continue
+            require(0 < value < math.inf, f"--{name.replace('_', '-')}", "a positive number", value)
         require(0 <= self.weight_decay < math.inf, "--weight-decay", "a number from 0 up", self.weight_decay)
         require(0 <= self.final_fraction <= 1, "--final-fraction", "a share from 0 to 1", self.final_fraction)
 
@@ -221,7 +222,8 @@ class OutputOptions:
 class Config:
     """Trains a hybrid of dense and sparsely-sharded attention. Ctrl-C saves; the same --run-dir goes on from there.
 
-    With no --data it trains on the Python standard library's own sources, byte by byte.
+    With no --data it trains on the Python standard library's own sources: byte by byte, or, with --pretrained, in that
+    model's tokens.
     """
 
     model: ModelOptions
@@ -246,14 +248,14 @@ class Config:
         _require_counts(self, "steps")
         _require_counts(self, "seed", least=0)
         one = (self.preset is None) != (self.pretrained is None)
-        require(one, "--pretrained", "it or --preset, not both", f"{self.pretrained} and {self.preset}")
+        require(one, "--pretrained", "it or --preset, one of the two", f"{self.pretrained} and {self.preset}")
         rows, parts = self.input.batch_size, self.optimizer.accumulate
         require(rows % parts == 0, "--accumulate", f"a divisor of the {rows} rows of a batch", parts)
 
     @property
     def name(self) -> str:
         """The preset's, or the checkpoint's."""
-        return self.preset or Path(self.pretrained or "").resolve().stem
+        return self.preset or Path(self.pretrained or "").resolve().name.removesuffix(".gguf")
 
     def to_json(self) -> str:
         """What `from_json` reads: all but this process's place in a cluster, which the next run may not share."""
@@ -273,7 +275,9 @@ class Config:
             parts = {name: kind(**_tupled(values.pop(name))) for name, kind in _PARTS.items()}
             return cls(**values, **parts)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"expected the config of a run in {path}, got {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"expected the config of a run of this version in {path}, got {type(error).__name__}: {error}"
+            ) from error
 
 
 _PARTS = {

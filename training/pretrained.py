@@ -25,7 +25,7 @@ def checkpoint_of(config: Config) -> Checkpoint:
     """The checkpoint that --pretrained names, to be read by the run's pattern.
 
     Raises:
-        ValueError: it cannot be read, or a flag asks for a model of another shape.
+        ValueError: it cannot be read, or a flag asks for a model of another shape, or for it to be overwritten.
     """
     assert config.pretrained is not None
     checkpoint = open_checkpoint(config.pretrained)
@@ -34,29 +34,49 @@ def checkpoint_of(config: Config) -> Checkpoint:
         expected, got = getattr(stored, field.name), getattr(config.model, field.name)
         flag = f"--{field.name.replace('_', '-')}"
         require(field.name in _FREE or expected == got, flag, f"{expected}, as in {config.pretrained}", got)
+    if config.run_dir is not None:
+        target = exported(config)
+        apart = not target.exists() or (target.is_dir() and not target.samefile(config.pretrained))
+        require(apart, "--run-dir", f"one in which the tuned model may be written to {target}", "a file or its source")
     wanted = config.model.transformer()
     settings = {name: getattr(wanted, name) for name in _FREE}
-    return dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, **settings))
+    longest = max(checkpoint.max_context, config.input.seq_len)
+    return dataclasses.replace(
+        checkpoint, config=dataclasses.replace(checkpoint.config, **settings), max_context=longest
+    )
+
+
+def exported(config: Config) -> Path:
+    """Where a run leaves the tuned model."""
+    return Path(config.run_dir or "", "model")
 
 
 def in_tokens(corpus: Corpus, checkpoint: Checkpoint) -> Corpus:
     """Texts as the checkpoint's tokenizer cuts them, each closed by the token that ends a text; tokens as they are.
 
     Raises:
-        ValueError: there is no tokenizer, or a text is not UTF-8.
+        ValueError: there is no tokenizer, or it gives tokens that the model lacks; a text is not UTF-8; or all are too
+            short to predict anything.
     """
     if not corpus.byte_level:
         return corpus
-    tokenizer = checkpoint.tokenizer
+    tokenizer, vocab_size = checkpoint.tokenizer, checkpoint.config.vocab_size
     if tokenizer is None:
         raise ValueError("--data: expected token files (.npy, .bin), as the checkpoint has no tokenizer, got text")
     documents: list[TokenDocument] = []
     for some in itertools.batched(corpus.documents, _TOGETHER):
         texts = [_decoded(document.name, content_bytes(document)) for document in some]
-        for document, encoding in zip(some, tokenizer.encode_batch(texts), strict=True):
+        for document, encoding in zip(some, tokenizer.encode_batch_fast(texts), strict=True):
             tokens = np.array([*encoding.ids, *checkpoint.eos_ids[:1]], np.int32)
+            if tokens.size and tokens.max() >= vocab_size:
+                raise ValueError(
+                    f"--pretrained: expected a tokenizer of at most the model's {vocab_size} tokens, got token "
+                    f"{tokens.max()} in {document.name}"
+                )
             if len(tokens) > 1:  # one token predicts nothing
                 documents.append(TokenDocument(document.name, tokens, 0, len(tokens)))
+    if not documents:
+        raise ValueError("--data: expected texts of more than one token, got none")
     return Corpus(tuple(documents), False, corpus.skipped)
 
 
@@ -78,9 +98,15 @@ def pretrained_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainState:
     return trainer.begin(jax.tree.map(placed, checkpoint.parameters(), trainer.abstract_state.params))
 
 
-def export(directory: Path, checkpoint: Checkpoint, params: Any) -> None:
-    """Writes the model as a Hugging Face directory; every process takes part, the first writes."""
+def export(config: Config, checkpoint: Checkpoint, params: Any) -> None:
+    """Writes the model as a Hugging Face directory; every process takes part, the first writes.
+
+    The others wait: who leaves early ends the cluster for all.
+    """
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
-    if jax.process_index() == 0:
-        save(directory, checkpoint.with_parameters(params))
+    try:
+        if jax.process_index() == 0:
+            save(exported(config), checkpoint.with_parameters(jax.tree.map(np.asarray, params)))
+    finally:
+        multihost_utils.sync_global_devices("the model is written")

@@ -6,6 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 
 from models.chat import chat_tokens
 from models.pretrained import Pretrained, open_checkpoint
@@ -16,16 +17,17 @@ PLAIN = "{% for message in messages %}{{ message.role }}: {{ message.content }}\
 
 
 def letters() -> Tokenizer:
-    """A token for every letter of ASCII."""
+    """A token for every letter of ASCII; where it is to add special ones, a `^` in front."""
     tokenizer = Tokenizer(BPE(LETTERS, []))
     tokenizer.decoder = Fuse()
+    tokenizer.post_processor = TemplateProcessing(single="^ $A", special_tokens=[("^", ord("^"))])
     return tokenizer
 
 
 def checkpoint(template: str | None) -> Pretrained:
     return Pretrained(
         model=transformer(LLAMA), max_context=128, tokenizer=letters(), eos_ids=(ord("$"), 3), bos_id=ord("^"),
-        chat_template=template,
+        eos_token="$", chat_template=template,
     )  # fmt: skip
 
 
@@ -41,7 +43,9 @@ def laid_out(template: str, *messages: tuple[str, str]) -> str:
         ("{{ bos_token }}{{ messages[0]['content'] | trim }}{{ eos_token }}", "^Hi$"),
         ("{% if add_generation_prompt %}\n    {{- 'go' }}\n    {% endif %}\n.", "go\n."),
         ("{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}", "Hi"),
-        ("{{ messages | length }}{{ tools }}", "2"),
+        ("{{ messages | length }}{% if tools is none and documents is none %} alone{% endif %}", "2 alone"),
+        ("{{ {'b': '<a & b>'} | tojson }}", '{"b": "<a & b>"}'),
+        ("{% for m in messages %}{% generation %}{{ m.content }}!{% endgeneration %}{% endfor %}", "Hi!Yes?!"),
     ],
 )
 def test_what_templates_do(template, expected):
@@ -56,6 +60,10 @@ def test_what_templates_do(template, expected):
         ("{{ messages[0]['words'] + 'x' }}", "cannot be rendered: .*words"),
         ("{{ messages.__class__.__mro__ }}", "cannot be rendered: access to attribute '__class__' .*unsafe"),
         ("{{ messages.append(1) }}", "cannot be rendered: .*append.* is unsafe"),
+        ("{{ 1 / 0 }}", "cannot be rendered: division by zero"),
+        ("{{ range(1000000) | list }}", "cannot be rendered: Range too big"),
+        ("{{ 'a'.index('b') }}", "cannot be rendered: substring not found"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot be rendered: .*recursion"),
         (None, "the checkpoint has no chat template: it lays out no conversation"),
     ],
 )

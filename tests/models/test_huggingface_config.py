@@ -74,6 +74,8 @@ def test_round_trip(original):
     values = config_to_huggingface(original, max_context=128)
     assert config_from_huggingface(values, **SETTINGS) == original
     assert values["max_position_embeddings"] == 128
+    # What transformers 4 reads says the same.
+    assert config_from_huggingface({k: v for k, v in values.items() if k != "rope_parameters"}, **SETTINGS) == original
 
 
 @pytest.mark.parametrize(
@@ -91,8 +93,17 @@ def test_round_trip(original):
         ({"rope_scaling": LLAMA3 | {"beta_fast": 32}}, "changes the rotary positions by .*beta_fast"),
         ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "needs a factor of at least 1, 0 < low_freq_factor < h"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "changes the rotary positions by .*yarn"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "changes the rotary positions by .*full_att"),
-        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "changes the rotary positions"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 500}}}, "changes the rotary positions by .*full_att"),
+        ({"rope_parameters": {"rope_theta": 500, "partial_rotary_factor": 0.5}}, "changes the rotary positions"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, "says of the rotary positions both rope_theta=500.0 and 10000.0"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": LLAMA3},
+            "both rope_type='default' and 'llama3'",
+        ),
+        ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "changes the rotary positions by .*'factor': '8'.* as numbers"),
+        ({"rope_scaling": LLAMA3 | {"factor": None}}, "changes the rotary positions by"),
+        ({"rope_scaling": {"rope_type": ["llama3"]}}, "changes the rotary positions by"),
+        ({"rope_scaling": "llama3"}, "must say by an object how positions are rotated, got 'llama3'"),
         ({"hidden_size": None}, "a positive integer as 'hidden_size', got None"),
         ({"vocab_size": "96"}, "a positive integer as 'vocab_size', got '96'"),
         ({"num_key_value_heads": 3}, "num_heads must be a multiple of num_kv_heads"),

@@ -157,3 +157,46 @@ def test_no_directory_and_no_file(tmp_path):
         load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         load(tmp_path)
+
+
+def test_texts_are_neither_cut_nor_filled_up(tmp_path):
+    save(tmp_path, pretrained())
+    path = tmp_path / "tokenizer.json"
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    filled = {
+        "strategy": {"Fixed": 50}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "'",
+    }  # fmt: skip
+    rewrite(path, truncation=cut, padding=filled)
+    assert read_tokenizer(path).encode("cab " * 5).ids == TOKENS.encode("cab " * 5).ids
+
+
+def test_the_end_that_the_tokenizer_names(tmp_path):
+    save(tmp_path, pretrained(eos_token="<tool>"))
+    assert load(tmp_path, **SETTINGS).eos_token == "<tool>"
+    rewrite(tmp_path / "tokenizer_config.json", eos_token={"content": "<|end|>"})
+    assert load(tmp_path, **SETTINGS).eos_token == "<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("config.json", {"max_position_embeddings": None}, "positive integer as 'max_position_embeddings', got None"),
+        ("config.json", {"max_position_embeddings": -3}, "positive integer as 'max_position_embeddings', got -3"),
+        ("generation_config.json", {"eos_token_id": [500]}, "must be ids from 0 to 95, the checkpoint has 500"),
+        ("generation_config.json", {"eos_token_id": "90"}, "must be ids from 0 to 95, the checkpoint has '90'"),
+        ("generation_config.json", {"bos_token_id": -1}, "must be ids from 0 to 95, the checkpoint has -1"),
+    ],
+)
+def test_what_a_checkpoint_cannot_say(tmp_path, file, changes, message):
+    save(tmp_path, pretrained())
+    rewrite(tmp_path / file, **changes)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, **SETTINGS)
+
+
+def test_what_generation_leaves_open_config_json_says(tmp_path):
+    save(tmp_path, pretrained())
+    rewrite(tmp_path / "generation_config.json", eos_token_id=None)
+    rewrite(tmp_path / "config.json", eos_token_id=91)
+    assert load(tmp_path, **SETTINGS).eos_ids == (91,)

@@ -122,7 +122,7 @@ def test_a_run_found_in_its_directory_gives_the_defaults(tmp_path, small_config)
 @pytest.mark.parametrize("content", ["", "[]", '{"steps": 3}', "{"])
 def test_a_spoiled_config_is_refused(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match="expected the config of a run in"):
+    with pytest.raises(ValueError, match="expected the config of a run of this version in"):
         parse(["--run-dir", str(tmp_path)])
 
 
