@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
 from s2jax.cache import KVCache
-from s2jax.cache_layout import CacheLayout
 from s2jax.heads import rms_norm
 from s2jax.nnx import S2Attention
 
@@ -178,8 +177,8 @@ class Transformer(nnx.Module):
         """Begins every sequence with a prompt.
 
         Args:
-            caches: of `create_caches`. What is done to one, such as a rollback, is to be done to all: where layers read
-                alike, what their caches hold is looked up in the first one's.
+            caches: of `create_caches`. What is done to one, such as a rollback, is to be done to all: the logits of
+                sequences whose lengths differ between layers are NaN.
             counts: tokens of each prompt; those after them are padding.
             last: gives the logits of each prompt's last token alone, which is what one samples from: n is 1, else t.
 
@@ -211,16 +210,20 @@ class Transformer(nnx.Module):
         # Of a few tokens XLA had rather gather activations: the weights, which this would have it gather, are larger.
         along = self._along_batch if begin else lambda x: x
         x, after = along(self.embed(tokens).astype(self.config.dtype)), []
-        first: dict[CacheLayout, KVCache] = {}
+        alike: dict[tuple, KVCache] = {}
         for layer, cache in zip(self.layers, caches, strict=True):
-            cache = cache.beside(first.setdefault(cache.layout, cache))
+            cache = cache.beside(alike.setdefault(cache.arrangement, cache))
             x, cache = run_cached_layer(begin, *nnx.split(layer), x, cache, counts)
             x = along(x)
             after.append(cache)
         if last:
             end = jnp.full(len(x), x.shape[1]) if counts is None else counts
             x = jnp.take_along_axis(x, jnp.maximum(end - 1, 0)[:, None, None], 1)
-        return self._logits(x), tuple(after)
+        logits = self._logits(x)
+        if not begin:
+            apart = functools.reduce(jnp.logical_or, (cache.lengths != caches[0].lengths for cache in caches))
+            logits = jnp.where(apart[:, None, None], jnp.nan, logits)
+        return logits, tuple(after)
 
     def _logits(self, x: Float[Array, "b t f"]) -> Float[Array, "b t v"]:
         x = self.final_norm(x)

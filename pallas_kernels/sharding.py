@@ -132,9 +132,14 @@ def find_sharding(query, kv_heads: int, query_spec: P | None) -> Sharding | None
     for name in (*batch, *heads):
         if name not in free:
             raise ValueError(f"query_spec {spec} names {name!r}; the mesh's free axes are {', '.join(free)}")
+    explicit = any(kinds[name] is AxisType.Explicit for name in free)
+    if explicit and any(kinds[name] is AxisType.Auto for name in (*batch, *heads)):
+        raise ValueError(
+            f"query_spec {spec} names Auto axes of a mesh that has Explicit ones, too: make them of one kind"
+        )
     _check_divides("sequences", query.shape[0], batch, sizes)
     _check_divides("KV heads", kv_heads, heads, sizes)
-    return Sharding(batch, heads, tuple(free), any(kinds[name] is AxisType.Explicit for name in free))
+    return Sharding(batch, heads, tuple(free), explicit)
 
 
 def equally_varying[T](operands: T) -> T:

@@ -19,6 +19,7 @@ from s2jax.cache_slots import Buffer, Space
 from s2jax.cache_step import Step, Tables, check_tokens
 from s2jax.functional import attention
 from s2jax.patterns import Pattern
+from s2jax.patterns.checks import check_count
 
 NEVER = 2**30
 """A length beyond every context: that of a sequence which was asked for what cannot be."""
@@ -99,6 +100,9 @@ class KVCache:
         dtype = jnp.dtype(dtype)
         if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
             raise ValueError(f"dtype must be bfloat16, float16, float32 or int8, got {dtype}")
+        value_dim = head_dim if value_dim is None else value_dim
+        for name, number in (("batch", batch), ("head_dim", head_dim), ("value_dim", value_dim)):
+            check_count(name, number, at_least=1)
         sharding = sharding_to_create(query_spec, batch, num_kv_heads)
         layout = compile_cache(
             pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback,
@@ -106,8 +110,7 @@ class KVCache:
         )  # fmt: skip
         arguments = Tables.of(layout, None, layout.shards), jnp.zeros(batch, jnp.int32)
         empty = functools.partial(
-            cls._empty, layout=layout, head_dim=head_dim, value_dim=head_dim if value_dim is None else value_dim,
-            dtype=dtype, query_spec=query_spec,
+            cls._empty, layout=layout, head_dim=head_dim, value_dim=value_dim, dtype=dtype, query_spec=query_spec
         )  # fmt: skip
         like = jax.eval_shape(empty, *arguments)
         return over_shards(cls._empty, sharding, "kc", "c", *arguments, like=like, **empty.keywords)[0]
@@ -217,8 +220,11 @@ class KVCache:
         """Empties some of the sequences, for others to take their place.
 
         Raises:
-          ValueError: the sequences share a prefix.
+          ValueError: the sequences share a prefix, or `which` does not say of every sequence whether.
         """
+        which, batch = jnp.asarray(which), len(self.lengths)
+        if which.shape != (batch,) or which.dtype != bool:
+            raise ValueError(f"which must be bool of shape [{batch}], got {which.dtype} {list(which.shape)}")
         if self.prefix is not None:
             raise ValueError("sequences that share a prefix cannot be reset alone: fork the prompt's cache anew")
         buffers = tuple(
@@ -242,8 +248,7 @@ class KVCache:
           ValueError: the cache is a fork itself, or a number is below 1.
         """
         for name, number in (("samples", samples), ("max_new_tokens", max_new_tokens)):
-            if not isinstance(number, (int, np.integer)) or number < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+            check_count(name, number, at_least=1)
         if self.prefix is not None:
             raise ValueError("a fork cannot be forked again: fork the prompt's cache into all samples at once")
         size = self.layout.block_size
@@ -254,11 +259,23 @@ class KVCache:
         arguments = KVCache._forked, sharding, "ck", "c", self, tables
         return over_shards(*arguments, like=(like,), samples=samples, room=room)[0]
 
+    @property
+    def arrangement(self) -> tuple:
+        """What caches have in common whose lengths and blocks mean the same."""
+        groups = (self.buffers, () if self.prefix is None else self.prefix.buffers)
+        shapes = tuple(tuple(buffer.held.shape for buffer in buffers) for buffers in groups)
+        return self.layout, self.room, self.query_spec, self.prefix is None, shapes
+
     def beside(self, other: "KVCache") -> "KVCache":
-        """The cache, with the lengths and blocks of another one of its layout that holds the same tokens.
+        """The cache, with the lengths and blocks of another one that holds the same tokens.
 
         What XLA computes of these alone it then computes once for both, as for the layers of a model.
+
+        Raises:
+          ValueError: the caches differ in layout, sequences, mesh, or in how they were forked.
         """
+        if self.arrangement != other.arrangement:
+            raise ValueError("a cache can stand beside one of its own arrangement alone, this one is of another")
 
         def stands(buffers: tuple[Buffer, ...], others: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
             pairs = zip(buffers, others, strict=True)

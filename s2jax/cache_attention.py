@@ -181,7 +181,8 @@ def attend(
 
     Args:
       positions: of the queries, ascending, each sequence's without a gap.
-      finite: whether no value is NaN or Inf; else those that a query does not read are kept from it at more cost.
+      finite: whether no value is NaN or Inf; else those that none of the queries reads are kept from
+        all of them at more cost: a NaN comes where it is read, and may come to the queries beside.
     """
     batch, length, kv_heads, group, _ = query.shape
     slots, size = keys.held.shape[2], masks.shape[1]

@@ -5,6 +5,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -23,8 +24,15 @@ def sharding_of(layout: CacheLayout, query: Array, query_spec: P | None) -> Shar
     """How a cache is split: as it was created, or else over Explicit axes as queries [b, t, h, d] are.
 
     Raises:
-      ValueError: see `find_sharding`; or the layout is for other shards.
+      ValueError: see `find_sharding`; or the cache was created for other shards.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    auto = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Auto]
+    if query_spec is None and any(mesh.shape[name] > 1 for name in auto):
+        raise ValueError(
+            f"under a mesh with Auto axes ({', '.join(auto)}) a cache must have been created with the queries' "
+            "query_spec, such as P('data', None, 'tensor', None), or P() if each device has all; this one was not"
+        )
     sharding = find_sharding(jax.typeof(query), layout.heads.num_kv_heads, query_spec)
     shards = shards_of(sharding)
     if layout.shards % shards:

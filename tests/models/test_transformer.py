@@ -215,3 +215,22 @@ def test_layers_that_read_alike_look_up_once_what_their_caches_hold():
         return step.lower(state, model.create_caches(2, max_length=64)).compile().as_text().count(" gather(")
 
     assert gathers(1) == gathers(3)
+
+
+def test_layers_that_were_not_treated_alike_give_nan():
+    model, ids = transformer(num_layers=3, dense_layers=()), tokens(length=40)
+    extend = nnx.jit(Transformer.extend)
+    _, caches = model.prefill(ids[:, :30], model.create_caches(2, max_length=48, max_rollback=4))
+    following = ids[:, 30:32]
+    expected = extend(model, following, caches)[0]
+    one = jnp.array([3, 0])
+    for layer in range(3):
+        apart = tuple(cache.rollback(one) if i == layer else cache for i, cache in enumerate(caches))
+        logits = extend(model, following, apart)[0]
+        assert jnp.isnan(logits[0]).all()
+        np.testing.assert_allclose(logits[1], expected[1], atol=1e-5)
+    together = tuple(cache.rollback(one) for cache in caches)
+    np.testing.assert_allclose(extend(model, ids[:, 27:29], together)[0][0], model(ids)[0, 27:29], atol=2e-5)
+    # Forks with more room in some layers than in others hold other blocks in their slots.
+    forks = tuple(cache.fork(1, room) for cache, room in zip(caches, (10, 40, 10), strict=True))
+    np.testing.assert_allclose(extend(model, following, forks)[0], expected, atol=1e-5)

@@ -183,9 +183,10 @@ def test_rollback_counts_from_the_furthest():
     tokens, cache = arrays(), cache_for(STRIDE, max_rollback=8)
     _, cache = extend(cache, *cut(tokens, 0, 40))
     _, cache = extend(cache.rollback(8), *cut(tokens, 32, 33))
-    kept, lost = cache.rollback(1), cache.rollback(2)
+    kept, lost, ahead = cache.rollback(1), cache.rollback(2), cache.rollback(jnp.array([-1, -1]))
     check(extend(kept, *cut(tokens, 32, 33))[0], reference(tokens, STRIDE)[:, 32:33])
     assert jnp.isnan(extend(lost, *cut(tokens, 31, 32))[0]).all()
+    assert jnp.isnan(extend(ahead, *cut(tokens, 34, 35))[0]).all()
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -248,6 +249,12 @@ def test_chunks_take_memory_of_the_cache_and_themselves():
         (lambda c, t: c.extend(*t, logits_soft_cap=0), "logits_soft_cap must be a finite number greater than 0"),
         (lambda c, t: c.prefill(*cut(t, 0, 9), query_offset=5), "prefill takes no query_offset"),
         (lambda c, t: c.rollback(jnp.ones(2)), "tokens must be integers, got float32"),
+        (lambda c, t: c.reset(jnp.array([0, 1])), r"which must be bool of shape \[2\], got int32 \[2\]"),
+        (lambda c, t: c.reset([True]), r"which must be bool of shape \[2\], got bool \[1\]"),
+        (lambda c, t: c.beside(c.fork(1, 5)), "beside one of its own arrangement alone"),
+        (lambda c, t: c.fork(1, 5).beside(c.fork(1, 40)), "beside one of its own arrangement alone"),
+        (lambda c, t: c.fork(True, 5), "samples must be an integer of at least 1, got True"),
+        (lambda c, t: cache_for(STRIDE, batch=0), "batch must be an integer of at least 1, got 0"),
         (lambda c, t: c.fork(0, 5), "samples must be an integer of at least 1, got 0"),
         (lambda c, t: c.fork(2, 5).fork(2, 5), "a fork cannot be forked again"),
         (lambda c, t: c.fork(2, 5).reset(jnp.ones(4, bool)), "cannot be reset alone"),

@@ -196,7 +196,12 @@ def test_errors():
     unsplit = "the heads are split over 4 shards here, and the cache was created for heads that are not split"
     refused(explicit, unsplit, lambda: cache_for(RAGGED).extend(*put(tokens, BOTH)))
     refused(explicit, unsplit, lambda: cache_for(RAGGED).prefill(*put(tokens, BOTH)))
-    refused(auto, "how the query is split over them cannot be known", lambda: cache_for(RAGGED).extend(*tokens))
+    unsaid = r"under a mesh with Auto axes \(data, tensor\) a cache must have been created with the queries' query_spec"
+    refused(auto, unsaid, lambda: cache_for(RAGGED).extend(*tokens))
+    refused(auto, unsaid, lambda: cache_for(RAGGED, max_rollback=2).rollback(1))
+    mixed = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(auto, explicit))
+    with jax.set_mesh(mixed), pytest.raises(ValueError, match="names Auto axes of a mesh that has Explicit ones"):
+        cache_for(RAGGED, query_spec=BOTH)
     three = {"batch": 3, "query_spec": BOTH}
     refused(auto, "3 sequences cannot be split over the 2 shards of data", lambda: cache_for(RAGGED, **three))
     refused(auto, "prefill takes no query_spec", lambda: cache_for(RAGGED).prefill(*tokens, query_spec=BOTH))
