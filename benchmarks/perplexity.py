@@ -10,6 +10,7 @@ float32.
 
 import functools
 import itertools
+import json
 import pathlib
 import time
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from novels import novels
-from points import parser, save, table
+from points import RESULTS, parser, save, table
 from tokenizers import Tokenizer
 
 from models import smollm2
@@ -105,7 +106,12 @@ def _bands(length: int) -> list[tuple[int, int]]:
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--tokens", type=int, default=BANDS[-1], help="of the context; default %(default)s")
-    arguments.add_argument("--rows", nargs="+", choices=[case[0] for case in CASES], help="by default all")
+    arguments.add_argument(
+        "--rows",
+        nargs="+",
+        choices=[case[0] for case in CASES],
+        help="by default all; others stay as they are",
+    )
     given = arguments.parse_args()
     tokenizer = load(smollm2.fetch()).tokenizer
     ids = tokenizer.encode(novels()[TITLE]).ids[: given.tokens]
@@ -116,7 +122,11 @@ def main() -> None:
             rows.append(measure(name, text, layers, tokens))
             print({name: value for name, value in rows[-1].items() if name != "pattern"}, flush=True)
     print(table(rows, list(rows[0])))
-    if given.rows is None and len(ids) == BANDS[-1]:
+    if len(ids) == BANDS[-1]:
+        path = RESULTS / "perplexity.json"
+        known = {row["reads"]: row for row in (json.loads(path.read_text())["rows"] if given.rows else rows)}
+        known |= {row["reads"]: row for row in rows}
+        rows = [known[name] for name, *_ in CASES if name in known]
         save("perplexity", rows, model=smollm2.REQUIREMENT, text=f"{TITLE}, the first {len(ids)} tokens")
 
 
