@@ -43,11 +43,11 @@ SHAPES = [
 
 ELSEWHERE = (
     # The gradients' tests check the forward pass too.
-    "local stride", "soft cap, low precision", "strangers", "an offset for each", "stripes by query head",
-    "selection by KV head",
+    "local stride", "soft cap, low precision", "selection by KV head",
     # Others are like them, and these take long.
     "documents", "offset at run time", "offsets in step", "an offset both ways", "block by block",
-    "one query of each, at run time",
+    "one query of each, at run time", "documents both ways", "local stride both ways", "window of tokens both ways",
+    "blocks of 64",
 )  # fmt: skip
 """Cases of the table that are left to the slow tests."""
 

@@ -30,7 +30,7 @@ def named(*cases: Case) -> list:
     return [pytest.param(case, id=case.name) for case in cases]
 
 
-LONG = ("soft cap, low precision",)
+LONG = ("soft cap, low precision", "strangers", "an offset for each", "stripes by query head", "wide heads")
 """Of the quick ones, those that take too long: left to the slow tests under the same name."""
 
 
@@ -49,7 +49,7 @@ class TestGradients(Interpreted):
         return jax.jit(traced(case, self.implementation, tiles))
 
     @pytest.mark.usefixtures("quick_compilation")
-    @pytest.mark.parametrize("case", [*later(LONG, parameters(*QUICK)), *named(*WIDE)])
+    @pytest.mark.parametrize("case", later(LONG, [*parameters(*QUICK), *named(*WIDE)]))
     def test_case(self, case: Case):
         self.check(case)
 

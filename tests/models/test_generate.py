@@ -110,6 +110,7 @@ class TestCommand:
         assert "prompt: 5 tokens in " in told.err
         assert "100% of a full one" in told.err
 
+    @pytest.mark.slow
     def test_answers(self, smollm2_path, capsys):
         said = ["--chat", "--system", "Be brief.", "--prompt", "Hello!", "--max-new-tokens", "2"]
         main(["--model", str(smollm2_path), *said])

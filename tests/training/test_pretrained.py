@@ -83,13 +83,6 @@ def test_weights_that_are_not_moved_come_out_as_they_went_in(checkpoint, text, t
         np.testing.assert_array_equal(tuned[name], tensor, err_msg=name)
 
 
-def test_a_run_goes_on_from_its_own_checkpoint(checkpoint, text, tmp_path, capsys):
-    flags = ["--pretrained", checkpoint, "--data", text, "--run-dir", tmp_path / "run", *FLAGS]
-    assert run(*flags, "--steps", 2) == 0
-    assert run("--run-dir", tmp_path / "run", "--steps", 3) == 0
-    assert "Going on from checkpoint 2" in capsys.readouterr().out
-
-
 def test_the_checkpoint_gives_the_defaults(tmp_path):
     write_gguf(tmp_path / "model.gguf", transformer(UNTIED))
     config = parse(["--pretrained", str(tmp_path / "model.gguf")])

@@ -110,6 +110,7 @@ def test_a_run_stopped_by_sigterm_and_resumed_has_the_same_losses_bit_for_bit(st
     assert ours["sample"] == theirs["sample"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_reports_again_and_can_be_made_longer(straight, tmp_path):
     done = train("--run-dir", straight[0], "--steps", 31)
     assert "Going on from checkpoint 30" in done.stdout
