@@ -36,7 +36,7 @@ def chat_tokens(checkpoint: Pretrained | Checkpoint, messages: Sequence[Mapping[
     given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
     try:
         text = environment.from_string(template).render(
-            **given, bos_token=bos or "", eos_token=checkpoint.eos_token or ""
+            **given, bos_token=bos or "", eos_token=checkpoint.end_of_text() or ""
         )
     except _ERRORS as error:
         reason = " ".join(str(error).split())

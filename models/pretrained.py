@@ -39,6 +39,12 @@ class _Conventions:
     eos_token: str | None = None
     chat_template: str | None = None
 
+    def end_of_text(self) -> str | None:
+        """What the tokenizer calls the end of a text; where nothing says, the first of the tokens that end one."""
+        if self.eos_token is not None or self.tokenizer is None or not self.eos_ids:
+            return self.eos_token
+        return self.tokenizer.id_to_token(self.eos_ids[0])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained(_Conventions):
@@ -50,7 +56,7 @@ class Pretrained(_Conventions):
         tokenizer: None if the checkpoint has none.
         eos_ids: the tokens that end a text, or a turn of a conversation.
         bos_id: the token that begins a text, if the model has one; the tokenizer adds it where the model wants it.
-        eos_token: what chat templates call so: the one of `eos_ids` that the tokenizer names.
+        eos_token: what the tokenizer calls the end of a text, if the checkpoint says so; see `end_of_text`.
         chat_template: the Jinja template that lays out a conversation, if the checkpoint has one.
     """
 
@@ -230,8 +236,8 @@ def _tokenizer_config(pretrained: Pretrained, tokenizer: Tokenizer) -> dict[str,
     }
     if pretrained.bos_id is not None:
         values["bos_token"] = tokenizer.id_to_token(pretrained.bos_id)
-    if pretrained.eos_token is not None:
-        values["eos_token"] = pretrained.eos_token
+    if (end := pretrained.end_of_text()) is not None:
+        values["eos_token"] = end
     if pretrained.chat_template is not None:
         values["chat_template"] = pretrained.chat_template
     return values
