@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from models import smollm2
-from models.chat import chat_tokens
+from models.chat_template import chat_tokens
 from models.pattern_text import pattern_of
 from models.pretrained import Pretrained, load
 from models.sampling import Sampling

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.chat import chat_tokens
+from models.chat_template import chat_tokens
 from models.pretrained import Pretrained, load, save
 from tests.models.checkpoints import LLAMA, LLAMA3, QWEN3, SCALED, UNTIED, transformer
 

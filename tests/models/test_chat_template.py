@@ -8,7 +8,7 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from models.chat import chat_tokens
+from models.chat_template import chat_tokens
 from models.pretrained import Pretrained, open_checkpoint
 from tests.models.checkpoints import LLAMA, transformer
 
