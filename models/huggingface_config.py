@@ -69,7 +69,7 @@ def config_to_huggingface(config: TransformerConfig, max_context: int) -> dict[s
     """The config.json under which transformers, 4 or 5, computes what the model does with every layer dense.
 
     Args:
-        config: of the model. Its pattern has no place in config.json and is left out.
+        config: of the model. Its pattern is no part of the format and is left out.
         max_context: the longest sequence, in tokens, that the model is meant for.
     """
     theta, scaling, rope = config.rope_theta, config.rope_scaling, {"rope_type": "default"}

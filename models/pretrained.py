@@ -24,6 +24,7 @@ from models.gguf_tokenizer import tokenizer_from_gguf
 from models.huggingface import from_huggingface, save_safetensors, to_huggingface
 from models.huggingface_config import config_from_huggingface, config_to_huggingface, positive_integer
 from models.huggingface_directory import ShardedTensors, read_json
+from models.saved_pattern import pattern_settings, saved_pattern
 from models.transformer import Transformer
 from s2jax.patterns import Dense, Pattern
 
@@ -99,7 +100,7 @@ class Checkpoint(_Conventions):
         return Pretrained(model=model, **conventions)
 
 
-def load(path: str | os.PathLike, pattern: Pattern = Dense(), **settings: Any) -> Pretrained:  # noqa: B008 - frozen
+def load(path: str | os.PathLike, pattern: Pattern | None = None, **settings: Any) -> Pretrained:
     """Loads a Llama, Mistral or Qwen3 checkpoint, see `open_checkpoint`.
 
     Tensors are read, checked and converted one by one, so that the peak is the float32 model and little more.
@@ -113,7 +114,7 @@ def load(path: str | os.PathLike, pattern: Pattern = Dense(), **settings: Any) -
 
 def open_checkpoint(
     path: str | os.PathLike,
-    pattern: Pattern = Dense(),  # noqa: B008 - a frozen value
+    pattern: Pattern | None = None,
     *,
     tokenizer: str | os.PathLike | None = None,
     **settings: Any,
@@ -122,7 +123,8 @@ def open_checkpoint(
 
     Args:
         path: a GGUF file, or a directory with config.json, safetensors and, usually, tokenizer.json.
-        pattern: who attends to whom, in the layers that are not dense.
+        pattern: who attends to whom, in the layers that are not dense. By default the pattern and the dense layers that
+            `save` recorded in config.json, or else dense attention in every layer.
         tokenizer: a tokenizer.json to take in place of the checkpoint's own tokenizer.
         settings: further fields of `TransformerConfig` that a checkpoint leaves open: `dense_layers`, `dtype`, `remat`,
             `query_spec`, `implementation`.
@@ -133,15 +135,18 @@ def open_checkpoint(
     """
     path = pathlib.Path(path)
     read = _read_directory if path.is_dir() else _read_gguf
-    return read(path, None if tokenizer is None else read_tokenizer(tokenizer), pattern=pattern, **settings)
+    if pattern is not None:
+        settings["pattern"] = pattern
+    return read(path, None if tokenizer is None else read_tokenizer(tokenizer), **settings)
 
 
 def save(directory: str | os.PathLike, pretrained: Pretrained) -> None:
     """Writes a checkpoint that `load` reads, and transformers as `LlamaForCausalLM` or `Qwen3ForCausalLM`.
 
     It holds config.json, model.safetensors in float32 and, if there is a tokenizer, tokenizer.json and
-    tokenizer_config.json. The pattern is not written: the format has no place for it, and other readers attend densely
-    in every layer. config.json comes last, so a directory in which writing was interrupted is not taken for whole.
+    tokenizer_config.json. config.json records the pattern and the dense layers under the key `s2jax`, see
+    `models.saved_pattern`; other readers ignore it and attend densely in every layer. config.json comes last, so a
+    directory in which writing was interrupted is not taken for whole.
 
     Args:
         directory: made if it does not exist. A checkpoint in it is overwritten.
@@ -157,7 +162,7 @@ def save(directory: str | os.PathLike, pretrained: Pretrained) -> None:
         _write_json(directory / "tokenizer_config.json", _tokenizer_config(pretrained, pretrained.tokenizer))
     _write_json(directory / "generation_config.json", special)
     config = config_to_huggingface(pretrained.model.config, pretrained.max_context)
-    _write_json(directory / "config.json", config | special)
+    _write_json(directory / "config.json", config | special | saved_pattern(pretrained.model.config))
 
 
 def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -184,7 +189,7 @@ def _read_gguf(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any)
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     end = None if tokenizer is None or ends[0] is None else tokenizer.id_to_token(ends[0])
     return Checkpoint(
-        config=TransformerConfig(**file.shape(), **settings),
+        config=TransformerConfig(**file.shape(), **{"pattern": Dense(), **settings}),
         tensors=file,
         max_context=file.max_context(),
         tokenizer=tokenizer,
@@ -197,7 +202,8 @@ def _read_gguf(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any)
 
 def _read_directory(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any) -> Checkpoint:
     values = read_json(path / "config.json")
-    config = config_from_huggingface(values, **settings)
+    recorded = {} if "pattern" in settings else pattern_settings(values)
+    config = config_from_huggingface(values, **{"pattern": Dense(), **recorded, **settings})
     if tokenizer is None and (path / "tokenizer.json").exists():
         tokenizer = read_tokenizer(path / "tokenizer.json")
     # Where the two differ, it is this one that generation goes by.

@@ -1,5 +1,6 @@
 """Checkpoint directories: out and in again, tokenizer and all."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,8 +11,8 @@ from flax import nnx
 
 from models.gguf_tokenizer import tokenizer_from_gguf
 from models.huggingface import save_safetensors, to_huggingface
-from models.pretrained import Pretrained, load, read_tokenizer, save
-from s2jax.patterns import LocalStride
+from models.pretrained import Pretrained, load, open_checkpoint, read_tokenizer, save
+from s2jax.patterns import BlockMask, FirstBlocks, FirstTokens, Local, LocalStride, Strided
 from tests.models.checkpoints import LLAMA, QWEN3, TOKENIZER, UNTIED, logits, transformer, write_gguf
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -61,6 +62,55 @@ def test_the_pattern_is_the_callers(tmp_path):
     pattern = LocalStride(block_size=16, local_blocks=1, vert_stride=2)
     config = load(tmp_path, pattern, dense_layers=(1,), **SETTINGS).model.config
     assert (config.pattern, config.dense_layers) == (pattern, (1,))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [LocalStride(16, 1, 2, num_dense_heads=1) | FirstTokens(4), (Local(2, 16) | FirstBlocks(1, 16)) & Strided(16, 3)],
+    ids=str,
+)
+def test_a_saved_model_keeps_its_pattern_and_dense_layers(tmp_path, pattern):
+    save(tmp_path, pretrained(dataclasses.replace(LLAMA, pattern=pattern, dense_layers=(1,))))
+    assert json.loads((tmp_path / "config.json").read_text())["s2jax"] == {
+        "pattern": str(pattern),
+        "dense_layers": [1],
+    }
+    config = load(tmp_path, **SETTINGS).model.config
+    assert (config.pattern, config.dense_layers) == (pattern, (1,))
+    config = load(tmp_path, Local(4), **SETTINGS).model.config  # the caller's pattern, with the caller's dense layers
+    assert (config.pattern, config.dense_layers) == (Local(4), ())
+    config = load(tmp_path, dense_layers=(0,), **SETTINGS).model.config
+    assert (config.pattern, config.dense_layers) == (pattern, (0,))
+
+
+def test_a_pattern_without_a_text_is_asked_for(tmp_path):
+    pattern = BlockMask(np.tril(np.ones((1, 8, 8), bool)), block_size=16)
+    save(tmp_path, pretrained(dataclasses.replace(LLAMA, pattern=pattern)))
+    with pytest.raises(ValueError, match=r"cannot be built from its text, .*BlockMask.* --pattern on the command line"):
+        load(tmp_path, **SETTINGS)
+    assert load(tmp_path, pattern, **SETTINGS).model.config.pattern == pattern
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (None, "an object of pattern and dense_layers as 's2jax', got None"),
+        ({"pattern": "Dense()"}, "an object of pattern and dense_layers"),
+        ({"pattern": "Dense()", "dense_layers": [], "window": 3}, "an object of pattern and dense_layers"),
+        ({"pattern": 3, "dense_layers": []}, "the text of a pattern as 's2jax', got 3"),
+        ({"pattern": "Dense()", "dense_layers": [True]}, "a list of layer indices as dense_layers, got"),
+        ({"pattern": "Dense()", "dense_layers": 3}, "a list of layer indices as dense_layers, got 3"),
+        ({"pattern": "Dense()", "dense_layers": [2]}, "dense_layers must be layer indices from 0 to 1"),
+        ({"pattern": "__import__('os')", "dense_layers": []}, "cannot be built from its text"),
+        ({"pattern": "x" * 10_000, "dense_layers": []}, "cannot be built from its text"),
+    ],
+)
+def test_a_recorded_pattern_that_is_malformed(tmp_path, entry, message):
+    save(tmp_path, pretrained())
+    rewrite(tmp_path / "config.json", s2jax=entry)
+    with pytest.raises(ValueError, match=message) as raised:
+        open_checkpoint(tmp_path, **SETTINGS)
+    assert len(str(raised.value)) < 400
 
 
 def test_from_gguf_to_a_directory(tmp_path):
