@@ -21,8 +21,10 @@ from models.pretrained import Checkpoint
 from training.checkpoint import Checkpoints, StopRequest
 from training.command_line import parse
 from training.config import Config, require
-from training.corpus import BYTE_VOCAB, Corpus, hold_out, load_corpus, standard_library
+from training.corpus import BYTE_VOCAB, Corpus, load_corpus, standard_library
 from training.data import process_share, to_devices, training_batches
+from training.held_out import split
+from training.left_out import shown
 from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_size
 from training.metrics import MetricsLog, Progress, mfu
 from training.packing import PackedRows, arrays, empty_row
@@ -162,13 +164,15 @@ def load_data(config: Config, checkpoint: Checkpoint | None) -> tuple[Corpus, Co
         corpus = in_tokens(corpus, checkpoint)
     fits = not corpus.byte_level or config.model.vocab_size >= BYTE_VOCAB
     require(fits, "--vocab-size", f"at least {BYTE_VOCAB} for byte-level text", config.model.vocab_size)
-    train_set, heldout = hold_out(corpus, options.heldout)
-    heldout = heldout.first(options.heldout_tokens)
-    skipped = f"; {corpus.skipped} empty or binary files skipped" if corpus.skipped else ""
-    say(
-        f"Data {name}: {len(train_set.documents):,} documents, {train_set.num_tokens:,} "
-        f"{'bytes' if corpus.byte_level else 'tokens'}; held out {heldout.num_tokens:,}{skipped}"
-    )
+    train_set, heldout, how = split(corpus, options.heldout, by_name=options.named_splits)
+    unit = "bytes" if corpus.byte_level else "tokens"
+    say(f"Data {shown(name)}: {len(train_set.documents):,} documents, {train_set.num_tokens:,} {unit} to train on")
+    say(f"Held out: {how}")
+    if train_set.left_out:
+        say(f"Left out of the data: {train_set.left_out}")
+    if heldout.num_tokens > options.heldout_tokens:
+        say(f"The report scores the first {options.heldout_tokens:,} {unit} of what is held out (--heldout-tokens)")
+        heldout = heldout.first(options.heldout_tokens)
     return train_set, heldout
 
 

@@ -40,7 +40,9 @@ class DataOptions:
     batch_size: int = 0
     """Rows in a step, over all devices; 0 is the fewest that fill them: data × fsdp × --accumulate."""
     heldout: float = 0.02
-    """Share of the text that is held out of training, by document, for the report at the end."""
+    """Share of the tokens that is held out of training, for the report at the end."""
+    named_splits: bool = True
+    """Hold out the files named as a validation split, such as val.bin beside train.bin, instead of a share."""
     heldout_tokens: int = 150_000
     """Most tokens of it that the report scores."""
     text_field: str = "text"

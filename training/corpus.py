@@ -1,175 +1,58 @@
-"""Documents to train on: text files, JSONL, token files, or the interpreter's own standard library.
-
-A document is a *stream* of token ids. Byte-level documents open and close with `BOUNDARY`, so that their first byte is
-predicted too and a sample can end; a token file is taken as it is. Nothing is read until a slice of it is asked for.
-"""
+"""Corpora: documents from files, or from the interpreter's own standard library."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import os
+import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-from jaxtyping import Int
+from training.documents import (
+    BOUNDARY,
+    BYTE_VOCAB,
+    Corpus,
+    Document,
+    JsonlDocument,
+    Part,
+    SpooledTokens,
+    TextDocument,
+    TokenDocument,
+    content_bytes,
+)
+from training.file_listing import files_under
+from training.held_out import hold_out
+from training.jsonl import texts
+from training.left_out import LeftOut, shown, shown_path
+from training.record_files import RECORD_SUFFIXES, record_documents
+from training.spool import Spool
+from training.token_files import TOKEN_SUFFIXES, map_tokens, token_documents
 
-BOUNDARY = 256  # opens and closes every byte-level document
-BYTE_VOCAB = 257
-TOKEN_SUFFIXES = (".npy", ".bin")
-_SCAN = 1 << 24  # tokens looked at together while a token file is checked
+__all__ = [
+    "BOUNDARY",
+    "BYTE_VOCAB",
+    "Corpus",
+    "Document",
+    "JsonlDocument",
+    "Part",
+    "TextDocument",
+    "TokenDocument",
+    "content_bytes",
+    "hold_out",
+    "load_corpus",
+    "standard_library",
+]
 
-
-class Document(Protocol):
-    """A stream of token ids that can be read by slices."""
-
-    @property
-    def name(self) -> str:
-        """Names the document among its corpus, the same on every machine."""
-        ...
-
-    @property
-    def length(self) -> int:
-        """Tokens in the stream, boundaries included."""
-        ...
-
-    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """Tokens `start` to `stop` of the stream, int32."""
-        ...
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents of one kind: byte-level (the ids are bytes and `BOUNDARY`) or ready-made tokens."""
-
-    documents: tuple[Document, ...]
-    byte_level: bool
-    skipped: int = 0  # files left out because they hold no text
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(document.length for document in self.documents)
-
-    def first(self, tokens: int) -> Corpus:
-        """The documents that hold the first `tokens` tokens; the last of them may go on beyond, a lone one is cut."""
-        count = int(np.searchsorted(np.cumsum([document.length for document in self.documents]), tokens)) + 1
-        documents = self.documents[:count]
-        if len(documents) == 1 and documents[0].length > tokens:
-            documents = (Part(documents[0], 0, max(tokens, 2)),)
-        return Corpus(documents, self.byte_level, self.skipped)
-
-    def fingerprint(self) -> str:
-        """Changes when a document is added, taken away, renamed or resized."""
-        digest = hashlib.sha256()
-        for document in self.documents:
-            digest.update(f"{document.name}\0{document.length}\n".encode())
-        return digest.hexdigest()[:16]
-
-
-def _enclose(content: bytes, start: int, stop: int, size: int) -> Int[np.ndarray, " n"]:
-    """Stream tokens start:stop of a document of `size` bytes, of which `content` are the bytes asked for."""
-    parts = [np.frombuffer(content, np.uint8).astype(np.int32)]
-    if start == 0 < stop:
-        parts.insert(0, np.full(1, BOUNDARY, np.int32))
-    if stop == size + 2 > start:
-        parts.append(np.full(1, BOUNDARY, np.int32))
-    return np.concatenate(parts)
-
-
-@dataclass(frozen=True)
-class TextDocument:
-    """The bytes of one file, as they are."""
-
-    name: str
-    path: Path
-    size: int
-
-    @property
-    def length(self) -> int:
-        return self.size + 2
-
-    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        first, last = max(start - 1, 0), min(stop - 1, self.size)
-        with self.path.open("rb") as file:
-            file.seek(first)
-            content = file.read(max(last - first, 0))
-        if len(content) != max(last - first, 0):
-            raise ValueError(f"{self.path} had {self.size} bytes when the run began and is shorter now")
-        return _enclose(content, start, stop, self.size)
-
-
-@dataclass(frozen=True)
-class JsonlDocument:
-    """The text field of one line of a JSONL file, encoded as UTF-8."""
-
-    name: str
-    path: Path
-    offset: int  # of the line, bytes
-    field: str
-    size: int  # of the encoded text, bytes
-
-    @property
-    def length(self) -> int:
-        return self.size + 2
-
-    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        content = _jsonl_text(self.path, self.offset, self.field)
-        return _enclose(content[max(start - 1, 0) : max(stop - 1, 0)], start, stop, self.size)
-
-
-@functools.lru_cache(maxsize=64)  # the rows of one long line come one after another only in evaluation; keep a few
-def _jsonl_text(path: Path, offset: int, field: str) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return json.loads(file.readline())[field].encode()
-
-
-@dataclass(frozen=True, eq=False)
-class TokenDocument:
-    """Tokens `start` to `stop` of a memory-mapped token file."""
-
-    name: str
-    tokens: Int[np.ndarray, " n"]
-    start: int
-    stop: int
-
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
-
-    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        return self.tokens[self.start + start : self.start + stop].astype(np.int32)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A slice of a document's stream: a corpus of one document is held out by its tail."""
-
-    whole: Document
-    start: int
-    stop: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.whole.name}[{self.start}:{self.stop}]"
-
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
-
-    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        return self.whole.read(self.start + start, self.start + stop)
-
-
-def content_bytes(document: Document) -> bytes:
-    """What a byte-level document says, without its boundaries."""
-    stream = document.read(0, document.length)
-    return stream[stream < BOUNDARY].astype(np.uint8).tobytes()
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"PK\3\4": "ZIP",
+    b"\x04\x22\x4d\x18": "LZ4",
+}
+_BINARY = (b"\xff\xd8\xff", b"%PDF", b"PAR1", b"GGUF", b"GIF8", b"OggS")  # formats whose first NUL may come late
 
 
 def standard_library() -> Corpus:
@@ -178,157 +61,133 @@ def standard_library() -> Corpus:
     Tests are left out (they hold tables of odd characters), and so is site-packages, which differs between machines.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    paths = sorted(p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts[:-1]))
-    documents = tuple(TextDocument(p.relative_to(root).as_posix(), p, p.stat().st_size) for p in paths)
-    documents = tuple(document for document in documents if document.size)
+    elsewhere = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    paths = sorted(p for p in root.rglob("*.py") if not elsewhere & set(p.relative_to(root).parts[:-1]))
+    documents: list[Document] = []
+    left_out = LeftOut()
+    for path in paths:
+        name, size = path.relative_to(root).as_posix(), path.stat().st_size
+        if size:
+            documents.append(TextDocument(name, path, size))
+        else:
+            left_out.add("empty", name)
     if not documents:
         raise ValueError(f"expected the standard library's sources in {root}, got no .py file; name a text with --data")
-    return Corpus(documents, byte_level=True)
+    return Corpus(tuple(documents), True, left_out)
 
 
 def load_corpus(path: Path, *, vocab_size: int, text_field: str, token_dtype: str, end_token: int | None) -> Corpus:
-    """The documents under `path`: a file, or a directory taken with all below it, hidden files left out.
+    """The documents under `path`: a file, or a directory taken with all below it, behind links too.
 
     Args:
-        path: text file (any suffix), `.jsonl`, `.npy` or `.bin` (raw tokens), or a directory of these.
+        path: text file (any suffix), `.jsonl`, `.npy`, `.bin` (raw tokens), `.parquet`, `.array_record`, or a directory
+            of these.
         vocab_size: the ids of token files must lie below it.
-        text_field: the field of a JSONL line that holds its text.
+        text_field: field of a JSONL line or of a record that holds its text.
         token_dtype: "uint16" or "uint32", of a `.bin` file.
         end_token: the id that closes a document in a token file; None takes each file as one document.
+
+    Returns:
+        Documents in the order of their files' names. Every file that is not used is counted in `left_out`.
 
     Raises:
         ValueError: no such path, nothing readable in it, text and tokens mixed, a malformed line, an id too large.
     """
-    if not path.exists():
-        raise ValueError(f"--data: expected a file or a directory, got {path}, which does not exist")
-    root = path if path.is_dir() else path.parent
+    left_out = LeftOut()
+    documents: list[Document] = []
+    used: list[str] = []
+    options = _Options(vocab_size, text_field, token_dtype, end_token)
     try:
-        files = sorted(_visible_files(path)) if path.is_dir() else [path]
-        documents: list[Document] = []
-        skipped = 0
+        root, files = _files(path, left_out)
         for file in files:
             name = file.relative_to(root).as_posix()
-            if file.suffix in TOKEN_SUFFIXES:
-                documents += _token_documents(file, name, vocab_size, token_dtype, end_token)
-            elif file.suffix == ".jsonl":
-                documents += _jsonl_documents(file, name, text_field)
-            elif _is_text(file):
-                documents += [TextDocument(name, file, file.stat().st_size)]
-            else:
-                skipped += 1
+            before = len(documents)
+            try:
+                documents += _documents(file, name, options, left_out)
+            except OSError as error:
+                left_out.add(f"unreadable: {error.strerror or error}", name)
+            used += [name] * (len(documents) > before)
     except OSError as error:
-        raise ValueError(f"--data: expected readable files in {path}, got {error}") from error
+        raise ValueError(f"--data: expected a file or a directory that can be read, got {_said(error)}") from error
     if not documents:
-        what = f"{len(files)} file{'s' * (len(files) != 1)}, all empty or binary" if files else "no file"
-        raise ValueError(f"--data: expected text, .jsonl, .npy or .bin in {path}, got {what}")
-    kinds = {isinstance(document, TokenDocument) for document in documents}
-    if len(kinds) > 1:
-        raise ValueError(f"--data: expected either text or token files in {path}, got both")
-    return Corpus(tuple(documents), not kinds.pop(), skipped)
+        got = f"none of them: {left_out}" if left_out else "an empty directory"
+        raise ValueError(
+            f"--data: expected text, .jsonl, .npy, .bin, .parquet or .array_record in {shown_path(path)}, got {got}"
+        )
+    tokens = {name for name, kind in _kinds(documents) if kind}
+    if tokens and len(tokens) < len(documents):
+        others = next(name for name, kind in _kinds(documents) if not kind)
+        raise ValueError(
+            f"--data: expected either text or token files in {shown_path(path)}, got both: {shown(others)} and "
+            f"{shown(min(tokens))}"
+        )
+    return Corpus(tuple(documents), not tokens, left_out, tuple(used))
 
 
-def _visible_files(directory: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:  # os.walk passes over what it cannot list, silently
-        raise error
+def _files(path: Path, left_out: LeftOut) -> tuple[Path, list[Path]]:
+    """The directory that names are relative to, and the files."""
+    if not path.exists():
+        broken = "which is a broken link" if path.is_symlink() else "which does not exist"
+        raise ValueError(f"--data: expected a file or a directory, got {shown_path(path)}, {broken}")
+    if path.is_dir():
+        return path, files_under(path, left_out)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(
+            f"--data: expected a file or a directory, got {shown_path(path)}, which is a pipe, socket or device"
+        )
+    return path.parent, [path]
 
-    for folder, subfolders, names in os.walk(directory, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+def _kinds(documents: Iterable[Document]) -> list[tuple[str, bool]]:
+    """Name of each document, and True for tokens."""
+    return [(document.name, isinstance(document, TokenDocument | SpooledTokens)) for document in documents]
 
 
-def _is_text(path: Path) -> bool:
-    """Whether a file holds something and no NUL byte early on (as git tells binary files)."""
+def _said(error: OSError) -> str:
+    return shown(f"{error.strerror or error}: {error.filename}", 400)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of `load_corpus`, and the copy that records are put in."""
+
+    vocab_size: int
+    text_field: str
+    token_dtype: str
+    end_token: int | None
+    spool: Spool = field(default_factory=Spool)
+
+
+def _documents(file: Path, name: str, options: _Options, left_out: LeftOut) -> list[Document]:
+    """The documents of one file, by its suffix."""
+    vocab_size, text_field = options.vocab_size, options.text_field
+    suffix = file.suffix.lower()
+    if suffix in TOKEN_SUFFIXES:
+        tokens = map_tokens(file, options.token_dtype)
+        return [*token_documents(tokens, file, name, vocab_size, options.end_token, left_out)]
+    if suffix in JSONL_SUFFIXES:
+        lines = texts(file, name, text_field, left_out)
+        documents = [JsonlDocument(f"{name}#{line}", file, offset, text_field, size) for line, offset, size in lines]
+        if not documents and not file.stat().st_size:
+            left_out.add("empty", name)
+        return [*documents]
+    if suffix in RECORD_SUFFIXES:
+        return record_documents(file, name, text_field, vocab_size, options.spool, left_out)
+    if reason := _no_text(file):
+        left_out.add(reason, name)
+        return []
+    return [TextDocument(name, file, file.stat().st_size)]
+
+
+def _no_text(path: Path) -> str | None:
+    """The reason why a file is no text, if it is none: a NUL byte early on is git's sign of a binary file."""
     with path.open("rb") as file:
         head = file.read(8192)
-    return bool(head) and b"\0" not in head
-
-
-def _jsonl_documents(path: Path, name: str, field: str) -> list[Document]:
-    documents: list[Document] = []
-    offset = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    text = json.loads(line)[field]
-                    size = len(text.encode())
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(
-                        f"{path} line {number}: expected a JSON object with a string field {field!r} (--text-field), "
-                        f"got {line[:60].decode(errors='replace').strip()!r}"
-                    ) from error
-                if size:
-                    documents.append(JsonlDocument(f"{name}#{number}", path, offset, field, size))
-            offset += len(line)
-    return documents
-
-
-def _token_documents(path: Path, name: str, vocab_size: int, dtype: str, end_token: int | None) -> list[Document]:
-    tokens = _map_tokens(path, dtype)
-    ends: list[np.ndarray] = []
-    for start in range(0, tokens.size, _SCAN):
-        chunk = tokens[start : start + _SCAN]
-        if chunk.max() >= vocab_size or chunk.min() < 0:
-            place = int(np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0])
-            raise ValueError(
-                f"{path}: expected token ids from 0 to {vocab_size - 1} (the vocabulary is {vocab_size}), "
-                f"got {chunk[place]} at position {start + place}"
-            )
-        if end_token is not None:
-            ends.append(np.flatnonzero(chunk == end_token) + start + 1)
-    stops = np.unique(np.concatenate([*ends, [tokens.size]])).astype(int).tolist()
-    starts = [0, *stops[:-1]]
-    # A document of one token predicts nothing.
-    spans = [(start, stop) for start, stop in zip(starts, stops, strict=True) if stop - start > 1]
-    return [TokenDocument(f"{name}[{start}:{stop}]", tokens, start, stop) for start, stop in spans]
-
-
-def _map_tokens(path: Path, dtype: str) -> Int[np.ndarray, " n"]:
-    if path.suffix == ".npy":
-        try:
-            tokens = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(
-                f"{path}: expected a NumPy array of token ids, got a file that NumPy cannot read"
-            ) from error
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise ValueError(
-                f"{path}: expected a one-dimensional array of integers, got shape {tokens.shape} of {tokens.dtype}"
-            )
-        return tokens
-    size = path.stat().st_size
-    if size % np.dtype(dtype).itemsize:
-        raise ValueError(f"{path}: expected whole {dtype} tokens (--token-dtype), got {size} bytes")
-    return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
-
-
-def hold_out(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
-    """Splits into (training, held-out) by document; a document falls on the same side on every machine.
-
-    Documents are held out in the order of a hash of their names until they hold `fraction` of the tokens. A corpus of
-    one document is cut, and its tail held out.
-
-    Raises:
-        ValueError: the corpus is too short to be split.
-    """
-
-    def rank(document: Document) -> bytes:
-        return hashlib.sha256(document.name.encode()).digest()
-
-    wanted = fraction * corpus.num_tokens
-    if len(corpus.documents) == 1:
-        (whole,) = corpus.documents
-        cut = whole.length - max(2, round(wanted))
-        if cut < 2:
-            raise ValueError(f"expected a text long enough to hold a part of it out, got {whole.length} tokens")
-        train: Sequence[Document] = [Part(whole, 0, cut)]
-        heldout: Sequence[Document] = [Part(whole, cut, whole.length)]
-    else:
-        ranked = sorted(corpus.documents, key=rank)
-        cumulative = np.cumsum([document.length for document in ranked])
-        count = min(int(np.searchsorted(cumulative, wanted)) + 1, len(ranked) - 1)
-        chosen = {document.name for document in ranked[:count]}
-        train = [document for document in corpus.documents if document.name not in chosen]
-        heldout = [document for document in corpus.documents if document.name in chosen]
-    return Corpus(tuple(train), corpus.byte_level, corpus.skipped), Corpus(tuple(heldout), corpus.byte_level)
+    if not head:
+        return "empty"
+    for magic, kind in _COMPRESSED.items():
+        if head.startswith(magic):
+            return f"compressed by {kind}, to be unpacked first"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "in UTF-16 instead of UTF-8"
+    return "binary" if b"\0" in head or head.startswith(_BINARY) else None

@@ -13,7 +13,8 @@ from jax.experimental import multihost_utils
 
 from models.pretrained import Checkpoint, open_checkpoint, save
 from training.config import Config, ModelOptions, require
-from training.corpus import Corpus, TokenDocument, content_bytes
+from training.documents import Corpus, TokenDocument, content_bytes
+from training.left_out import LeftOut, shown
 from training.step import Trainer, TrainState
 
 _TOGETHER = 64  # documents handed to the tokenizer's threads at once
@@ -64,6 +65,7 @@ def in_tokens(corpus: Corpus, checkpoint: Checkpoint) -> Corpus:
     if tokenizer is None:
         raise ValueError("--data: expected token files (.npy, .bin), as the checkpoint has no tokenizer, got text")
     documents: list[TokenDocument] = []
+    left_out = LeftOut()
     for some in itertools.batched(corpus.documents, _TOGETHER):
         texts = [_decoded(document.name, content_bytes(document)) for document in some]
         for document, encoding in zip(some, tokenizer.encode_batch_fast(texts), strict=True):
@@ -73,11 +75,15 @@ def in_tokens(corpus: Corpus, checkpoint: Checkpoint) -> Corpus:
                     f"--pretrained: expected a tokenizer of at most the model's {vocab_size} tokens, got token "
                     f"{tokens.max()} in {document.name}"
                 )
-            if len(tokens) > 1:  # one token predicts nothing
+            if len(tokens) > 1:
                 documents.append(TokenDocument(document.name, tokens, 0, len(tokens)))
+            else:
+                left_out.add("of a single token, which predicts nothing", document.name)
     if not documents:
         raise ValueError("--data: expected texts of more than one token, got none")
-    return Corpus(tuple(documents), False, corpus.skipped)
+    return dataclasses.replace(
+        corpus, documents=tuple(documents), byte_level=False, left_out=corpus.left_out.with_more(left_out)
+    )
 
 
 def _decoded(name: str, content: bytes) -> str:
@@ -85,7 +91,7 @@ def _decoded(name: str, content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"--data: expected UTF-8 in {name}, got byte {content[error.start]} at {error.start}"
+            f"--data: expected UTF-8 in {shown(name)}, got byte {content[error.start]} at {error.start}"
         ) from error
 
 

@@ -1,8 +1,9 @@
-"""Documents: what is read from files, how they are split, and what is refused."""
+"""Documents: what is read from files, what is left out, and what is refused."""
 
 import dataclasses
+import gzip
 import json
-import random
+import os
 import sysconfig
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.corpus import BOUNDARY, Corpus, content_bytes, hold_out, load_corpus, standard_library
+from training.corpus import BOUNDARY, Corpus, content_bytes, load_corpus, standard_library
+from training.left_out import shown
 
 OPTIONS = {"vocab_size": 272, "text_field": "text", "token_dtype": "uint16", "end_token": None}
 
@@ -47,7 +49,7 @@ def test_directories_are_read_sorted_and_hidden_and_binary_files_left_out(tmp_pa
         (tmp_path / name).write_bytes(content)
     corpus = load_corpus(tmp_path, **OPTIONS)
     assert [document.name for document in corpus.documents] == ["a.md", "b.txt", "sub/c"]
-    assert corpus.skipped == 2
+    assert corpus.left_out.reasons == {"hidden": (1, ".git"), "binary": (1, "z.png"), "empty": (1, "e")}
 
 
 def test_jsonl_takes_the_named_field_and_skips_empty_texts(tmp_path):
@@ -114,18 +116,18 @@ def write_bad(kind: str, folder: Path) -> Path:
     ("kind", "message"),
     [
         ("missing", "which does not exist"),
-        ("empty", "got no file"),
-        ("blank", "got 1 file, all empty or binary"),
+        ("empty", "got an empty directory"),
+        ("blank", r"got none of them: 1 empty \(a.txt\)"),
         ("large.npy", "ids from 0 to 271 .* got 300 at position 2"),
         ("negative.npy", "got -2 at position 1"),
         ("floats.npy", "got shape .* of float64"),
         ("square.npy", r"got shape \(2, 2\)"),
-        ("garbage.npy", "NumPy cannot read"),
+        ("garbage.npy", "expected a NumPy array of token ids, got no such file"),
         ("odd.bin", "whole uint16 tokens .* got 3 bytes"),
         ("broken.jsonl", "line 2: expected a JSON object"),
         ("field.jsonl", "string field 'text'"),
         ("number.jsonl", "string field 'text'"),
-        ("mixed", "either text or token files"),
+        ("mixed", r"either text or token files .* got both: a.txt and b.npy\[0:2\]"),
     ],
 )
 def test_bad_data_is_refused_by_name(tmp_path, kind, message):
@@ -133,14 +135,51 @@ def test_bad_data_is_refused_by_name(tmp_path, kind, message):
         load_corpus(write_bad(kind, tmp_path), **OPTIONS)
 
 
-def test_an_unreadable_file_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("a")
+def test_an_unreadable_file_is_counted_and_alone_refused(tmp_path, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("a")
+    opened = Path.open
 
-    def refuse(*_args, **_kwargs):
-        raise PermissionError(13, "Permission denied", "a.txt")
+    def refuse(path, *args, **kwargs):  # chmod would not stop root
+        if path.name == "a.txt":
+            raise PermissionError(13, "Permission denied", path)
+        return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", refuse)  # chmod would not stop root
-    with pytest.raises(ValueError, match=r"expected readable files .* Permission denied"):
+    monkeypatch.setattr(Path, "open", refuse)
+    corpus = load_corpus(tmp_path, **OPTIONS)
+    assert [document.name for document in corpus.documents] == ["b.txt"]
+    assert str(corpus.left_out) == "1 unreadable: Permission denied (a.txt)"
+    with pytest.raises(ValueError, match=r"got none of them: 1 unreadable: Permission denied"):
+        load_corpus(tmp_path / "a.txt", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (gzip.compress(b"a text"), "compressed by gzip, to be unpacked first"),
+        ("a text".encode("utf-16"), "in UTF-16 instead of UTF-8"),
+        (b"%PDF-1.7 a text", "binary"),
+    ],
+)
+def test_files_that_only_look_like_text_are_left_out(tmp_path, content, reason):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(ValueError, match=f"got none of them: 1 {reason}"):
+        load_corpus(tmp_path / "a", **OPTIONS)
+
+
+def test_suffixes_are_known_in_capitals_too(tmp_path):
+    np.array([3, 4], np.uint16).tofile(tmp_path / "A.BIN")
+    assert whole(load_corpus(tmp_path, **OPTIONS).documents[0]) == [3, 4]
+
+
+def test_a_name_that_is_not_utf8_has_a_fingerprint_and_is_shown_escaped(tmp_path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    path.write_text("a text")
+    corpus = load_corpus(tmp_path, **OPTIONS)
+    assert corpus.fingerprint()
+    assert shown(corpus.documents[0].name) == r"caf\udce9.txt"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1 empty \(caf\\udce9.txt\)"):
         load_corpus(tmp_path, **OPTIONS)
 
 
@@ -152,38 +191,6 @@ def test_the_standard_library_has_no_tests_and_no_packages():
     assert not any({"test", "tests", "site-packages"} & set(name.split("/")[:-1]) for name in names)
     source = Path(sysconfig.get_path("stdlib"), "argparse.py").read_bytes()
     assert content_bytes(corpus.documents[names.index("argparse.py")]) == source
-
-
-@given(lengths=st.lists(st.integers(3, 50), min_size=2, max_size=30), fraction=st.floats(0.01, 0.9), seed=st.integers())
-def test_holding_out_splits_by_document_and_depends_on_names_alone(memory_document, lengths, fraction, seed):
-    documents = [memory_document(f"d{i}", (1,) * length) for i, length in enumerate(lengths)]
-    train, heldout = hold_out(Corpus(tuple(documents), False), fraction)
-    assert {*train.documents} | {*heldout.documents} == {*documents}
-    assert not {*train.documents} & {*heldout.documents}
-    assert train.documents
-    assert heldout.documents
-    if len(train.documents) > 1:  # enough is held out, and no document more than it takes
-        assert heldout.num_tokens >= fraction * sum(lengths)
-        assert heldout.num_tokens - fraction * sum(lengths) <= max(lengths)
-    random.Random(seed).shuffle(documents)
-    again = hold_out(Corpus(tuple(documents), False), fraction)[1]
-    assert {*again.documents} == {*heldout.documents}
-
-
-def test_a_lone_document_is_held_out_by_its_tail(memory_document):
-    document = memory_document("only", tuple(range(100)))
-    train, heldout = hold_out(Corpus((document,), False), 0.1)
-    assert whole(train.documents[0]) == list(range(90))
-    assert whole(heldout.documents[0]) == list(range(90, 100))
-    with pytest.raises(ValueError, match="long enough"):
-        hold_out(Corpus((memory_document("short", (1, 2, 3)),), False), 0.1)
-
-
-def test_the_first_documents_up_to_a_number_of_tokens(memory_document):
-    corpus = Corpus(tuple(memory_document(f"d{i}", (i,) * 10) for i in range(5)), False)
-    assert [document.name for document in corpus.first(25).documents] == ["d0", "d1", "d2"]
-    assert corpus.first(1000).documents == corpus.documents
-    assert whole(corpus.first(4).documents[0]) == [0, 0, 0, 0]
 
 
 def test_the_fingerprint_changes_with_names_and_sizes(memory_document):
