@@ -1,22 +1,28 @@
 """A conversation as the tokens that a chat model was trained on, by the Jinja template of its checkpoint."""
 
-import datetime
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jinja2
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from models import template_process
 from models.pretrained import Checkpoint, Pretrained
+from models.untrusted import shortened
+
+_PATIENCE = 8  # seconds by the clock, on a machine that may be busy
 
 
 def chat_tokens(checkpoint: Pretrained | Checkpoint, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a conversation and of what begins the model's answer to it.
 
-    The template comes with the weights, so it is rendered where it can neither reach Python nor change its arguments.
+    The template comes with the weights: it is rendered in a process of its own, where it can neither reach Python nor
+    change its arguments, and has a few seconds and half a gigabyte.
 
     Args:
+        checkpoint: whose template it is.
         messages: each with a `role`, such as "user", and a `content`.
 
     Raises:
@@ -27,42 +33,34 @@ def chat_tokens(checkpoint: Pretrained | Checkpoint, messages: Sequence[Mapping[
     if template is None or tokenizer is None:
         missing = "tokenizer" if tokenizer is None else "chat template"
         raise ValueError(f"the checkpoint has no {missing}: it lays out no conversation, give a text to go on from")
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.datetime.now().strftime}
-    environment.filters["tojson"] = _as_json
-    bos = None if checkpoint.bos_id is None else tokenizer.id_to_token(checkpoint.bos_id)
-    given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+    given = {"messages": [dict(message) for message in messages], "tools": None, "documents": None}
+    answer = _rendered(template, given | {"add_generation_prompt": True} | dict(checkpoint.special_tokens))
+    if "text" not in answer:
+        raise ValueError(f"the checkpoint's chat template cannot be rendered: {shortened(answer['error'])}")
+    return checkpoint.encode(answer["text"], add_special_tokens=False)
+
+
+def _rendered(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
+    """The `text` that a template gives, or the `error` because of which it gives none."""
+    contents = json.dumps({"template": template, "variables": variables, "longest": 0})
+    longest = (1 << 20) + 4 * len(contents)
+    # None of its directory's modules, and nothing of the environment but what finds Jinja and the time of day.
+    command = [sys.executable, "-P", str(template_process.__file__)]
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "TZ", "HOME") if name in os.environ}
     try:
-        text = environment.from_string(template).render(
-            **given, bos_token=bos or "", eos_token=checkpoint.end_of_text() or ""
+        done = subprocess.run(
+            command,
+            input=json.dumps({"template": template, "variables": variables, "longest": longest}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            env=environment | {"PYTHONUTF8": "1"},
+            timeout=_PATIENCE,
         )
-    except _ERRORS as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the checkpoint's chat template cannot be rendered: {reason}") from error
-    return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-# A template is a program, of a language that has Python's own errors.
-_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-
-
-class Generation(Extension):
-    """`{% generation %}`, which marks for training what the model said, and stands for what is in it."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _as_json(value, indent: int | None = None) -> str:
-    """As it stands in a text; Jinja's own filter is for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(reason: str) -> None:
-    """What templates call for conversations that the model was not trained on."""
-    raise jinja2.TemplateError(reason)
+    except subprocess.TimeoutExpired:
+        return {"error": f"it took more than {_PATIENCE} s"}
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return {"error": f"it took more than {template_process.SECONDS} s of a CPU"}
+    if done.returncode != 0 or not done.stdout:
+        return {"error": f"its process ended with {done.returncode}: too much memory, or nested too deeply"}
+    return json.loads(done.stdout)

@@ -64,7 +64,7 @@ def generate(
     prompt: list[int],
     max_new_tokens: int,
     *,
-    sampling: Sampling = Sampling(),  # noqa: B008 - a frozen value
+    sampling: Sampling | None = None,
     seed: int = 0,
     chunk: int | None = None,
     cache_dtype: str | None = None,
@@ -74,16 +74,21 @@ def generate(
 
     Args:
         prompt: token ids.
+        sampling: how to choose a token; by default as the checkpoint wants it, see `Pretrained.own_sampling`.
         chunk: so many tokens of the prompt at a time, which bounds the memory; by default all at once.
         cache_dtype: of what the caches store, by default the model's.
         spent: is filled in.
 
     Raises:
-        ValueError: the prompt is empty, or does not fit into the model's context together with the new tokens.
+        ValueError: the prompt is empty, has an id that the model does not know, or does not fit into
+            the model's context together with the new tokens; or the checkpoint's own sampling cannot be followed.
     """
     model, spent = pretrained.model, spent or Spent()
+    sampling = pretrained.own_sampling() if sampling is None else sampling
     if not prompt:
         raise ValueError("the prompt is empty: give at least one token to go on from")
+    if strays := [token for token in prompt if not 0 <= token < model.config.vocab_size]:
+        raise ValueError(f"the prompt must have ids from 0 to {model.config.vocab_size - 1}, got {strays[0]}")
     if max_new_tokens < 1 or (chunk is not None and chunk < 1):
         raise ValueError(f"max_new_tokens and chunk must be at least 1, got {max_new_tokens} and {chunk}")
     whole = len(prompt) + max_new_tokens
@@ -154,7 +159,6 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=PatternWarning)
     try:
         pattern = Dense() if given.pattern is None else pattern_of(given.pattern)
-        sampling = Sampling(given.temperature, given.top_k, given.top_p)
         prompt = pathlib.Path(given.prompt_file).read_text("utf-8") if given.prompt_file else given.prompt
         if not prompt:
             raise ValueError("the prompt is empty: give a text to go on from")
@@ -166,11 +170,16 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         if pretrained.tokenizer is None:
             raise ValueError(f"{given.model} has no tokenizer: put a tokenizer.json beside its weights")
+        asked = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        # What is not asked for is as the checkpoint wants it. What it wants beyond that is refused, unless one asks.
+        sampling = dataclasses.replace(pretrained.sampling, **asked) if asked else pretrained.own_sampling()
         spent = Spent()
-        tokens = pretrained.tokenizer.encode(prompt).ids
         if given.chat:
             system = [] if given.system is None else [{"role": "system", "content": given.system}]
             tokens = chat_tokens(pretrained, [*system, {"role": "user", "content": prompt}])
+        else:
+            tokens = pretrained.encode(prompt)
         ids = generate(
             pretrained, tokens, given.max_new_tokens, sampling=sampling,
             seed=given.seed, chunk=given.chunk, cache_dtype=given.cache_dtype, spent=spent,
@@ -198,9 +207,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pattern", help="who reads whom, such as 'LocalStride(64, 16, 3)'; by default dense")
     parser.add_argument("--dense-layers", type=int, nargs="*", default=[], help="layers that stay dense, from 0 on")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    parser.add_argument("--top-k", type=int, help="only so many of the likeliest tokens")
-    parser.add_argument("--top-p", type=float, default=1.0, help="only the likeliest tokens of this share together")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token; default the checkpoint's, or 0")
+    parser.add_argument("--top-k", type=int, help="only so many of the likeliest tokens; default the checkpoint's")
+    parser.add_argument("--top-p", type=float, help="only the likeliest tokens of this share together; likewise")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices")
     parser.add_argument("--chunk", type=int, help="tokens of the prompt at a time; by default all at once")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")

@@ -6,8 +6,8 @@ of `qk_norm` bear the names that Qwen3 gives them.
 """
 
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -15,6 +15,7 @@ from flax import nnx
 
 from models.config import TransformerConfig
 from models.transformer import Transformer
+from models.untrusted import shortened
 
 _LAYER_NAMES = {
     ("attention_norm", "scale"): "input_layernorm.weight",
@@ -29,10 +30,11 @@ _LAYER_NAMES = {
     ("mlp", "up", "kernel"): "mlp.up_proj.weight",
     ("mlp", "down", "kernel"): "mlp.down_proj.weight",
 }
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _OUTER_NAMES = {
-    ("embed", "embedding"): "model.embed_tokens.weight",
+    ("embed", "embedding"): EMBEDDINGS,
     ("final_norm", "scale"): "model.norm.weight",
-    ("lm_head", "kernel"): "lm_head.weight",
+    ("lm_head", "kernel"): HEAD,
 }
 
 
@@ -51,28 +53,81 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: TransformerConfi
         tensors: arrays by name, of any float dtype; the result is float32. Each is asked for once, and let go before
             the next: a mapping may read them from a file. The frequency tables that old checkpoints carry
             (`rotary_emb.inv_freq`) are skipped: they follow from `config.rope_theta`. So is the `lm_head.weight` that
-            some checkpoints hold beside tied embeddings: it is the embeddings once more.
+            some checkpoints hold beside tied embeddings, if it is the embeddings once more.
         config: the model that the tensors are for.
 
     Raises:
         ValueError: if a tensor is missing, unknown, or of another shape than `config` says, or has a value that is
-            NaN or infinite.
+            NaN or infinite; if the embeddings are tied and there is an `lm_head.weight` that differs from them.
     """
+    _check_names(tensors.keys(), config)
+    if config.tie_embeddings and HEAD in tensors and not np.array_equal(tensors[HEAD], tensors[EMBEDDINGS]):
+        raise ValueError(f"{HEAD} differs from {EMBEDDINGS}, which it must not with tie_embeddings=True")
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
     wanted = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-    given = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        given.discard("lm_head.weight")
     names = {path: _name(path) for path in wanted}
-    missing, unknown = sorted(set(names.values()) - given), sorted(given - set(names.values()))
-    if missing or unknown:
-        raise ValueError(
-            f"the tensors do not belong to this config: missing are {missing[:8]} ({len(missing)} in all), unknown are "
-            f"{unknown[:8]} ({len(unknown)} in all); compare num_layers, tie_embeddings and qk_norm"
-        )
     return nnx.traversals.unflatten_mapping(
         {path: _imported(path, np.asarray(tensors[names[path]]), like.shape) for path, like in wanted.items()}
     )
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: TransformerConfig) -> None:
+    """Raises ValueError unless tensors of these shapes make up the model of a config; nothing is read or allocated.
+
+    A config comes from a stranger, and may ask for a billion layers: it is held against the tensors that are there
+    before anything of its size is made.
+    """
+    _check_names(shapes.keys(), config)
+    layer = _layer_shapes(config)
+    outer = {EMBEDDINGS: (config.vocab_size, config.d_model), "model.norm.weight": (config.d_model,)}
+    if not config.tie_embeddings:
+        outer[HEAD] = outer[EMBEDDINGS]
+    for name, shape in shapes.items():
+        expected = outer.get(name) or layer.get(name.split(".", 3)[-1])
+        if expected is not None and expected != tuple(shape):
+            _refuse_shape(name, expected, shape)
+
+
+def _layer_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's tensors, [out, in], by the ends of their names."""
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (config.d_model,),
+        "self_attn.q_proj.weight": (queries, config.d_model),
+        "self_attn.k_proj.weight": (keys, config.d_model),
+        "self_attn.v_proj.weight": (keys, config.d_model),
+        "self_attn.o_proj.weight": (config.d_model, queries),
+        "post_attention_layernorm.weight": (config.d_model,),
+        "mlp.gate_proj.weight": (config.d_ff, config.d_model),
+        "mlp.up_proj.weight": (config.d_ff, config.d_model),
+        "mlp.down_proj.weight": (config.d_model, config.d_ff),
+    }
+    if config.qk_norm:
+        shapes |= {f"self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
+    return shapes
+
+
+def _check_names(names: Collection[str], config: TransformerConfig) -> None:
+    given = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        given.discard(HEAD)
+    layer = _layer_shapes(config)
+    outer = {EMBEDDINGS, "model.norm.weight"} | (set() if config.tie_embeddings else {HEAD})
+    # Of more layers than there are tensors, the first that are missing tell enough.
+    some = min(config.num_layers, len(given) + 1)
+    wanted = outer.union(f"model.layers.{i}.{name}" for i in range(some) for name in layer)
+    missing, unknown = sorted(wanted - given), sorted(given - wanted)
+    if missing or unknown:
+        lacking = len(outer) + config.num_layers * len(layer) - len(wanted & given)
+        shown = [[shortened(name) for name in side[:8]] for side in (missing, unknown)]
+        raise ValueError(
+            f"the tensors do not belong to this config: missing are {shown[0]} ({lacking} in all), unknown are "
+            f"{shown[1]} ({len(unknown)} in all); compare num_layers, tie_embeddings and qk_norm"
+        )
+
+
+def _refuse_shape(name: str, expected: tuple[int, ...], got: Sequence[int]) -> NoReturn:
+    raise ValueError(f"{name} must have shape {list(expected)} for this config, got {list(got)}")
 
 
 def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
@@ -106,10 +161,9 @@ def _exported(path: tuple, array: np.ndarray) -> np.ndarray:
 def _imported(path: tuple, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     matrix_shape = _matrix_shape(path, shape)[::-1] if path[-1] == "kernel" else shape
     if tensor.shape != matrix_shape:
-        raise ValueError(
-            f"{_name(path)} must have shape {list(matrix_shape)} for this config, got {list(tensor.shape)}"
-        )
-    wide = tensor.astype(np.float32)
+        _refuse_shape(_name(path), matrix_shape, tensor.shape)
+    with np.errstate(over="ignore"):  # to infinity, which is refused below
+        wide = tensor.astype(np.float32)
     if not_finite := wide.size - int(np.isfinite(wide).sum()):
         raise ValueError(f"{_name(path)} must hold finite numbers; {not_finite} of its {wide.size} are NaN or infinite")
     return wide.T.reshape(shape) if path[-1] == "kernel" else wide

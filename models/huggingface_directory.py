@@ -1,15 +1,16 @@
 """A checkpoint directory in the Hugging Face format: JSON files, and tensors in one safetensors file or in shards."""
 
-import json
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
 import numpy as np
 import safetensors
 
+from models.untrusted import quoted, read_json, regular_file, shortened
+
+_ROWS = 4096  # compared at a time
 # Narrower ones come with scales of their own.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -43,14 +44,20 @@ class ShardedTensors(Mapping[str, np.ndarray]):
             self._shard_of = _weight_map(index)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        shard = self._shard_of[name]
         try:
-            dtype = self._shards[shard].get_slice(name).get_dtype()
-            if dtype not in _DTYPES:
-                raise ValueError(f"{name} in {shard} has dtype {dtype}; supported are {', '.join(_DTYPES)}")
-            return self._shards[shard].get_tensor(name)
+            return self._slice(name)[...]
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{name} cannot be read from {shard} ({error}): fetch that file again") from error
+            raise _unreadable(name, self._shard_of[name], error) from error
+
+    def _slice(self, name: str):
+        """A tensor of a dtype that is supported, before it is read."""
+        shard = self._shard_of[name]
+        part = self._shards[shard].get_slice(name)
+        if part.get_dtype() not in _DTYPES:
+            raise ValueError(
+                f"{shortened(name)} in {shard} has dtype {part.get_dtype()}; supported are {', '.join(_DTYPES)}"
+            )
+        return part
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shard_of)
@@ -61,38 +68,49 @@ class ShardedTensors(Mapping[str, np.ndarray]):
     def __contains__(self, name: object) -> bool:
         return name in self._shard_of  # without reading it
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, without reading it."""
+        shapes = {}
+        for name, shard in self._shard_of.items():
+            try:
+                shapes[name] = tuple(self._shards[shard].get_slice(name).get_shape())
+            except safetensors.SafetensorError as error:
+                raise _unreadable(name, shard, error) from error
+        return shapes
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: if the file is missing, torn, or holds something other than an object.
-    """
-    try:
-        values = json.loads(pathlib.Path(path).read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing: a checkpoint directory in the Hugging Face format has one") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is torn or no JSON ({error}): fetch it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
-    return values
+    def equal(self, name: str, other: str) -> bool:
+        """True if two tensors hold the same numbers; they are read a part at a time."""
+        one, two = self._slice(name), self._slice(other)
+        if one.get_shape() != two.get_shape():
+            return False
+        rows = one.get_shape()[0] if one.get_shape() else 0
+        parts = (slice(at, at + _ROWS) for at in range(0, rows, _ROWS))
+        return all(np.array_equal(one[part], two[part]) for part in parts)
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} must name the file of each tensor under 'weight_map', which it lacks")
-    strays = [file for file in weight_map.values() if not isinstance(file, str) or pathlib.Path(file).name != file]
+    strays = [file for file in weight_map.values() if not isinstance(file, str) or not _is_name(file)]
     if strays:
-        raise ValueError(f"{index} must name files beside itself, got {strays[0]!r}")
+        raise ValueError(f"{index} must name files beside itself, got {quoted(strays[0])}")
     return weight_map
+
+
+def _is_name(file: str) -> bool:
+    return pathlib.Path(file).name == file and file not in ("", "..") and file.isprintable() and len(file) < 256
+
+
+def _unreadable(name: str, shard: str, error: Exception) -> ValueError:
+    return ValueError(f"{shortened(name)} cannot be read from {shard} ({shortened(error)}): fetch that file again")
 
 
 def _open(path: pathlib.Path):
     try:
+        regular_file(path)
         return safetensors.safe_open(path, framework="numpy")
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing, though the checkpoint's index names it: fetch it") from error
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is torn or no safetensors file ({error}): fetch it again") from error
+        raise ValueError(f"{path} is torn or no safetensors file ({shortened(error)}): fetch it again") from error

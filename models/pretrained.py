@@ -6,45 +6,99 @@
 Needs the packages of the extra `generate`.
 """
 
+import abc
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
 from models.config import TransformerConfig
 from models.gguf import GgufFile
-from models.gguf_tokenizer import tokenizer_from_gguf
-from models.huggingface import from_huggingface, save_safetensors, to_huggingface
-from models.huggingface_config import config_from_huggingface, config_to_huggingface, positive_integer
-from models.huggingface_directory import ShardedTensors, read_json
+from models.gguf_tokenizer import end_ids, gguf_chat_template, sampling_of_gguf, special_tokens, tokenizer_from_gguf
+from models.huggingface import EMBEDDINGS, HEAD, check_shapes, from_huggingface, save_safetensors, to_huggingface
+from models.huggingface_config import config_from_huggingface, config_to_huggingface, longest_context, unknown_keys
+from models.huggingface_directory import ShardedTensors
+from models.huggingface_generation import sampling_from, unknown_settings
+from models.huggingface_tokenizer import of_tokenizers, read_tokenizer, read_tokenizer_files
+from models.sampling import Sampling
 from models.saved_pattern import pattern_settings, saved_pattern
 from models.transformer import Transformer
+from models.untrusted import quoted, read_json, shortened
 from s2jax.patterns import Dense, Pattern
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Conventions:
+class _Conventions(abc.ABC):
     """What it takes to talk to a model."""
 
     max_context: int
     tokenizer: Tokenizer | None = None
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
-    eos_token: str | None = None
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
     chat_template: str | None = None
+    sampling: Sampling = Sampling()  # noqa: RUF009 - a frozen value
+    refused_sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text, all of which the model knows.
+
+        Args:
+            text: to be cut into tokens.
+            add_special_tokens: puts the tokens around it that the checkpoint wants around a text.
+
+        Raises:
+            ValueError: there is no tokenizer, or it gives an id that is beyond the model's vocabulary.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise ValueError("the checkpoint has no tokenizer: put a tokenizer.json beside its weights")
+        encoding = of_tokenizers(
+            lambda: tokenizer.encode(text, add_special_tokens=add_special_tokens),
+            "the tokenizer cannot encode the text",
+        )
+        if strays := [i for i in encoding.ids if i >= self.vocab_size]:
+            token, last = tokenizer.id_to_token(strays[0]), self.vocab_size - 1
+            raise ValueError(
+                f"the text has the token {quoted(token)} with the id {strays[0]}, where the model knows ids from 0 to "
+                f"{last}: leave that token out, or take a model whose embeddings have a row for it"
+            )
+        return encoding.ids
+
+    @property
+    @abc.abstractmethod
+    def vocab_size(self) -> int:
+        """The model's, which may be above or below that of the tokenizer."""
 
     def end_of_text(self) -> str | None:
         """What the tokenizer calls the end of a text; where nothing says, the first of the tokens that end one."""
-        if self.eos_token is not None or self.tokenizer is None or not self.eos_ids:
-            return self.eos_token
+        end = self.special_tokens.get("eos_token")
+        if end is not None or self.tokenizer is None or not self.eos_ids:
+            return end
         return self.tokenizer.id_to_token(self.eos_ids[0])
+
+    def own_sampling(self) -> Sampling:
+        """How the checkpoint wants its tokens to be chosen.
+
+        Raises:
+            ValueError: it asks for what `Sampling` cannot do, such as a penalty on repetition.
+        """
+        if self.refused_sampling:
+            wanted = ", ".join(f"{shortened(key)}={quoted(value)}" for key, value in self.refused_sampling.items())
+            raise ValueError(
+                f"the checkpoint asks for tokens to be chosen by {shortened(wanted)}, which is not supported: say how "
+                "else to choose them (--temperature, --top-k or --top-p; sampling=Sampling(...))"
+            )
+        return self.sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,11 +111,17 @@ class Pretrained(_Conventions):
         tokenizer: None if the checkpoint has none.
         eos_ids: the tokens that end a text, or a turn of a conversation.
         bos_id: the token that begins a text, if the model has one; the tokenizer adds it where the model wants it.
-        eos_token: what the tokenizer calls the end of a text, if the checkpoint says so; see `end_of_text`.
+        special_tokens: the texts of the tokens that chat templates know by name, such as `eos_token`.
         chat_template: the Jinja template that lays out a conversation, if the checkpoint has one.
+        sampling: how the checkpoint wants its tokens to be chosen; see `own_sampling`.
+        refused_sampling: what else it asks for in choosing them, which `Sampling` cannot do.
     """
 
     model: Transformer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,14 +134,18 @@ class Checkpoint(_Conventions):
     """
 
     config: TransformerConfig
-    tensors: Mapping[str, np.ndarray]
+    tensors: ShardedTensors | GgufFile
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
 
     def __post_init__(self):
         for token in (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
                 raise ValueError(
                     f"tokens that begin and end a text must be ids from 0 to {self.config.vocab_size - 1}, the "
-                    f"checkpoint has {token!r}"
+                    f"checkpoint has {quoted(token)}"
                 )
 
     def parameters(self) -> dict:
@@ -137,7 +201,9 @@ def open_checkpoint(
     read = _read_directory if path.is_dir() else _read_gguf
     if pattern is not None:
         settings["pattern"] = pattern
-    return read(path, None if tokenizer is None else read_tokenizer(tokenizer), **settings)
+    checkpoint = read(path, None if tokenizer is None else read_tokenizer(tokenizer), **settings)
+    check_shapes(checkpoint.tensors.shapes(), checkpoint.config)
+    return checkpoint
 
 
 def save(directory: str | os.PathLike, pretrained: Pretrained) -> None:
@@ -160,25 +226,9 @@ def save(directory: str | os.PathLike, pretrained: Pretrained) -> None:
     if pretrained.tokenizer is not None:
         pretrained.tokenizer.save(str(directory / "tokenizer.json"))
         _write_json(directory / "tokenizer_config.json", _tokenizer_config(pretrained, pretrained.tokenizer))
-    _write_json(directory / "generation_config.json", special)
+    _write_json(directory / "generation_config.json", special | _generation_config(pretrained))
     config = config_to_huggingface(pretrained.model.config, pretrained.max_context)
     _write_json(directory / "config.json", config | special | saved_pattern(pretrained.model.config))
-
-
-def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """The tokenizer of a tokenizer.json.
-
-    Raises:
-        ValueError: if the file is missing, torn, or no tokenizer.
-    """
-    # Here, as the errors of `tokenizers` have no class of their own.
-    if "model" not in read_json(path):
-        raise ValueError(f"{path} must have a 'model', which it lacks: it is no tokenizer.json")
-    tokenizer = Tokenizer.from_file(str(path))
-    # Left over from someone's training: texts are neither cut nor filled up.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _read_gguf(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any) -> Checkpoint:
@@ -186,17 +236,18 @@ def _read_gguf(path: pathlib.Path, tokenizer: Tokenizer | None, **settings: Any)
     metadata = file.metadata
     if tokenizer is None and "tokenizer.ggml.model" in metadata:
         tokenizer = tokenizer_from_gguf(metadata)
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    end = None if tokenizer is None or ends[0] is None else tokenizer.id_to_token(ends[0])
+    sampling, refused = sampling_of_gguf(metadata)
     return Checkpoint(
         config=TransformerConfig(**file.shape(), **{"pattern": Dense(), **settings}),
         tensors=file,
         max_context=file.max_context(),
         tokenizer=tokenizer,
-        eos_ids=tuple(dict.fromkeys(i for i in ends if i is not None)),
+        eos_ids=end_ids(metadata),
         bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token=end,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        special_tokens=special_tokens(metadata),
+        chat_template=gguf_chat_template(metadata),
+        sampling=sampling,
+        refused_sampling=refused,
     )
 
 
@@ -204,34 +255,33 @@ def _read_directory(path: pathlib.Path, tokenizer: Tokenizer | None, **settings:
     values = read_json(path / "config.json")
     recorded = {} if "pattern" in settings else pattern_settings(values)
     config = config_from_huggingface(values, **{"pattern": Dense(), **recorded, **settings})
-    if tokenizer is None and (path / "tokenizer.json").exists():
-        tokenizer = read_tokenizer(path / "tokenizer.json")
-    # Where the two differ, it is this one that generation goes by.
-    generation = _optional_json(path / "generation_config.json")
+    tensors = ShardedTensors(path)
+    if config.tie_embeddings and {HEAD, EMBEDDINGS} <= tensors.keys() and not tensors.equal(HEAD, EMBEDDINGS):
+        _log.warning("%s has tie_word_embeddings=true and %s that differ: both are kept", path, f"{HEAD}, {EMBEDDINGS}")
+        config = dataclasses.replace(config, tie_embeddings=False)
+    # Without a file of its own, generation goes by config.json.
+    own = path / "generation_config.json"
+    generation = read_json(own) if own.exists() else values
+    sampling, refused = sampling_from(generation)
     ends, begin = (
         values.get(name) if generation.get(name) is None else generation[name]
         for name in ("eos_token_id", "bos_token_id")
     )
-    eos_token = _optional_json(path / "tokenizer_config.json").get("eos_token")
+    tokens = read_tokenizer_files(path, tokenizer)
+    if unknown := sorted({*unknown_keys(values), *(unknown_settings(generation) if own.exists() else ())}):
+        _log.warning("%s: settings without effect here, as they are not known: %s", path, quoted(unknown))
     return Checkpoint(
         config=config,
-        tensors=ShardedTensors(path),
-        max_context=positive_integer({"max_position_embeddings": 2048, **values}, "max_position_embeddings"),
-        tokenizer=tokenizer,
+        tensors=tensors,
+        max_context=longest_context(values),
+        tokenizer=tokens.tokenizer,
         eos_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
         bos_id=begin,
-        eos_token=eos_token.get("content") if isinstance(eos_token, dict) else eos_token,
-        chat_template=_chat_template(path),
+        special_tokens=tokens.special_tokens,
+        chat_template=tokens.chat_template,
+        sampling=sampling,
+        refused_sampling=refused,
     )
-
-
-def _chat_template(path: pathlib.Path) -> str | None:
-    if (path / "chat_template.jinja").exists():
-        return (path / "chat_template.jinja").read_text("utf-8")
-    template = _optional_json(path / "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
 
 
 def _tokenizer_config(pretrained: Pretrained, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -239,9 +289,9 @@ def _tokenizer_config(pretrained: Pretrained, tokenizer: Tokenizer) -> dict[str,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": pretrained.max_context,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": tokenizer.encode_special_tokens,
+        **pretrained.special_tokens,
     }
-    if pretrained.bos_id is not None:
-        values["bos_token"] = tokenizer.id_to_token(pretrained.bos_id)
     if (end := pretrained.end_of_text()) is not None:
         values["eos_token"] = end
     if pretrained.chat_template is not None:
@@ -249,8 +299,12 @@ def _tokenizer_config(pretrained: Pretrained, tokenizer: Tokenizer) -> dict[str,
     return values
 
 
-def _optional_json(path: pathlib.Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
+def _generation_config(pretrained: Pretrained) -> dict[str, Any]:
+    sampling, values = pretrained.sampling, dict(pretrained.refused_sampling)
+    if sampling.temperature > 0:
+        values |= {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        values["top_k"] = sampling.top_k or 0
+    return values
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from models.chat_template import chat_tokens
 from models.pretrained import Pretrained, open_checkpoint
 from tests.models.checkpoints import LLAMA, transformer
 
+MODEL = transformer(dataclasses.replace(LLAMA, vocab_size=128))
 LETTERS = {chr(code): code for code in range(128)}
 PLAIN = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
@@ -26,8 +27,8 @@ def letters() -> Tokenizer:
 
 def checkpoint(template: str | None) -> Pretrained:
     return Pretrained(
-        model=transformer(LLAMA), max_context=128, tokenizer=letters(), eos_ids=(ord("$"), 3), bos_id=ord("^"),
-        eos_token="$", chat_template=template,
+        model=MODEL, max_context=128, tokenizer=letters(), eos_ids=(ord("$"), 3), bos_id=ord("^"),
+        special_tokens={"bos_token": "^", "eos_token": "$"}, chat_template=template,
     )  # fmt: skip
 
 

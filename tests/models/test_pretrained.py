@@ -223,11 +223,11 @@ def test_texts_are_neither_cut_nor_filled_up(tmp_path):
 
 def test_the_end_that_the_tokenizer_names(tmp_path):
     save(tmp_path, pretrained())
-    assert load(tmp_path, **SETTINGS).eos_token == TOKENS.id_to_token(90)  # the first that there is
-    save(tmp_path, pretrained(eos_token="<tool>"))
-    assert load(tmp_path, **SETTINGS).eos_token == "<tool>"
+    assert load(tmp_path, **SETTINGS).end_of_text() == TOKENS.id_to_token(90)  # the first that there is
+    save(tmp_path, pretrained(special_tokens={"eos_token": "<tool>"}))
+    assert load(tmp_path, **SETTINGS).end_of_text() == "<tool>"
     rewrite(tmp_path / "tokenizer_config.json", eos_token={"content": "<|end|>"})
-    assert load(tmp_path, **SETTINGS).eos_token == "<|end|>"
+    assert load(tmp_path, **SETTINGS).end_of_text() == "<|end|>"
 
 
 @pytest.mark.parametrize(
