@@ -21,12 +21,14 @@ from models.pretrained import Checkpoint
 from training.checkpoint import Checkpoints, StopRequest
 from training.command_line import parse
 from training.config import Config, require
+from training.config_file import read_config
 from training.corpus import BYTE_VOCAB, Corpus, load_corpus, standard_library
 from training.data import process_share, to_devices, training_batches
 from training.held_out import split
 from training.left_out import shown
 from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_size
 from training.metrics import MetricsLog, Progress, mfu
+from training.optimizer import schedule_change
 from training.packing import PackedRows, arrays, empty_row
 from training.pretrained import checkpoint_of, export, in_tokens, pretrained_state
 from training.report import final_report, generate_command, resume_command
@@ -112,6 +114,9 @@ def prepare(config: Config) -> Run:
     checkpoints = Checkpoints(run_dir(config) / "checkpoints", keep=config.output.keep, say=say)
     data_name = f"{train_set.fingerprint()} seq_len {config.input.seq_len} seed {config.seed}"
     state, first_step, first_row = start_state(trainer, checkpoints, data_name, checkpoint)
+    saved = run_dir(config) / "config.json"
+    if first_step and saved.exists() and (line := schedule_change(read_config(saved), config, first_step)):
+        say(line)
 
     began = time.perf_counter()
     step = compile_step(trainer)
@@ -162,6 +167,8 @@ def load_data(config: Config, checkpoint: Checkpoint | None) -> tuple[Corpus, Co
         name = config.data
     if checkpoint is not None:
         corpus = in_tokens(corpus, checkpoint)
+    ends = options.end_token is None or not corpus.byte_level
+    require(ends, "--end-token", "token files, as text is closed without it", f"text in {shown(name)}")
     fits = not corpus.byte_level or config.model.vocab_size >= BYTE_VOCAB
     require(fits, "--vocab-size", f"at least {BYTE_VOCAB} for byte-level text", config.model.vocab_size)
     train_set, heldout, how = split(corpus, options.heldout, by_name=options.named_splits)

@@ -9,13 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import models
 from models.pattern_text import pattern_of
 from models.pretrained import open_checkpoint
+from training.left_out import shown
+
+# Attention backends, each with the platform that it needs.
+IMPLEMENTATIONS: dict[str, str | None] = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu", "xla": None, "reference": None}
 
 
 def require(condition: bool, flag: str, expected: str, got: object) -> None:
@@ -24,11 +29,30 @@ def require(condition: bool, flag: str, expected: str, got: object) -> None:
         raise ValueError(f"{flag}: expected {expected}, got {got}")
 
 
-def _require_counts(options: object, *names: str, least: int = 1) -> None:
+def require_path(flag: str, path: str) -> None:
+    """Raises ValueError where a flag's value is no path, or one on a bucket."""
+    require(bool(path.strip()) and "\0" not in path, flag, "a path", repr(path))
+    bucket = re.match("[A-Za-z][A-Za-z0-9+.-]*:/", path)
+    require(not bucket, flag, "a path of a file system (copy the files, or mount the bucket)", shown(path))
+
+
+LARGEST = 2**31 - 1  # steps and sizes are 32-bit numbers on the device
+
+
+def _require_counts(options: object, *names: str, least: int = 1, most: int = LARGEST) -> None:
     for name in names:
         value = getattr(options, name)
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-        require(whole, f"--{name.replace('_', '-')}", f"a whole number of at least {least}", repr(value))
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        flag = f"--{name.replace('_', '-')}"
+        require(whole and value >= least, flag, f"a whole number of at least {least}", shown(repr(value)))
+        require(value <= most, flag, f"a whole number of at most {most}", shown(value))
+
+
+def _require_paths(options: object, *names: str) -> None:
+    """Checks options that name a file or directory, or are None."""
+    for name in names:
+        if getattr(options, name) is not None:
+            require_path(f"--{name.replace('_', '-')}", getattr(options, name))
 
 
 @dataclass(frozen=True)
@@ -53,9 +77,10 @@ class DataOptions:
     """Token id that closes a document in a token file; None takes each file as one document."""
 
     def __post_init__(self):
-        _require_counts(self, "batch_size", least=0)
-        _require_counts(self, "heldout_tokens")
-        _require_counts(self, "seq_len", least=2)
+        _require_counts(self, "batch_size", least=0, most=2**24)
+        _require_counts(self, "heldout_tokens", most=2**62)
+        _require_counts(self, "seq_len", least=2, most=2**24)
+        require(bool(self.text_field), "--text-field", "the name of a field", repr(self.text_field))
         require(0 < self.heldout < 1, "--heldout", "a share between 0 and 1", self.heldout)
         if self.end_token is not None:
             _require_counts(self, "end_token", least=0)
@@ -101,6 +126,15 @@ class ModelOptions:
     """Attention backend: auto picks by platform; xla or reference asks for just that one."""
 
     def __post_init__(self):
+        _require_counts(self, "num_layers", most=100_000)
+        _require_counts(self, "vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", most=2**24)
+        for name in ("rope_theta", "norm_eps"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"--{name.replace('_', '-')}", "a positive number", value)
+        known = ("auto", *IMPLEMENTATIONS)
+        require(
+            self.implementation in known, "--implementation", f"one of {', '.join(known)}", shown(self.implementation)
+        )
         self.transformer()  # raises where the values do not fit together
 
     @classmethod
@@ -122,7 +156,7 @@ class ModelOptions:
         try:
             pattern = pattern_of(self.pattern)
         except ValueError as error:
-            raise ValueError(f"--pattern: {error}") from error
+            raise ValueError(f"--pattern: {shown(error, 400)}") from error
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["implementation"] = None if self.implementation == "auto" else self.implementation
         return models.TransformerConfig(**values | {"pattern": pattern, "query_spec": query_spec})
@@ -210,13 +244,15 @@ class OutputOptions:
     prompt: str = "def "
     """What the text sample at the end begins with (byte-level text only)."""
     sample_bytes: int = 300
-    """Length of that sample; 0 leaves it out."""
+    """Length of that sample, at most what a row has left after the prompt; 0 leaves it out."""
     temperature: float = 0.7
     """Temperature of that sample; 0 takes the likeliest byte each time."""
 
     def __post_init__(self):
         _require_counts(self, "checkpoint_every", "keep", "log_every")
         _require_counts(self, "sample_bytes", least=0)
+        text = self.prompt.encode(errors="replace").decode()
+        require(text == self.prompt, "--prompt", "text in UTF-8", shown(self.prompt))
         require(0 <= self.temperature < math.inf, "--temperature", "a number from 0 up", self.temperature)
 
 
@@ -234,7 +270,7 @@ class Config:
     pretrained: str | None = None
     """Hugging Face directory or GGUF file to start from instead of a preset: its shape, weights and tokenizer."""
     data: str | None = None
-    """Text file, .jsonl, token file (.npy, .bin) or a directory of these; None is Python's own standard library."""
+    """Text, .jsonl, .parquet, .array_record, tokens (.npy, .bin), or a directory of these; None is Python's library."""
     steps: int = 1000
     """Optimizer steps, of the whole run."""
     run_dir: str | None = None
@@ -249,10 +285,13 @@ class Config:
     def __post_init__(self):
         _require_counts(self, "steps")
         _require_counts(self, "seed", least=0)
+        _require_paths(self, "data", "run_dir", "pretrained")
         one = (self.preset is None) != (self.pretrained is None)
         require(one, "--pretrained", "it or --preset, one of the two", f"{self.pretrained} and {self.preset}")
         rows, parts = self.input.batch_size, self.optimizer.accumulate
         require(rows % parts == 0, "--accumulate", f"a divisor of the {rows} rows of a batch", parts)
+        end, vocab_size = self.input.end_token, self.model.vocab_size
+        require(end is None or end < vocab_size, "--end-token", f"a token id below --vocab-size {vocab_size}", end)
 
     @property
     def name(self) -> str:
@@ -260,39 +299,13 @@ class Config:
         return self.preset or Path(self.pretrained or "").resolve().name.removesuffix(".gguf")
 
     def to_json(self) -> str:
-        """What `from_json` reads: all but this process's place in a cluster, which the next run may not share."""
+        """The file that `config_file.read_config` reads.
+
+        It lacks this process's place in a cluster, which the next run may not share.
+        """
         single = DeviceOptions(mesh=self.devices.mesh)
         self = dataclasses.replace(self, devices=single)
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, path: Path) -> Config:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            ValueError: the file is no such config, or one of another version of this program.
-        """
-        try:
-            values: dict[str, Any] = json.loads(path.read_text())
-            parts = {name: kind(**_tupled(values.pop(name))) for name, kind in _PARTS.items()}
-            return cls(**values, **parts)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"expected the config of a run of this version in {path}, got {type(error).__name__}: {error}"
-            ) from error
-
-
-_PARTS = {
-    "model": ModelOptions,
-    "input": DataOptions,
-    "optimizer": OptimizerOptions,
-    "devices": DeviceOptions,
-    "output": OutputOptions,
-}
-
-
-def _tupled(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def recipe(preset: str) -> Config:
@@ -304,7 +317,7 @@ def recipe(preset: str) -> Config:
     Raises:
         ValueError: there is no such preset.
     """
-    require(preset in models.presets, "--preset", f"one of {', '.join(models.presets)}", preset)
+    require(preset in models.presets, "--preset", f"one of {', '.join(models.presets)}", shown(preset))
     model = ModelOptions.of(models.presets[preset])
     if preset == "tiny":  # one row a step: within five minutes, many small steps beat fewer large ones by far
         return Config(model, steps=1100, optimizer=OptimizerOptions(rest_learning_rate=0.05))
@@ -324,6 +337,7 @@ def fine_tuning(path: str) -> Config:
     Raises:
         ValueError: the checkpoint cannot be read; in one line.
     """
+    require_path("--pretrained", path)
     checkpoint = open_checkpoint(path)
     return Config(
         ModelOptions.of(checkpoint.config),

@@ -8,7 +8,7 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from training.config import Config, DeviceOptions, require
+from training.config import IMPLEMENTATIONS, Config, DeviceOptions, require
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))  # rows over both; each row whole
@@ -49,8 +49,12 @@ def make_mesh(config: Config) -> Mesh:
     """The mesh that --mesh describes, over all devices of all processes.
 
     Raises:
-        ValueError: it does not match the devices, or the heads do not divide over it.
+        ValueError: it does not match the devices, the heads do not divide over it, or --implementation is for others.
     """
+    implementation, here = config.model.implementation, jax.devices()[0].platform
+    needed = IMPLEMENTATIONS.get(implementation)
+    expected = f"auto, or one for the platform {here} of this machine's devices"
+    require(needed in (None, here), "--implementation", expected, f"{implementation}, which is for {needed}")
     sizes, devices = list(config.devices.mesh), jax.device_count()
     named = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
-from training.config import OptimizerOptions
+from training.config import Config, OptimizerOptions
 
 ADAM_B1, ADAM_B2 = 0.9, 0.95  # as usual for language models: the second moment forgets within some dozens of steps
 MUON_BETA = 0.95
@@ -31,6 +31,19 @@ def warmup_cosine(options: OptimizerOptions, steps: int) -> Callable[[Int[Array,
         return rise * (options.final_fraction + (1 - options.final_fraction) * cosine)
 
     return share
+
+
+def schedule_change(before: Config, now: Config, step: int) -> str | None:
+    """A line on how the rates go on after `step`, if a run that goes on has another schedule than it had."""
+    old, new = (warmup_cosine(config.optimizer, config.steps) for config in (before, now))
+    here, expected, then = float(old(step - 1)), float(old(min(step, before.steps - 1))), float(new(step))
+    if abs(then - expected) <= 0.01 * max(then, expected):
+        return None
+    changed = f"--steps {now.steps} instead of {before.steps}" if now.steps != before.steps else "Another schedule"
+    return (
+        f"{changed}: warmup and cosine are drawn over the whole run, so the rates go on at {then:.1%} of their peaks; "
+        f"step {step} was at {here:.1%}"
+    )
 
 
 def matrix_axes(params: Any) -> Any:

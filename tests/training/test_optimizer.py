@@ -12,7 +12,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import models
 from training.config import OptimizerOptions
-from training.optimizer import make_optimizer, matrix_axes, warmup_cosine
+from training.optimizer import make_optimizer, matrix_axes, schedule_change, warmup_cosine
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +94,16 @@ def test_the_rate_rises_to_its_peak_and_falls_to_its_end(warmup, steps):
     assert (np.diff(shares[: max(top, 1)]) > 0).all()
     assert (np.diff(shares[top:]) < 0).all()
     np.testing.assert_allclose(shares[-1], 0.1, rtol=1e-5)
+
+
+def test_going_on_with_more_steps_says_what_that_does_to_the_rates(small_config):
+    before = dataclasses.replace(small_config, steps=1100, optimizer=OptimizerOptions())
+    longer = dataclasses.replace(before, steps=2200)
+    said = schedule_change(before, longer, 1100)
+    assert said is not None
+    assert said.startswith("--steps 2200 instead of 1100: warmup and cosine are drawn over the whole run")
+    assert said.endswith("go on at 53.1% of their peaks; step 1100 was at 5.0%")
+    for step in (1, 500, 1100):
+        assert schedule_change(before, before, step) is None
+    other = dataclasses.replace(before, optimizer=OptimizerOptions(final_fraction=0.5))
+    assert (schedule_change(before, other, 1000) or "").startswith("Another schedule: ")
