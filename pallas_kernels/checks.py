@@ -5,8 +5,9 @@ import numbers
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
+from pallas_kernels.head_place import HeadPlace, all_heads, head_place, possible_head_axes, refuse_unknown_heads
 from pallas_kernels.problem import Operands
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
@@ -26,10 +27,14 @@ def check_number(name: str, value, above: float | None = None) -> float:
 
 
 def check_operands(
-    schedule, query, key, value, query_offset, query_segment_ids, kv_segment_ids, logits_soft_cap, sinks
-) -> Operands:
-    """The arguments of the op as operands; raises ValueError where they do not fit together."""
-    _check_tensors(query, key, value)
+    schedule, query, key, value, query_offset, query_segment_ids, kv_segment_ids, sinks, head_axis, heads
+) -> tuple[Operands, Bool[Array, ""] | None]:
+    """The arguments of the op as operands; raises ValueError where they do not fit together.
+
+    Returns:
+      The operands; and False if a first head came at run time that is none, None if that cannot be.
+    """
+    check_tensors(query, key, value)
     batch, query_length, num_heads, _ = query.shape
     kv_length, num_kv_heads = key.shape[1:3]
     offset = None if query_offset is None else _offsets(query_offset, batch)
@@ -38,14 +43,20 @@ def check_operands(
         _check_selection(schedule, batch, query_length, num_heads, num_kv_heads)
         selection = schedule
     elif isinstance(schedule, BlockSchedule):
-        _check_schedule(schedule, query, key, offset is not None)
+        _check_schedule(schedule, query, key, offset is not None, all_heads(head_axis, heads, num_heads, num_kv_heads))
+        if head_axis is None and heads is None:
+            refuse_unknown_heads(query, schedule.heads_differ, "this schedule")
     else:
         raise ValueError(f"schedule must be a BlockSchedule or a BlockSelection, got {type(schedule).__name__}")
     segments = _segments(query_segment_ids, kv_segment_ids, (batch, query_length), (batch, kv_length))
-    return Operands(query, key, value, check_sinks(sinks, num_heads), segments[0], segments[1], offset, selection)
+    place = HeadPlace(None, None) if selection is not None else head_place(head_axis, heads, num_heads, num_kv_heads)
+    operands = Operands(
+        query, key, value, check_sinks(sinks, num_heads), segments[0], segments[1], offset, place.first, selection
+    )
+    return operands, place.fits
 
 
-def _check_tensors(query, key, value) -> None:
+def check_tensors(query, key, value) -> None:
     named = {"query": query, "key": key, "value": value}
     for name, array in named.items():
         if not hasattr(array, "dtype") or getattr(array, "ndim", None) != 4:
@@ -70,13 +81,13 @@ def _check_tensors(query, key, value) -> None:
         )
 
 
-def _check_schedule(schedule: BlockSchedule, query, key, has_offset: bool) -> None:
+def _check_schedule(schedule: BlockSchedule, query, key, has_offset: bool, heads: tuple[int, int]) -> None:
     expected = (schedule.num_heads, schedule.num_kv_heads, schedule.kv_length)
-    came = (query.shape[2], key.shape[2], key.shape[1])
+    came = (*heads, key.shape[1])
     if expected != came:
         raise ValueError(
             f"the schedule was compiled for (num_heads, num_kv_heads, kv_length) = {expected}, got {came}; "
-            "compile one for these"
+            f"compile one for these{_hint(schedule, heads)}"
         )
     if has_offset and (schedule.query_offset or query.shape[1] > schedule.query_length):
         raise ValueError(
@@ -86,6 +97,14 @@ def _check_schedule(schedule: BlockSchedule, query, key, has_offset: bool) -> No
         )
     if not has_offset and query.shape[1] != schedule.query_length:
         raise ValueError(f"the schedule was compiled for {schedule.query_length} queries, got {query.shape[1]}")
+
+
+def _hint(schedule: BlockSchedule, heads: tuple[int, int]) -> str:
+    """What to give where a caller split the heads of a schedule."""
+    axes = possible_head_axes(None)
+    if not axes or schedule.num_heads == heads[0] or schedule.num_heads % heads[0]:
+        return ""
+    return f"; or give head_axis, such as {list(axes)[-1]!r}, if these are a part of the schedule's heads"
 
 
 def _check_selection(selection: BlockSelection, batch: int, query_length: int, num_heads: int, num_kv_heads: int):

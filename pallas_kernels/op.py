@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import mosaic_gpu, mosaic_tpu, reference, xla
 from pallas_kernels.checks import check_number, check_operands
+from pallas_kernels.head_place import HeadAxis, HeadRange, own_rows
 from pallas_kernels.platforms import PLATFORMS, interpreted, only_on_its_platform
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
@@ -56,6 +57,8 @@ def block_sparse_attention(
     sinks: Float[Array, " h"] | None = None,
     return_lse: bool = False,
     query_spec: PartitionSpec | None = None,
+    head_axis: HeadAxis = None,
+    heads: HeadRange = None,
     implementation: str | list[str] | tuple[str, ...] | None = None,
     tiles=None,
 ) -> typing.Any:
@@ -75,6 +78,11 @@ def block_sparse_attention(
       return_lse: gives back (out, lse).
       query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None). The mesh must be
         set, with `jax.set_mesh`: of a mesh that is not, nothing can be known here, and XLA gathers what is sharded.
+      head_axis: axis of a caller's `shard_map`, `pmap` or named `vmap` over which heads are split, or several; the
+        schedule is compiled for all heads. () says that this call has all heads. Needed inside of such a region where
+        the schedule's heads differ; a `BlockSelection` has its own heads.
+      heads: (first_head, num_heads) in its place, where the heads are split otherwise: the number of this call's first
+        query head, also known at run time only (the result for one that cannot be is NaN), and the count of all.
       implementation: "mosaic_gpu", "mosaic_tpu", "xla" or "reference", or several names in order of preference; None
         picks by the platform that is lowered for. To export for several platforms at once, take "xla": JAX lowers
         kernels for one.
@@ -89,8 +97,8 @@ def block_sparse_attention(
       ValueError: an argument does not fit; the message says what was expected and what came.
       NotImplementedError: none of the implementations asked for can do it, with each one's reason.
     """
-    operands = check_operands(
-        schedule, query, key, value, query_offset, query_segment_ids, kv_segment_ids, logits_soft_cap, sinks
+    operands, fits = check_operands(
+        schedule, query, key, value, query_offset, query_segment_ids, kv_segment_ids, sinks, head_axis, heads
     )
     problem = Problem(
         schedule=None if isinstance(schedule, BlockSelection) else schedule,
@@ -104,6 +112,8 @@ def block_sparse_attention(
     call = Call(*_choose(problem, operands, implementation), problem, query_spec)
     rest = dataclasses.replace(operands, query=None, key=None, value=None, sinks=None)
     out, lse = _compiled(call, operands.query, operands.key, operands.value, operands.sinks, rest)
+    if fits is not None:
+        out, lse = (jnp.where(fits, each, jnp.nan) for each in (out, lse))
     return (out, lse) if return_lse else out
 
 
@@ -177,6 +187,14 @@ class Pass:
             for module in self.modules.values()
         }
 
+    def with_tables(self, operands: Operands) -> Operands:
+        """The operands with the tables of their heads."""
+        tables, schedule = self.tables, self.call.problem.schedule
+        if operands.first_head is not None and schedule is not None:
+            num_heads, total = operands.query.shape[2], schedule.num_heads
+            tables = own_rows(tables, self.table_specs, operands.first_head, num_heads, total)
+        return dataclasses.replace(operands, tables=tables, first_head=None)
+
     def _problem(self, module: types.ModuleType) -> Problem:
         """Without the tiles of another module."""
         tiles = self.call.problem.tiles
@@ -221,7 +239,7 @@ def _attention(call: Call, query, key, value, sinks, rest: Operands):
     def local(operands: Operands):
         return _nan_beyond(call.problem, operands, *forward(operands))
 
-    operands = dataclasses.replace(operands, tables=forward.tables)
+    operands = forward.with_tables(operands)
     return over_shards(local, forward.table_specs, operands, call.query_spec, "ql")
 
 
@@ -274,7 +292,7 @@ def _all_gradients(call: Call, query, key, value, sinks, out, lse, dout, dlse, r
         gradients = backward(operands, dout, lse, delta, **options)
         return *gradients, None if operands.sinks is None else sink_gradients(operands.sinks, lse, delta)
 
-    operands = dataclasses.replace(operands, tables=backward.tables)
+    operands = backward.with_tables(operands)
     results = "qqq-" if sinks is None else "qqqb"
     arrays = out, lse, dout, dlse
     *gradients, dsinks = over_shards(local, backward.table_specs, operands, call.query_spec, results, "qlql", *arrays)

@@ -37,6 +37,7 @@ class Operands:
 
     Attributes:
       query_offset: int32 [b], positions of the first queries, if they are known at run time only.
+      first_head: int32 scalar, number of the first query head among all heads; None if the call has all of them.
       selection: a traced choice of blocks, where there is no schedule.
       tables: what the backend made of the schedule for these heads.
     """
@@ -48,6 +49,7 @@ class Operands:
     query_segment_ids: Int32[Array, "b t"] | None = None
     kv_segment_ids: Int32[Array, "b s"] | None = None
     query_offset: Int32[Array, " b"] | None = None
+    first_head: Int32[Array, ""] | None = None
     selection: BlockSelection | None = None
     tables: typing.Any = None
 

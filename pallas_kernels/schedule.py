@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Int32
@@ -107,6 +108,8 @@ class BlockSchedule:
       lists: what the rows of every distinct head read; a walker is a distinct head.
       head_index: int32 [heads], the walker of every query head.
       token_masks: bool [masks, block_size, block_size], query by key, each mask once; the first two are all and none.
+      differ_among: `differ_among(shards)` is True if heads of the pattern read differently, also among so many times as
+        many heads; None where there is no pattern.
     """
 
     block_size: int
@@ -118,6 +121,13 @@ class BlockSchedule:
     lists: BlockLists
     head_index: Int32[np.ndarray, " h"]
     token_masks: Bool[np.ndarray, "masks block_size block_size"]
+    differ_among: Callable[[tuple[int, ...]], bool] | None = dataclasses.field(default=None, repr=False)
+
+    def heads_differ(self, shards: tuple[int, ...]) -> bool:
+        """True if a part of the heads must know which it is: heads differ, here or among so many times as many."""
+        if self.differ_among is not None:
+            return self.differ_among(shards)
+        return bool((self.head_index != self.head_index[:1]).any())
 
     @property
     def first_row(self) -> int:

@@ -11,18 +11,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.checks import check_sinks
-from pallas_kernels.sharding import Sharding
+from pallas_kernels.head_place import HeadAxis
+from pallas_kernels.sharding import Axes, Sharding
 from s2jax.cache_attention import Options, for_each
 from s2jax.cache_layout import CacheLayout, compile_cache
-from s2jax.cache_sharding import over_shards, sharding_of, sharding_to_create, shards_of
+from s2jax.cache_sharding import heads_of_shard, over_shards, own_tables, sharding_of, split_to_create, vary_by_heads
 from s2jax.cache_slots import Buffer, Space
-from s2jax.cache_step import Step, Tables, check_tokens
+from s2jax.cache_step import NEVER, Step, Tables, check_prompt, check_tokens, lengthened
+from s2jax.compiler import refuse_unsaid_heads
 from s2jax.functional import attention
 from s2jax.patterns import Pattern
 from s2jax.patterns.checks import check_count
-
-NEVER = 2**30
-"""A length beyond every context: that of a sequence which was asked for what cannot be."""
 
 
 @jax.tree_util.register_dataclass
@@ -56,6 +55,7 @@ class KVCache:
       prefix: what `fork` shares, else None.
       room: blocks for the tokens after a fork, else None.
       query_spec: how sequences and heads are split over a mesh.
+      head_axis: axes of a caller's `shard_map` that heads are split over; None if nobody said which heads these are.
     """
 
     buffers: tuple[Buffer, ...]
@@ -66,6 +66,7 @@ class KVCache:
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
     room: int | None = dataclasses.field(metadata={"static": True})
     query_spec: PartitionSpec | None = dataclasses.field(metadata={"static": True})
+    head_axis: Axes | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def create(
@@ -81,10 +82,12 @@ class KVCache:
         max_rollback: int = 0,
         dtype: typing.Any = jnp.bfloat16,
         query_spec: PartitionSpec | None = None,
+        head_axis: HeadAxis = None,
     ) -> "KVCache":
         """An empty cache.
 
         Args:
+          num_heads, num_kv_heads: counts of all heads, also where `head_axis` splits them.
           value_dim: features of a value; by default those of a key.
           max_length: tokens of the longest context; None for patterns of bounded reach, which stream without end.
           max_rollback: tokens that `rollback` may take back.
@@ -93,6 +96,9 @@ class KVCache:
             P(batch, None, heads, None): so is the cache, and no device tells another anything. Each keeps as many
             blocks as the one whose heads need the most. See `s2jax.attention`; over Explicit axes it is needed where
             heads are split.
+          head_axis: axis of a caller's `shard_map`, `pmap` or named `vmap` over which heads are split, or several; see
+            `s2jax.attention`. Inside of it the cache holds a shard's heads; outside of it, under a mesh with this axis,
+            all of them, to be split as P(batch, head_axis). () says that whoever calls has all heads.
 
         Raises:
           ValueError: see `compile_cache`; the dtype is none of these; sequences or KV heads cannot be split so.
@@ -103,17 +109,22 @@ class KVCache:
         value_dim = head_dim if value_dim is None else value_dim
         for name, number in (("batch", batch), ("head_dim", head_dim), ("value_dim", value_dim)):
             check_count(name, number, at_least=1)
-        sharding = sharding_to_create(query_spec, batch, num_kv_heads)
+        if head_axis is None and isinstance(pattern, Pattern):
+            refuse_unsaid_heads(pattern, None, num_heads, num_kv_heads, max_length or 1, max_length or 1)
+        axes, sharding, shards = split_to_create(query_spec, head_axis, batch, num_kv_heads)
         layout = compile_cache(
             pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback,
-            shards=shards_of(sharding),
+            shards=shards,
         )  # fmt: skip
-        arguments = Tables.of(layout, None, layout.shards), jnp.zeros(batch, jnp.int32)
+        arguments = own_tables(layout, None, sharding, axes), jnp.zeros(batch, jnp.int32)
         empty = functools.partial(
-            cls._empty, layout=layout, head_dim=head_dim, value_dim=value_dim, dtype=dtype, query_spec=query_spec
+            cls._empty, layout=layout, head_dim=head_dim, value_dim=value_dim, dtype=dtype, query_spec=query_spec,
+            head_axis=axes,
         )  # fmt: skip
         like = jax.eval_shape(empty, *arguments)
-        return over_shards(cls._empty, sharding, "kc", "c", *arguments, like=like, **empty.keywords)[0]
+        cache = over_shards(cls._empty, sharding, "kc", "c", *arguments, like=like, **empty.keywords)[0]
+        buffers, finite = vary_by_heads((cache.buffers, cache.finite), axes)
+        return dataclasses.replace(cache, buffers=buffers, finite=finite)
 
     @property
     def nbytes(self) -> int:
@@ -143,24 +154,13 @@ class KVCache:
         Raises:
           ValueError: the prompt is empty or longer than `max_length`; arrays do not fit the cache.
         """
-        counts = check_tokens(self.layout, self.buffers[0], len(self.lengths), query, key, value, counts)
-        refused = {"query_offset", "query_segment_ids", "kv_segment_ids"} & options.keys()
-        if refused:
-            names = ", ".join(sorted(refused))
-            raise ValueError(f"a prompt begins its sequence's one context: prefill takes no {names}")
-        if "query_spec" in options:
-            raise ValueError("prefill takes no query_spec: how the cache is split is said once, in KVCache.create")
-        if self.prefix is not None:
-            raise ValueError("prefill begins anew, but the sequences share a prefix: prefill before fork")
-        length = query.shape[1]
-        if self.layout.max_length is not None and length > self.layout.max_length:
-            raise ValueError(
-                f"a prompt of {length} tokens does not fit into a cache for {self.layout.max_length}: create it with a "
-                "larger max_length"
-            )
-        sharding = sharding_of(self.layout, query, self.query_spec)
-        out = attention(query, key, value, self.layout.pattern, query_spec=self.query_spec, **options)
-        tables = Tables.of(self.layout, None, shards_of(sharding))
+        counts = self._checked(query, key, value, counts)
+        check_prompt(self.layout, query.shape[1], self.prefix is not None, options)
+        sharding, place = self._sharding(query), heads_of_shard(self.layout, self.head_axis).axis
+        out = attention(
+            query, key, value, self.layout.pattern, query_spec=self.query_spec, head_axis=place, **options
+        )  # fmt: skip
+        tables = own_tables(self.layout, None, sharding, self.head_axis)
         arguments = self, tables, key, value, counts
         return out, over_shards(KVCache._begun, sharding, "ckqqc", "c", *arguments, like=(self,))[0]
 
@@ -189,10 +189,9 @@ class KVCache:
         Raises:
           ValueError: there is no token; arrays do not fit the cache.
         """
-        counts = check_tokens(self.layout, self.buffers[0], len(self.lengths), query, key, value, counts)
-        sharding = sharding_of(self.layout, query, self.query_spec)
+        counts, sharding = self._checked(query, key, value, counts), self._sharding(query)
         options, sinks = Options.of(query.shape[3], scale, logits_soft_cap), check_sinks(sinks, query.shape[2])
-        tables = Tables.of(self.layout, self.room, shards_of(sharding))
+        tables = own_tables(self.layout, self.room, sharding, self.head_axis)
         out, lse, cache = over_shards(
             KVCache._extended, sharding, "ckqqqck", "qlc", self, tables, query, key, value, counts, sinks,
             like=(query, query, self), options=options,
@@ -254,7 +253,7 @@ class KVCache:
         size = self.layout.block_size
         room = -(-(size - 1 + max_new_tokens) // size)
         sharding = self._sharding()
-        tables = Tables.of(self.layout, room, shards_of(sharding))
+        tables = own_tables(self.layout, room, sharding, self.head_axis)
         like = dataclasses.replace(self, prefix=Prefix(self.buffers, self.lengths), room=room)
         arguments = KVCache._forked, sharding, "ck", "c", self, tables
         return over_shards(*arguments, like=(like,), samples=samples, room=room)[0]
@@ -264,7 +263,7 @@ class KVCache:
         """What caches have in common whose lengths and blocks mean the same."""
         groups = (self.buffers, () if self.prefix is None else self.prefix.buffers)
         shapes = tuple(tuple(buffer.held.shape for buffer in buffers) for buffers in groups)
-        return self.layout, self.room, self.query_spec, self.prefix is None, shapes
+        return self.layout, self.room, self.query_spec, self.head_axis, self.prefix is None, shapes
 
     def beside(self, other: "KVCache") -> "KVCache":
         """The cache, with the lengths and blocks of another one that holds the same tokens.
@@ -292,23 +291,33 @@ class KVCache:
         """Of every buffer, which block has which slot."""
         return Tables.of(self.layout, self.room, 1).spaces
 
-    def _sharding(self) -> Sharding | None:
-        """As that of its arrays."""
-        return sharding_of(self.layout, self.buffers[0].held[:, None], self.query_spec)
+    def _sharding(self, query: Array | None = None) -> Sharding | None:
+        """How queries are split, or else the arrays of the cache."""
+        query = self.buffers[0].held[:, None] if query is None else query
+        return sharding_of(self.layout, query, self.query_spec, self.head_axis)
+
+    def _checked(self, query: Array, key: Array, value: Array, counts) -> Int32[Array, " b"] | None:
+        """The counts; raises ValueError where tokens do not fit the cache, or may be of heads that nobody named."""
+        heads = heads_of_shard(self.layout, self.head_axis)
+        counts = check_tokens(heads, self.buffers[0], len(self.lengths), query, key, value, counts)
+        if self.head_axis is None:
+            length = self.layout.max_length or 1
+            refuse_unsaid_heads(self.layout.pattern, query, heads.query, heads.kv, length, length)
+        return counts
 
     # What follows runs on every shard by itself: the cache's arrays, the tokens and the tables are the shard's.
 
     @classmethod
     def _empty(
-        cls, tables: Tables, zeros: Array, *, layout, head_dim: int, value_dim: int, dtype, query_spec
+        cls, tables: Tables, zeros: Array, *, layout, head_dim: int, value_dim: int, dtype, query_spec, head_axis
     ) -> "tuple[KVCache]":
         buffers = tuple(space.empty(len(zeros), head_dim, value_dim, dtype) for space in tables.spaces)
         finite = jnp.ones((len(zeros), len(tables.order)), bool)
         # An array each: one that stands twice in a pytree cannot be donated.
-        return (cls(buffers, zeros, jnp.array(zeros), finite, None, layout, None, query_spec),)
+        return (cls(buffers, zeros, jnp.array(zeros), finite, None, layout, None, query_spec, head_axis),)
 
     def _begun(self, tables: Tables, key: Array, value: Array, counts: Array | None) -> "tuple[KVCache]":
-        lengths = _lengthened(jnp.zeros_like(self.lengths), key.shape[1], counts)
+        lengths = lengthened(jnp.zeros_like(self.lengths), key.shape[1], counts)
         buffers = tuple(
             space.survivors(space.take(key), space.take(value), lengths, buffer.key.dtype)
             for space, buffer in zip(tables.spaces, self.buffers, strict=True)
@@ -322,7 +331,7 @@ class KVCache:
     ) -> "tuple[Array, Array, KVCache]":  # fmt: skip
         batch, length, num_heads, head_dim = query.shape
         kv_heads = key.shape[2]
-        lengths = _lengthened(self.lengths, length, counts)
+        lengths = lengthened(self.lengths, length, counts)
         positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
         finite, limit = self.finite & self._finite(value), self._limit(tables.spaces)
         step = Step(self.layout, positions, self.lengths, lengths, limit, self._first, finite.all(), options)
@@ -388,10 +397,3 @@ class KVCache:
         """Whether no value is NaN or Inf, as it comes or as it is stored."""
         stored = self.buffers[0].value.dtype
         return jnp.isfinite(value.astype(stored) if jnp.issubdtype(stored, jnp.floating) else value).all((1, 3))
-
-
-def _lengthened(lengths: Array, most: int, counts: Array | None) -> Int32[Array, " b"]:
-    """Lengths with so many tokens more; `NEVER` where a count is none."""
-    if counts is None:
-        return lengths + most
-    return jnp.where((counts >= 0) & (counts <= most), lengths + counts, NEVER)

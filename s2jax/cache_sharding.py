@@ -1,6 +1,7 @@
 """The KV cache over a mesh: every device keeps and attends to its own sequences and KV heads, and tells no other."""
 
 import functools
+import math
 import typing
 
 import jax
@@ -9,18 +10,80 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from pallas_kernels.sharding import Sharding, find_sharding, on_shards
+from pallas_kernels.head_place import HeadAxis, head_axes, is_bound, shard_index
+from pallas_kernels.sharding import Axes, Sharding, find_sharding, on_shards, varying_like
 from s2jax.cache_layout import CacheLayout
+from s2jax.cache_step import ShardHeads, Tables
 
 
-def sharding_to_create(query_spec: P | None, batch: int, num_kv_heads: int) -> Sharding | None:
-    """How a new cache is split; not at all where nothing is said."""
-    if query_spec is None:
-        return None
-    return find_sharding(jax.typeof(jnp.zeros((batch, 1, 1, 1))), num_kv_heads, query_spec)
+def split_to_create(
+    query_spec: P | None, head_axis: HeadAxis, batch: int, num_kv_heads: int
+) -> tuple[Axes | None, Sharding | None, int]:
+    """How a new cache is split: the axes of a caller's region, the sharding, and the shards of heads altogether.
+
+    Raises:
+      ValueError: `head_axis` names no axis of an enclosing `shard_map`, `pmap` or `vmap`, nor of the mesh that is set.
+    """
+    axes, region, mesh = None, 1, jax.sharding.get_abstract_mesh()
+    if head_axis is not None:
+        named = (head_axis,) if isinstance(head_axis, str) else head_axis
+        known = isinstance(named, tuple | list) and all(name in mesh.axis_names for name in named)
+        axes = tuple(named) if known else head_axes(head_axis)
+        region = math.prod(mesh.shape[name] if name in mesh.shape else jax.lax.axis_size(name) for name in axes)
+    if num_kv_heads % region:
+        raise ValueError(
+            f"{num_kv_heads} KV heads cannot be split over the {region} shards of {head_axis!r}: num_heads and "
+            "num_kv_heads count all heads, those of all shards together"
+        )
+    here = num_kv_heads // head_shards(axes)
+    sharding = None
+    if query_spec is not None:
+        sharding = find_sharding(jax.typeof(jnp.zeros((batch, 1, 1, 1))), here, query_spec)
+    return axes, sharding, region * shards_of(sharding)
 
 
-def sharding_of(layout: CacheLayout, query: Array, query_spec: P | None) -> Sharding | None:
+def head_shards(axes: Axes | None) -> int:
+    """Over how many shards of an enclosing region heads are split: 1 outside of it.
+
+    Raises:
+      ValueError: the region has some of the axes, but not all.
+    """
+    bound = [name for name in axes or () if is_bound(name)]
+    if axes and bound and len(bound) < len(axes):
+        raise ValueError(f"the cache's heads are split over {axes}, and this is inside a region over {bound} alone")
+    return math.prod(map(jax.lax.axis_size, bound))
+
+
+def heads_of_shard(layout: CacheLayout, axes: Axes | None) -> ShardHeads:
+    """The heads that a cache has here: a shard's inside the region that splits them, all of them outside."""
+    shards, heads = head_shards(axes), layout.heads
+    axis = axes if shards > 1 or axes is None else ()
+    return ShardHeads(heads.num_heads // shards, heads.num_kv_heads // shards, axis)
+
+
+def own_tables(layout: CacheLayout, room: int | None, sharding: Sharding | None, axes: Axes | None) -> Tables:
+    """What differs from head to head, of the heads that a cache has here."""
+    shards = head_shards(axes)
+    tables = Tables.of(layout, room, shards * shards_of(sharding))
+    if shards == 1 or axes is None:
+        return tables
+    index = shard_index(axes)
+
+    def rows(array):
+        return jax.lax.dynamic_slice_in_dim(jnp.asarray(array), index * (len(array) // shards), len(array) // shards)
+
+    return jax.tree.map(rows, tables)
+
+
+def vary_by_heads[T](arrays: T, axes: Axes | None) -> T:
+    """The arrays, varying over a region's axes as they will once tokens have come: so a loop can carry them."""
+    if head_shards(axes) == 1 or axes is None:
+        return arrays
+    index = shard_index(axes)
+    return jax.tree.map(lambda array: varying_like(array, index), arrays)
+
+
+def sharding_of(layout: CacheLayout, query: Array, query_spec: P | None, axes: Axes | None) -> Sharding | None:
     """How a cache is split: as it was created, or else over Explicit axes as queries [b, t, h, d] are.
 
     Raises:
@@ -33,8 +96,9 @@ def sharding_of(layout: CacheLayout, query: Array, query_spec: P | None) -> Shar
             f"under a mesh with Auto axes ({', '.join(auto)}) a cache must have been created with the queries' "
             "query_spec, such as P('data', None, 'tensor', None), or P() if each device has all; this one was not"
         )
-    sharding = find_sharding(jax.typeof(query), layout.heads.num_kv_heads, query_spec)
-    shards = shards_of(sharding)
+    region = head_shards(axes)
+    sharding = find_sharding(jax.typeof(query), layout.heads.num_kv_heads // region, query_spec)
+    shards = region * shards_of(sharding)
     if layout.shards % shards:
         made = "heads that are not split" if layout.shards == 1 else f"heads in {layout.shards} shards"
         raise ValueError(

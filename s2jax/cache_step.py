@@ -1,6 +1,7 @@
 """How the buffers of a KV cache take tokens in and are attended to, on one device or on a shard of a mesh."""
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,17 @@ from jaxtyping import Array, Bool, Float, Int32
 from s2jax.cache_attention import Keys, Options, Parts, Rows, attend, for_each
 from s2jax.cache_layout import CacheLayout
 from s2jax.cache_slots import Buffer, Space, in_blocks, like
+
+NEVER = 2**30
+"""A length beyond every context: that of a sequence which was asked for what cannot be."""
+
+
+class ShardHeads(typing.NamedTuple):
+    """Counts of the heads that a cache has here, and the `head_axis` that says so to `s2jax.attention`."""
+
+    query: int
+    kv: int
+    axis: tuple[str, ...] | None
 
 
 @jax.tree_util.register_dataclass
@@ -106,19 +118,19 @@ class Step:
 
 
 def check_tokens(
-    layout: CacheLayout, buffer: Buffer, batch: int, query: Array, key: Array, value: Array, counts
+    heads: ShardHeads, buffer: Buffer, batch: int, query: Array, key: Array, value: Array, counts
 ) -> Int32[Array, " b"] | None:
     """The counts; raises ValueError where tokens do not fit a cache for so many sequences."""
     head_dim, value_dim = buffer.key.shape[-1], buffer.value.shape[-1]
     length = query.shape[1] if query.ndim == 4 else 0
-    for name, array, heads, features in (
-        ("query", query, layout.heads.num_heads, head_dim),
-        ("key", key, layout.heads.num_kv_heads, head_dim),
-        ("value", value, layout.heads.num_kv_heads, value_dim),
+    for name, array, count, features in (
+        ("query", query, heads.query, head_dim),
+        ("key", key, heads.kv, head_dim),
+        ("value", value, heads.kv, value_dim),
     ):
-        if array.shape != (batch, length, heads, features) or not length:
+        if array.shape != (batch, length, count, features) or not length:
             raise ValueError(
-                f"{name} must have shape [{batch}, tokens, {heads}, {features}] in this cache, with one number of "
+                f"{name} must have shape [{batch}, tokens, {count}, {features}] in this cache, with one number of "
                 f"tokens for all three and at least one, got {list(array.shape)}"
             )
         if array.dtype != query.dtype or not jnp.issubdtype(array.dtype, jnp.floating):
@@ -131,3 +143,27 @@ def check_tokens(
     if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
         raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")
     return counts.astype(jnp.int32)
+
+
+def check_prompt(layout: CacheLayout, length: int, is_forked: bool, options: dict) -> None:
+    """Raises ValueError if a prompt of so many tokens, or an option of `attention`, does not fit a cache."""
+    refused = {"query_offset", "query_segment_ids", "kv_segment_ids"} & options.keys()
+    if refused:
+        names = ", ".join(sorted(refused))
+        raise ValueError(f"a prompt begins its sequence's one context: prefill takes no {names}")
+    for name in {"query_spec", "head_axis", "heads"} & options.keys():
+        raise ValueError(f"prefill takes no {name}: how the cache is split is said once, in KVCache.create")
+    if is_forked:
+        raise ValueError("prefill begins anew, but the sequences share a prefix: prefill before fork")
+    if layout.max_length is not None and length > layout.max_length:
+        raise ValueError(
+            f"a prompt of {length} tokens does not fit into a cache for {layout.max_length}: create it with a larger "
+            "max_length"
+        )
+
+
+def lengthened(lengths: Array, most: int, counts: Array | None) -> Int32[Array, " b"]:
+    """Lengths with so many tokens more; `NEVER` where a count is none."""
+    if counts is None:
+        return lengths + most
+    return jnp.where((counts >= 0) & (counts <= most), lengths + counts, NEVER)

@@ -7,6 +7,7 @@ import typing
 
 import numpy as np
 
+from pallas_kernels.head_place import possible_head_axes, refuse_unknown_heads, unknown_heads
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule, ListTable
 from s2jax.bands import Band, with_period
 from s2jax.patterns import Heads, Pattern
@@ -73,7 +74,47 @@ def compile_schedule(
     return BlockSchedule(
         size, num_heads, num_kv_heads, query_length, kv_length, query_offset,
         compiler.lists(parts), np.asarray(head_index, np.int32), compiler.token_masks(),
+        functools.partial(heads_differ, pattern, heads, query_length, kv_length, query_offset),
     )  # fmt: skip
+
+
+def refuse_unsaid_heads(
+    pattern: Pattern, query, num_heads: int, num_kv_heads: int, query_length: int, kv_length: int, query_offset: int = 0
+) -> None:
+    """Raises ValueError where a caller may have split heads, and the pattern would then read otherwise.
+
+    Args:
+      query: [b, t, h, d], or None where there is none to see what it varies over.
+    """
+    axes = possible_head_axes(query)
+    if not axes or num_kv_heads < 1 or num_heads % num_kv_heads:
+        return
+    given = pattern, Heads(num_heads, num_kv_heads), query_length, kv_length, query_offset
+    try:
+        pattern.check(*given[1:])
+    except ValueError as error:
+        raise ValueError(f"{error}; {unknown_heads(axes, repr(pattern))}") from None
+    refuse_unknown_heads(query, functools.partial(heads_differ, *given), repr(pattern))
+
+
+def heads_differ(
+    pattern: Pattern, heads: Heads, query_length: int, kv_length: int, query_offset: int, shards: tuple[int, ...]
+) -> bool:
+    """True if heads read differently, or would among so many times as many heads.
+
+    A pattern that fits this number of heads and no other, such as `PerHead`, is for just these.
+    """
+    keys = {pattern.head_key(heads, head) for head in range(heads.num_heads)}
+    fits_more = False
+    for times in shards:
+        more = Heads(heads.num_heads * times, heads.num_kv_heads * times)
+        try:
+            pattern.check(more, query_length, kv_length, query_offset)
+        except ValueError:
+            continue
+        fits_more = True
+        keys |= {pattern.head_key(more, head) for head in range(more.num_heads)}
+    return fits_more and len(keys) > 1
 
 
 class _Compiler:

@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import BlockSelection, block_sparse_attention
-from s2jax.compiler import compile_schedule
+from pallas_kernels.head_place import HeadAxis, HeadRange, all_heads
+from s2jax.compiler import compile_schedule, refuse_unsaid_heads
 from s2jax.patterns import Pattern
 
 
@@ -28,6 +29,8 @@ def attention(
     sinks: Float[Array, " h"] | None = None,
     return_lse: bool = False,
     query_spec: PartitionSpec | None = None,
+    head_axis: HeadAxis = None,
+    heads: HeadRange = None,
     implementation: str | list[str] | tuple[str, ...] | None = None,
     tiles=None,
 ) -> typing.Any:
@@ -47,6 +50,11 @@ def attention(
       return_lse: gives back (out, lse).
       query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None). The mesh must be
         set, with `jax.set_mesh`: of a mesh that is not, nothing can be known here, and XLA gathers what is sharded.
+      head_axis: axis of a caller's `shard_map`, `pmap` or named `vmap` over which heads are split, or several: each
+        shard then reads as its heads among all. () says that this call has all heads. Needed inside of such a region
+        where heads of the pattern read differently; a `BlockSelection` has its own heads.
+      heads: (first_head, num_heads) in its place, where the heads are split otherwise: the number of this call's first
+        query head, also known at run time only (the result for one that cannot be is NaN), and the count of all.
       implementation: "mosaic_gpu", "xla" or "reference", or several names in order of preference; None picks one.
       tiles: tile sizes of the one implementation asked for, such as `pallas_kernels.XlaTiles`.
 
@@ -72,15 +80,19 @@ def attention(
                 came = getattr(array, "shape", type(array).__name__)
                 raise ValueError(f"{name} must be an array [batch, length, heads, features], got {came}")
         query_length, kv_length, offset = query.shape[1], key.shape[1], 0
+        counts = query.shape[2], key.shape[2]
+        num_heads, num_kv_heads = all_heads(head_axis, heads, *counts)
         if _is_static(query_offset):
             offset = int(typing.cast(int, query_offset))
         else:
             # Whatever position comes, its rows are there.
             at_run_time, query_length = query_offset, kv_length + query_length
+        if head_axis is None and heads is None:
+            refuse_unsaid_heads(pattern, query, *counts, query_length, kv_length, offset)
         schedule = compile_schedule(
             pattern,
-            num_heads=query.shape[2],
-            num_kv_heads=key.shape[2],
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
             query_length=query_length,
             kv_length=kv_length,
             query_offset=offset,
@@ -94,7 +106,7 @@ def attention(
         query, key, value, schedule,
         scale=scale, query_offset=at_run_time, query_segment_ids=query_segment_ids, kv_segment_ids=kv_segment_ids,
         logits_soft_cap=logits_soft_cap, sinks=sinks, return_lse=return_lse, query_spec=query_spec,
-        implementation=implementation, tiles=tiles,
+        head_axis=head_axis, heads=heads, implementation=implementation, tiles=tiles,
     )  # fmt: skip
 
 

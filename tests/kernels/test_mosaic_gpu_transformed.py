@@ -96,12 +96,20 @@ def test_kept_residuals_spare_the_forward_pass():
 
 
 @IMPLEMENTATIONS
+def test_heads_split_by_a_shard_map(implementation: str | None):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("tensor",), axis_types=(AxisType.Auto,))
+    heads = P(None, None, "tensor")
+    local = functools.partial(gradients, implementation=implementation, head_axis="tensor")
+    assert KERNEL in lowered(jax.shard_map(local, mesh=mesh, in_specs=heads, out_specs=heads), *inputs())
+
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("inside", [True, False], ids=["gradient inside", "gradient outside"])
 def test_inside_shard_map(implementation: str | None, inside: bool):
     """In a checked `shard_map` of the caller's own, with split queries and whole keys too."""
     mesh = Mesh(np.array(jax.devices()[:2]), ("length",), axis_types=(AxisType.Auto,))
     split, whole = P(None, "length"), P()
-    options = {"implementation": implementation}
+    options = {"implementation": implementation, "head_axis": ()}
     if inside:
         specs = {"in_specs": (split, whole, whole), "out_specs": (split, whole, whole)}
         function = jax.shard_map(functools.partial(gradients, **options), mesh=mesh, **specs)

@@ -172,9 +172,10 @@ class TransformationContract:
         shard = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("data"),) * 3)
         inputs = self.inputs()
         if inside:
-            function = shard(self.gradients, out_specs=(P("data"),) * 5)
+            function = shard(functools.partial(self.gradients, head_axis=()), out_specs=(P("data"),) * 5)
         else:
-            sharded = shard(functools.partial(self.attention, return_lse=True), out_specs=(P("data"),) * 2)
+            local = functools.partial(self.attention, return_lse=True, head_axis=())
+            sharded = shard(local, out_specs=(P("data"),) * 2)
 
             def function(*inputs):
                 (out, lse), pull = jax.vjp(sharded, *inputs)
@@ -192,7 +193,7 @@ class TransformationContract:
 
         def total(query, key, value):
             offset = jax.lax.axis_index("length") * query.shape[1]
-            out, lse = self.attention(query, key, value, query_offset=offset, return_lse=True)
+            out, lse = self.attention(query, key, value, query_offset=offset, return_lse=True, head_axis=())
             return (out**2).sum() + lse.sum()
 
         inputs = self.inputs()
@@ -203,6 +204,16 @@ class TransformationContract:
             function = jax.grad(lambda *inputs: sums(*inputs).sum(), (0, 1, 2))
         for one, other in zip(jax.jit(function)(*inputs), jax.jit(self.gradients)(*inputs)[2:], strict=True):
             assert_near(np.asarray(other), one)
+
+    def test_heads_split_by_a_shard_map(self):
+        """Every device has some of the heads, which read as the heads that they are."""
+        inputs, mesh = self.inputs(), Mesh(np.array(jax.devices()[:2]), ("tensor",), axis_types=(AxisType.Auto,))
+        heads = P(None, None, "tensor")
+        local = functools.partial(self.gradients, head_axis="tensor")
+        specs = {"in_specs": (heads,) * 3, "out_specs": (heads, P(None, "tensor"), *(heads,) * 3)}
+        function = jax.jit(jax.shard_map(local, mesh=mesh, **specs))
+        for found, expected in zip(function(*inputs), jax.jit(self.gradients)(*inputs), strict=True):
+            assert_near(np.asarray(expected), found)
 
     @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
     def test_over_a_mesh(self, kind):

@@ -145,7 +145,7 @@ def test_inside_of_a_callers_shard_map(monkeypatch):
     expected = attention(*tokens, RAGGED, implementation="reference")
     with jax.set_mesh(mesh_of(AxisType.Auto)):
         step = jax.shard_map(KVCache.extend, in_specs=P("data"), out_specs=P("data"))
-        out, _ = alone(step, cache_for(RAGGED), *put(tokens, SEQUENCES))
+        out, _ = alone(step, cache_for(RAGGED, head_axis=()), *put(tokens, SEQUENCES))
     check(out, expected)
 
 
