@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from training.corpus import BOUNDARY, Corpus, Document, content_bytes
 from training.data import Share, evaluation_batches, process_share, to_devices
-from training.mesh import batch_sharding
+from training.mesh import batch_sharding, replicated
 from training.packing import PackedRows, Row, empty_row
 from training.step import Trainer
 
@@ -163,21 +163,27 @@ def sample_text(trainer: Trainer, params: Any, *, prompt: str, length: int, temp
         seed: of the draws.
     """
     context = trainer.config.input.seq_len
-    opening = [BOUNDARY, *prompt.encode()[-(context // 2) :]]
+    opening = np.array([BOUNDARY, *prompt.encode()[-(context // 2) :]], np.int32)
     total = min(context, len(opening) + length)
     rows = trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"]  # one row for each group of devices, all alike
-    blank = jnp.zeros((rows, total), jnp.int32)
 
-    def add_one(i, tokens):
-        batch = {"tokens": tokens, "positions": jnp.broadcast_to(jnp.arange(total), tokens.shape), "segment_ids": blank}
+    # The parameters are an argument: on several processes a function may not close over arrays that span them.
+    def add_one(params, i, tokens):
+        batch = {
+            "tokens": jax.lax.with_sharding_constraint(tokens, batch_sharding(trainer.mesh)),
+            "positions": jnp.broadcast_to(jnp.arange(total), tokens.shape),
+            "segment_ids": jnp.zeros_like(tokens),
+        }
         logits = trainer.logits(params, batch)[0, i - 1, : BOUNDARY + 1]
         key = jax.random.fold_in(jax.random.key(seed), i)
         likeliest = jnp.argmax(logits)
         token = jax.random.categorical(key, logits / temperature) if temperature else likeliest
         return tokens.at[:, i].set(token.astype(jnp.int32))
 
-    start = blank.at[:, : len(opening)].set(jnp.array(opening))
-    tokens = jax.jit(lambda tokens: jax.lax.fori_loop(len(opening), total, add_one, tokens))(start)
-    stream = np.asarray(tokens)[0, 1:].tolist()
+    def sample(params):
+        tokens = jnp.zeros((rows, total), jnp.int32).at[:, : len(opening)].set(opening)
+        return jax.lax.fori_loop(len(opening), total, lambda i, tokens: add_one(params, i, tokens), tokens)[0]
+
+    stream = np.asarray(jax.jit(sample, out_shardings=replicated(trainer.mesh))(params))[1:].tolist()
     end = stream.index(BOUNDARY, len(opening) - 1) if BOUNDARY in stream[len(opening) - 1 :] else len(stream)
     return bytes(stream[:end]).decode(errors="replace")

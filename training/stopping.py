@@ -1,0 +1,116 @@
+"""Requests to stop a run: SIGTERM (preemption), SIGHUP (a terminal that closes), Ctrl-C.
+
+Imports the standard library alone, so that a program can catch signals before its slow imports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+class Stopped(BaseException):
+    """The run was told to stop, in a phase that has nothing to save.
+
+    Like `KeyboardInterrupt` it is no `Exception`: libraries that catch those let it through.
+    """
+
+
+def stop_signals() -> list[signal.Signals]:
+    """SIGINT, SIGTERM and, unless `nohup` or the like has it ignored, SIGHUP."""
+    hangup = getattr(signal, "SIGHUP", None)
+    ignored = hangup is None or signal.getsignal(hangup) == signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [hangup])]
+
+
+def end_at_once_on_signals() -> None:
+    """Makes a request to stop end the process with exit code 0, for the seconds before `StopRequest` takes over."""
+
+    def end(number: int, _frame: object) -> None:
+        warn(f"train.py: {signal.Signals(number).name}: stopped before anything had begun")
+        os._exit(0)
+
+    for number in stop_signals():
+        signal.signal(number, end)
+
+
+def ignore_signals() -> None:
+    """Keeps requests to stop from changing the exit code of a run that is over."""
+    for number in stop_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
+def warn(line: str) -> None:
+    """Prints to stderr, if somebody is still there to read it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+class StopRequest:
+    """Handlers of the signals that ask a run to stop. A second Ctrl-C ends it at once.
+
+    Outside `deferred` a signal raises `Stopped` at once. Within, it is noted, to be asked for by `reached` or `check`.
+
+    In a cluster SIGTERM to any process stops all of them at the same point, on which JAX's preemption service agrees:
+    there, every process must call `reached` and `check` equally often. The other signals are passed on as SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.in_cluster = False
+        self._agreed, self._asked, self._deferred = False, 0, 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in stop_signals()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Notes signals without raising; one that came within is raised by the next `check`."""
+        self._deferred += 1
+        try:
+            yield
+        finally:
+            self._deferred -= 1
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.signal is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.signal = signal.Signals(number)
+        if self.in_cluster:
+            warn(f"\n{self.signal.name}: stopping all processes after this step")
+            os.kill(os.getpid(), signal.SIGTERM)  # the preemption service's
+        elif self._deferred:
+            warn(f"\n{self.signal.name}: stopping after this step")
+        else:
+            raise Stopped(self.signal.name)
+
+    def reached(self) -> bool:
+        """True once the run is to stop; in a cluster, on all processes after the same call."""
+        if not self.in_cluster:
+            return self.signal is not None
+        from jax.experimental import multihost_utils
+
+        self._asked += 1
+        self._agreed = self._agreed or multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._agreed
+
+    def check(self) -> None:
+        """Raises where a stop was asked for.
+
+        Raises:
+            Stopped: see `reached`.
+        """
+        if self.reached():
+            raise Stopped(self.signal.name if self.signal else "SIGTERM")
