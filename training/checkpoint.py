@@ -1,4 +1,4 @@
-"""Checkpoints: written in the background, the last N kept, one that was torn passed over; and being told to stop.
+"""Checkpoints: written in the background, the last N kept, one that was torn passed over.
 
 All of Orbax is here: its v1 interface lies under an experimental path still, and may move.
 """
@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import logging
-import signal
+import os
+import re
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +27,15 @@ from orbax.checkpoint import v1 as ocp
 # What Orbax raises for a checkpoint whose files are missing or cut short. An error of the device or of memory is none
 # of these, and passes through.
 _TORN = (OSError, LookupError, ValueError)
+# And for one that cannot be written: TensorStore raises ValueError.
+_UNWRITABLE = (OSError, ValueError)
+# Paths that Orbax takes as they are. Others hold what it reads as a glob pattern ([...], *, ?) or a URL (x:/), or what
+# TensorStore refuses: a backslash, bytes that are no UTF-8.
+_PLAIN = re.compile(r"(?!.*:/)[^\\\[\]*?\udc80-\udcff]+", re.DOTALL)
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; the older ones are as they were."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,13 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int, say: Callable[[str], None] = print):
         self.directory = directory.resolve()
-        self._say = say
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every file
+        self._say, self._saving = say, 0
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file; its errors are raised, too
+        self._remove_unfinished()
+        self._alias = None if _PLAIN.fullmatch(str(self.directory)) else _alias_of(self.directory)
         newest: Any = ocp.training.preservation_policies.LatestN(keep)  # its annotation is not the one asked for
         self._checkpointer = ocp.training.Checkpointer(
-            str(self.directory),
+            str(self._alias or self.directory),
             preservation_policy=newest,
             cleanup_tmp_directories=True,
         )
@@ -66,8 +81,41 @@ class Checkpoints:
             step: optimizer steps done.
             state: pytree of arrays.
             position: where the data stands, plain JSON; not empty.
+
+        Raises:
+            SaveFailed: it cannot be written, or the one before could not.
         """
-        self._checkpointer.save_async(step, state, force=True, overwrite=True, custom_metadata=position)
+        with self._writing():
+            self._checkpointer.wait()
+            self._saving = step
+            self._checkpointer.save_async(step, state, force=True, overwrite=True, custom_metadata=position)
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk.
+
+        Raises:
+            SaveFailed: it could not be written.
+        """
+        with self._writing():
+            self._checkpointer.wait()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except _UNWRITABLE as error:
+            self._remove_unfinished()  # it takes room that the next attempt needs
+            reason = re.sub(r".*?: (?=Failed to |No space)", "", _one_line(error))
+            raise SaveFailed(
+                f"checkpoint {self._saving} could not be written to {self.directory} ({reason})"
+            ) from error
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a run that was killed, or a full disk, left of a checkpoint that never came to be."""
+        if jax.process_index() == 0 and self.directory.is_dir():
+            for entry in os.scandir(self.directory):
+                if ".orbax-checkpoint-tmp" in entry.name:
+                    shutil.rmtree(entry.path, ignore_errors=True)
 
     def restore(self, like: Any) -> Restored | None:
         """The newest checkpoint that can be read, or None if there is none.
@@ -88,7 +136,7 @@ class Checkpoints:
                 _check_shapes(self.directory / str(step), metadata.metadata, like)
                 state = self._attempt(step, lambda step: self._checkpointer.load(step, like))
                 if state is not None:
-                    self._set_aside(torn)
+                    self._set_aside(torn, "torn")
                     return Restored(step, state, dict(metadata.custom_metadata))
             torn.append(step)
         if torn:
@@ -110,33 +158,62 @@ class Checkpoints:
             try:
                 return read(step)
             except _TORN as error:
-                reason = " ".join(str(error.__cause__ or error).split())[:120]
+                reason = _one_line(error)[:120]
             gc.collect()  # what the failed load left behind, while nobody listens to it
         self._say(f"checkpoint {step} is torn, going back to the one before ({reason})")
         return None
 
-    def _set_aside(self, torn: list[int]) -> None:
-        if not torn:
+    def _set_aside(self, steps: list[int], why: str) -> None:
+        if not steps:
             return
         if jax.process_index() == 0:
-            for step in torn:
-                target = self.directory.with_name(f"{self.directory.name}-torn-{step}")
+            for step in steps:
+                target = self.directory.with_name(f"{self.directory.name}-{why}-{step}")
                 count = 1
                 while target.exists():
                     count += 1
-                    target = self.directory.with_name(f"{self.directory.name}-torn-{step}-{count}")
+                    target = self.directory.with_name(f"{self.directory.name}-{why}-{step}-{count}")
                 (self.directory / str(step)).rename(target)
                 self._say(f"checkpoint {step} was moved to {target}")
-        multihost_utils.sync_global_devices("torn checkpoints set aside")
+        multihost_utils.sync_global_devices("checkpoints set aside")
         self._checkpointer.reload()
 
-    def wait(self) -> None:
-        """Returns when all that was saved is on disk."""
-        self._checkpointer.wait()
+    def discard(self, steps: list[int], why: str) -> None:
+        """Moves checkpoints aside that the run had better not go on from; every process must call this.
+
+        Args:
+            steps: of the checkpoints.
+            why: goes into the new name, `checkpoints-<why>-<step>`.
+        """
+        self._set_aside(steps, why)
 
     def close(self) -> None:
-        """Waits, and lets go of the directory."""
-        self._checkpointer.close()
+        """Waits for what is being written, and lets go of the directory; never raises what `wait` would have."""
+        try:
+            with contextlib.suppress(*_UNWRITABLE):
+                self._checkpointer.close()
+        finally:
+            # In a cluster other processes of this machine may still be using it.
+            if self._alias is not None and jax.process_count() == 1:
+                self._alias.unlink(missing_ok=True)
+
+
+def _alias_of(directory: Path) -> Path:
+    """A symbolic link to a directory, under a path that Orbax takes as it is; the same one on all processes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    name = hashlib.sha256(os.fsencode(directory)).hexdigest()[:24]
+    folder = Path(tempfile.gettempdir(), f"s2jax-{getattr(os, 'getuid', int)()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    link = folder / name
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(directory, target_is_directory=True)
+    if not link.samefile(directory):
+        raise ValueError(f"expected a symbolic link to {directory} at {link}, got one to another place; remove it")
+    return link
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error.__cause__ or error).split())[:300]
 
 
 def _check_shapes(path: Path, stored: Any, like: Any) -> None:
@@ -171,36 +248,3 @@ def _quietly() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         logging.disable(level)
-
-
-class StopRequest:
-    """Whether the run was told to stop, by SIGTERM (preemption) or Ctrl-C; a second Ctrl-C ends it at once.
-
-    In a cluster only SIGTERM counts: one to any process stops all of them after the same step, on which JAX's
-    preemption service agrees.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        signals = [] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-        self._before = {number: signal.signal(number, self._note) for number in signals}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-        print(f"\n{self.signal.name}: stopping after this step", file=sys.stderr, flush=True)
-
-    def reached(self, step: int) -> bool:
-        """Whether to save and stop after `step`; every process must ask after every step."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.signal is not None

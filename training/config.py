@@ -241,6 +241,14 @@ class OutputOptions:
     """Checkpoints kept, the newest ones."""
     log_every: int = 10
     """Steps between lines of progress, and between looks for a loss that is no number."""
+    eval_every: int = 0
+    """Steps between scores of the held-out text while training; 0 scores it at the end alone."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard too, into tensorboard/ of the run's directory."""
+    wandb: str | None = None
+    """Weights & Biases project to send the metrics to, if its package is installed."""
+    profile: tuple[int, int] | None = None
+    """First and last step to trace with jax.profiler, into profile/ of the run's directory."""
     prompt: str = "def "
     """What the text sample at the end begins with (byte-level text only)."""
     sample_bytes: int = 300
@@ -250,9 +258,12 @@ class OutputOptions:
 
     def __post_init__(self):
         _require_counts(self, "checkpoint_every", "keep", "log_every")
-        _require_counts(self, "sample_bytes", least=0)
         text = self.prompt.encode(errors="replace").decode()
         require(text == self.prompt, "--prompt", "text in UTF-8", shown(self.prompt))
+        _require_counts(self, "sample_bytes", "eval_every", least=0)
+        if self.profile is not None:
+            fits = len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]
+            require(fits, "--profile", "a first and a last step, from 1 on", " ".join(map(str, self.profile)))
         require(0 <= self.temperature < math.inf, "--temperature", "a number from 0 up", self.temperature)
 
 

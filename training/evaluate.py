@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,15 @@ from training.mesh import batch_sharding, replicated
 from training.packing import PackedRows, Row, empty_row
 from training.step import Trainer
 
+Tick = Callable[[int, int], None]  # is told after each batch how many are scored, and of how many
 MAX_WINDOWS = 32  # of far context, each scored once per context length
 
 
-def heldout_bits(trainer: Trainer, params: Any, corpus: Corpus, *, overlap: int) -> float:
+def _untold(_done: int, _total: int) -> None:
+    """Tells nobody of the progress."""
+
+
+def heldout_bits(trainer: Trainer, params: Any, corpus: Corpus, *, overlap: int, tick: Tick = _untold) -> float:
     """Bits per byte of the held-out text (per token, for token files): every target once, boundaries included.
 
     Args:
@@ -30,12 +35,14 @@ def heldout_bits(trainer: Trainer, params: Any, corpus: Corpus, *, overlap: int)
         params: of the model.
         corpus: held-out documents.
         overlap: tokens of the row before that each row sees again, as context only.
+        tick: may raise to end it.
     """
     rows = PackedRows(corpus, trainer.config.input.seq_len, overlap=overlap)
     batch_size = evaluation_batch_size(trainer)
     share = process_share(batch_sharding(trainer.mesh), batch_size)
     batches = evaluation_batches(rows, batch_size=batch_size, share=share)
-    nats = sum(float(nll.sum(dtype=np.float64)) for nll in _scores(trainer, params, batches))
+    count = -(-len(rows) // batch_size)
+    nats = sum(float(nll.sum(dtype=np.float64)) for nll in _scores(trainer, params, batches, count, tick))
     # A document's first token is no target; its closing boundary is one, and costs bits, but is no byte.
     units = sum(int((document.read(1, document.length) != BOUNDARY).sum()) for document in corpus.documents)
     return nats / math.log(2) / (units if corpus.byte_level else rows.num_pairs)
@@ -46,10 +53,13 @@ def evaluation_batch_size(trainer: Trainer) -> int:
     return trainer.config.input.batch_size // trainer.config.optimizer.accumulate
 
 
-def _scores(trainer: Trainer, params: Any, batches: Iterator[Row]) -> Iterator[Float[np.ndarray, "b t"]]:
+def _scores(
+    trainer: Trainer, params: Any, batches: Iterator[Row], count: int, tick: Tick
+) -> Iterator[Float[np.ndarray, "b t"]]:
     sharding = batch_sharding(trainer.mesh)
-    for batch in batches:
+    for done, batch in enumerate(batches, 1):
         yield np.asarray(trainer.token_nll(params, to_devices(batch, sharding, evaluation_batch_size(trainer))))
+        tick(done, count)
 
 
 def unigram_bits(corpus: Corpus) -> float:
@@ -79,7 +89,7 @@ class ContextScore:
     standard_error: float | None  # of the excess, over windows; None of a single one
 
 
-def far_context(trainer: Trainer, params: Any, corpus: Corpus) -> list[ContextScore]:
+def far_context(trainer: Trainer, params: Any, corpus: Corpus, *, tick: Tick = _untold) -> list[ContextScore]:
     """Scores the same target tokens with their context cut short and whole, whole last; empty if no text is that long.
 
     The targets are the last eighth of windows of `seq_len` tokens in long held-out documents. The rows are the same for
@@ -93,7 +103,13 @@ def far_context(trainer: Trainer, params: Any, corpus: Corpus) -> list[ContextSc
     whole = length - targets
     contexts = [c for c in (2**i for i in range(4, 32)) if c < whole]
     contexts = [*contexts[-4:], whole]
-    nats = np.stack([_score_windows(trainer, params, windows, context, targets) for context in contexts])
+    batches = -(-len(windows) // evaluation_batch_size(trainer))
+
+    def score(index: int) -> Float[np.ndarray, " w"]:
+        so_far = lambda done, _: tick(index * batches + done, len(contexts) * batches)  # noqa: E731
+        return _score_windows(trainer, params, windows, contexts[index], targets, so_far)
+
+    nats = np.stack([score(index) for index in range(len(contexts))])
     bits = nats / math.log(2) / targets
     excess = bits - bits[-1]
     return [
@@ -117,7 +133,7 @@ def _windows(corpus: Corpus, length: int) -> list[tuple[Document, int]]:
 
 
 def _score_windows(
-    trainer: Trainer, params: Any, windows: list[tuple[Document, int]], context: int, targets: int
+    trainer: Trainer, params: Any, windows: list[tuple[Document, int]], context: int, targets: int, tick: Tick
 ) -> Float[np.ndarray, " w"]:
     """Nats of each window's targets with `context` tokens before the first of them."""
     length, batch_size = trainer.config.input.seq_len, evaluation_batch_size(trainer)
@@ -143,7 +159,8 @@ def _score_windows(
             rows = [row(index) for index in range(start, start + per_process)]
             yield Row(**{name: np.stack([row[name] for row in rows]) for name in rows[0]})
 
-    nats = [nll.sum(axis=1, dtype=np.float64) for nll in _scores(trainer, params, batches(share))]
+    count = -(-len(windows) // batch_size)
+    nats = [nll.sum(axis=1, dtype=np.float64) for nll in _scores(trainer, params, batches(share), count, tick)]
     return np.concatenate(nats)[: len(windows)]
 
 

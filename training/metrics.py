@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import sys
+import os
 import time
 from pathlib import Path
 
 import jax
 import matplotlib.figure
+
+from training.files import write_whole
+from training.output import on_terminal, show
 
 # Dense bf16 matrix products, FLOP/s of one device as JAX counts devices, from the makers' data sheets. The first entry
 # whose name the device's kind begins with.
@@ -28,6 +33,10 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v4": 275e12,
 }
+
+
+# What the names of held-out scores in metrics.jsonl begin with.
+HELDOUT = "heldout_bits_per_"
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -61,21 +70,41 @@ def _si(value: float) -> str:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one object per step. A run that goes on drops the lines beyond the step it goes on from."""
+    """`metrics.jsonl`: one object per step, appended to. A run that goes on drops the lines beyond its first step.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
 
     def __init__(self, path: Path, *, from_step: int):
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= from_step]
-            path.write_text("".join(line + "\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+            before = path.read_bytes()
+            lines = before.decode("utf-8", "replace").splitlines()
+            kept = "".join(line + "\n" for line in lines if _step_of(line) <= from_step).encode()
+            if kept != before:
+                write_whole(path, kept)
+        self._file = path.open("ab", buffering=0)
 
     def write(self, **record: float | int | None) -> None:
-        """Adds a line; values that are None are left out."""
-        self._file.write(json.dumps({name: value for name, value in record.items() if value is not None}) + "\n")
+        """Adds a line; values that are None are left out.
+
+        Raises:
+            OSError: the disk is full, or the file is gone.
+        """
+        line = json.dumps({name: value for name, value in record.items() if value is not None}) + "\n"
+        content = line.encode()
+        while content:
+            content = content[self._file.write(content) :]
+
+    def check(self) -> None:
+        """Raises FileNotFoundError if the file was removed: what is appended would be lost."""
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            raise FileNotFoundError(f"{self.path} was removed while the run went on")
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def _step_of(line: str) -> float:
@@ -93,7 +122,7 @@ class Progress:
         self.steps, self.tokens_per_step = steps, tokens_per_step
         self.training_seconds = 0.0
         self.trained_steps = 0
-        self._shown, self._in_place = shown, sys.stdout.isatty()
+        self._shown, self._in_place = shown, on_terminal()
         self._step, self._time = step, time.perf_counter()
 
     def restart_clock(self) -> None:
@@ -118,12 +147,48 @@ class Progress:
 
     def _show(self, line: str) -> None:
         if self._shown:
-            print(f"\r{line}\033[K" if self._in_place else line, end="" if self._in_place else "\n", flush=True)
+            show(f"\r{line}\033[K" if self._in_place else line, end="" if self._in_place else "\n")
+
+    def note(self, line: str) -> None:
+        """Shows a line that stays."""
+        self._show(line)
+        self.finish()
 
     def finish(self) -> None:
         """Leaves the line standing."""
         if self._shown and self._in_place:
-            print(flush=True)
+            show("")
+
+
+class Countdown:
+    """A line that counts what is done of something that takes a while; on a terminal in place, elsewhere now and then.
+
+    Args:
+        title: what is counted, such as "Evaluating".
+        shown: False shows nothing.
+    """
+
+    def __init__(self, title: str, *, shown: bool):
+        self._title, self._shown, self._in_place = title, shown, on_terminal()
+        self._begin = self._last = time.perf_counter()
+        self._every = 0.2 if self._in_place else 10.0
+        self._open = False
+
+    def __call__(self, done: int, total: int) -> None:
+        """Shows `done` of `total`, if the last time is long enough ago."""
+        now = time.perf_counter()
+        if not self._shown or now - self._last < self._every:
+            return
+        left = (now - self._begin) * (total - done) / max(done, 1)
+        line = f"{self._title}  {done} of {total}  {_clock(left)} left"
+        show(f"\r{line}\033[K" if self._in_place else line, end="" if self._in_place else "\n")
+        self._last, self._open = now, self._in_place
+
+    def finish(self) -> None:
+        """Takes a line that stands in place away."""
+        if self._open:
+            show("\r\033[K", end="")
+            self._open = False
 
 
 def _clock(seconds: float) -> str:
@@ -140,9 +205,10 @@ def plot_loss(metrics: Path, picture: Path, *, unit: str, scale: float) -> None:
         picture: path of the PNG.
         unit: what the losses are called, times `scale`.
     """
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    steps = [record["step"] for record in records]
-    losses = [record["loss"] * scale for record in records]
+    records = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+    trained = [(record["step"], record["loss"] * scale) for record in records if "loss" in record]
+    heldout = [(record["step"], value) for record in records for name, value in record.items() if HELDOUT in name]
+    steps, losses = ([pair[i] for pair in trained] for i in (0, 1))
     decay = 1 - 1 / max(len(losses) // 30, 1)
     smooth: list[float] = []
     total = weight = 0.0  # divided, so that the mean does not begin at the first loss
@@ -153,7 +219,11 @@ def plot_loss(metrics: Path, picture: Path, *, unit: str, scale: float) -> None:
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     axes.plot(steps, smooth, color="tab:blue", linewidth=2, label="running mean")
-    axes.set(xlabel="step", ylabel=f"training loss, {unit}")
+    if heldout:
+        axes.plot(*zip(*heldout, strict=True), color="tab:orange", marker="o", markersize=3, label="held out")
+    axes.set(xlabel="step", ylabel=f"loss, {unit}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    write_whole(picture, content.getvalue())

@@ -1,19 +1,26 @@
-"""Fine-tuning: text in a pretrained model's tokens, a state of its weights, and the tuned model written out."""
+"""Models in and out: text in a pretrained model's tokens, a state of its weights, and the trained model written."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import safetensors
 from jax.experimental import multihost_utils
 
+from models.byte_tokenizer import BOUNDARY_ID, BOUNDARY_TOKEN, byte_tokenizer
 from models.pretrained import Checkpoint, open_checkpoint, save
+from training.cluster import agreeing
 from training.config import Config, ModelOptions, require
 from training.documents import Corpus, TokenDocument, content_bytes
+from training.files import sync_directory
 from training.left_out import LeftOut, shown
 from training.step import Trainer, TrainState
 
@@ -104,15 +111,61 @@ def pretrained_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainState:
     return trainer.begin(jax.tree.map(placed, checkpoint.parameters(), trainer.abstract_state.params))
 
 
+def untrained(config: Config, *, byte_level: bool) -> Checkpoint:
+    """The description of a model that is trained from scratch: all of its checkpoint but the weights."""
+    conventions: dict[str, Any] = {"max_context": config.input.seq_len}
+    if byte_level:
+        ends = {"eos_ids": (BOUNDARY_ID,), "bos_id": BOUNDARY_ID, "eos_token": BOUNDARY_TOKEN}
+        conventions |= {"tokenizer": byte_tokenizer(), **ends}
+    elif config.input.end_token is not None:
+        conventions["eos_ids"] = (config.input.end_token,)
+    return Checkpoint(config=config.model.transformer(), tensors={}, **conventions)
+
+
 def export(config: Config, checkpoint: Checkpoint, params: Any) -> None:
     """Writes the model as a Hugging Face directory; every process takes part, the first writes.
 
+    It is written beside its place and then renamed: a run that is killed, or a full disk, leaves the old one whole.
     The others wait: who leaves early ends the cluster for all.
+
+    Args:
+        config: of the run.
+        checkpoint: the one that the run started from, or `untrained`.
+        params: of the model, on any mesh.
+
+    Raises:
+        OSError: it cannot be written; on every process.
+        Failed: the same, on the processes that write nothing.
     """
     if jax.process_count() > 1:
         params = multihost_utils.process_allgather(params, tiled=True)
-    try:
+    with agreeing(OSError):
         if jax.process_index() == 0:
-            save(exported(config), checkpoint.with_parameters(jax.tree.map(np.asarray, params)))
-    finally:
-        multihost_utils.sync_global_devices("the model is written")
+            model = checkpoint.with_parameters(jax.tree.map(np.asarray, params))
+            replace_directory(exported(config), lambda directory: save(directory, model))
+
+
+def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
+    """Puts a directory that `write` fills in the place of another, once it is whole and on the disk.
+
+    Raises:
+        OSError: it could not be written; `target` is as it was.
+    """
+    new, old = (target.with_name(f"{target.name}.{word}") for word in ("new", "old"))
+    for leftover in (new, old):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        write(new)
+        for path in new.iterdir():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+    except BaseException as error:
+        shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, safetensors.SafetensorError):  # what a full disk is to safetensors
+            raise OSError(f"{target} could not be written: {' '.join(str(error).split())}") from error
+        raise
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    sync_directory(target.parent)
+    shutil.rmtree(old, ignore_errors=True)

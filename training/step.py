@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import models
 from training.config import Config
@@ -63,6 +63,7 @@ class Trainer:
         self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, replicated(mesh)))
         self.token_nll = jax.jit(self._token_nll, out_shardings=replicated(mesh))
         self.logits = jax.jit(self._logits, out_shardings=replicated(mesh))
+        self._finite = jax.jit(_finite, out_shardings=replicated(mesh))
 
     def init(self, seed: int) -> TrainState:
         """Fresh weights, made where they lie; the same on every mesh."""
@@ -71,6 +72,12 @@ class Trainer:
     def begin(self, params: Any) -> TrainState:
         """Step 0 with these weights, which lie as `shardings` says and are given away."""
         return jax.jit(self._unmoved, donate_argnums=0, out_shardings=self.shardings)(params)
+
+    def not_finite(self, state: TrainState) -> list[str]:
+        """Names of the arrays of a state that hold NaN or infinite numbers; every process must ask."""
+        paths = jax.tree_util.tree_flatten_with_path(state._asdict())[0]
+        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+        return [name for name, finite in zip(names, jax.device_get(self._finite(state)), strict=True) if not finite]
 
     def _initial(self, key: Array) -> TrainState:
         model = models.Transformer(self.model_config, rngs=nnx.Rngs(key))
@@ -89,7 +96,8 @@ class Trainer:
     def _token_nll(self, params: Any, batch: Batch) -> Float[Array, "b t"]:
         """Nats of each target, 0 where the pair does not count."""
         logits = self._logits(params, batch)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]) * batch["loss_mask"]
+        with jax.named_scope("loss"):
+            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]) * batch["loss_mask"]
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, grads = accumulated_gradient(
@@ -98,11 +106,17 @@ class Trainer:
             batch,
             self.config.optimizer.accumulate,
         )
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         share = warmup_cosine(self.config.optimizer, self.config.steps)(state.step)
         metrics = Metrics(loss, optax.tree.norm(grads), self.config.optimizer.matrix_rate * share)
         return TrainState(params, opt_state, state.step + 1), metrics
+
+
+def _finite(state: TrainState) -> Bool[Array, " leaves"]:
+    """True for each array of a state, in the order of its leaves, that holds finite numbers only."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state._asdict())])
 
 
 def accumulated_gradient(

@@ -1,6 +1,6 @@
 """Requests to stop a run: SIGTERM (preemption), SIGHUP (a terminal that closes), Ctrl-C.
 
-Imports the standard library alone, so that a program can catch signals before its slow imports.
+Imports nothing that is slow, so that a program can catch signals before its slow imports.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from typing import Any
+
+from training.output import warn
 
 
 class Stopped(BaseException):
@@ -42,12 +43,6 @@ def ignore_signals() -> None:
     """Keeps requests to stop from changing the exit code of a run that is over."""
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
-
-
-def warn(line: str) -> None:
-    """Prints to stderr, if somebody is still there to read it."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=sys.stderr, flush=True)
 
 
 class StopRequest:
