@@ -5,11 +5,17 @@ Read top to bottom: config → mesh → data → state → loop → report. The 
 
 from __future__ import annotations
 
+from training.stopping import Stopped, StopRequest, end_at_once_on_signals, ignore_signals
+
+if __name__ == "__main__":
+    end_at_once_on_signals()  # the imports below take seconds
+
+import contextlib
 import dataclasses
-import math
+import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,58 +24,103 @@ import jax
 import models
 import s2jax
 from models.pretrained import Checkpoint
-from training.checkpoint import Checkpoints, StopRequest
+from training.checkpoint import Checkpoints, SaveFailed
+from training.cluster import Failed, agreeing, wait_for_all
 from training.command_line import parse
 from training.config import Config, require
 from training.config_file import read_config
 from training.corpus import BYTE_VOCAB, Corpus, load_corpus, standard_library
 from training.data import process_share, to_devices, training_batches
+from training.evaluate import heldout_bits
+from training.files import write_whole
 from training.held_out import split
 from training.left_out import shown
 from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_size
-from training.metrics import MetricsLog, Progress, mfu
+from training.metrics import Countdown
 from training.optimizer import schedule_change
+from training.output import show, tolerate_any_text, warn
 from training.packing import PackedRows, arrays, empty_row
-from training.pretrained import checkpoint_of, export, in_tokens, pretrained_state
-from training.report import final_report, generate_command, resume_command
-from training.step import Metrics, Trainer, TrainState
-
-
-class Diverged(Exception):
-    """The loss or the gradient is no number any more."""
+from training.pretrained import checkpoint_of, export, exported, in_tokens, pretrained_state, untrained
+from training.profile import Profile
+from training.recorder import Diverged, Recorder
+from training.report import final_report, resume_command
+from training.run_lock import RunLock
+from training.step import Trainer, TrainState
+from training.trackers import check_packages
 
 
 def say(line: str) -> None:
     """Prints once, whatever the number of processes."""
     if jax.process_index() == 0:
-        print(line, flush=True)
+        show(line)
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs what the flags ask for.
 
     Returns:
-        The exit code: 0 done or stopped on request, 1 diverged, 2 bad input, said in one line.
+        The exit code: 0 done or stopped on request; 1 the run cannot go on: it diverged, or its directory cannot be
+        written; 2 bad input; 130 ended at once by a second Ctrl-C. All but 0 are said in one line.
     """
-    try:
-        config = parse(argv)
-        join_cluster(config.devices)
-        run = prepare(config)
-    except ValueError as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    try:
-        return train(run)
-    except Diverged as error:
+    tolerate_any_text()
+    run = None
+    with StopRequest() as stop, contextlib.ExitStack() as held:
+        try:
+            config = parse(argv)
+            join_cluster(config.devices)
+            stop.in_cluster = jax.process_count() > 1
+            run = prepare(config, held)
+            train(run, stop, held)
+            return 0
+        except Stopped as stopped:
+            if run is None:
+                warn(f"train.py: {stopped}: stopped before the first step")
+            else:
+                say(_left_by_stopping(run))
+            return 0
+        except KeyboardInterrupt:
+            warn("train.py: ended at once; the same --run-dir goes on from the last checkpoint")
+            return 130
+        except (ValueError, OSError, Failed) as error:
+            if run is None:
+                return _complain(error, 2)
+            if isinstance(error, ValueError):
+                raise
+            return _complain(error, 1, _last_good(run))
+        except (Diverged, SaveFailed) as error:
+            assert run is not None
+            return _complain(error, 1, _last_good(run, error.step if isinstance(error, Diverged) else None))
+
+
+def _complain(error: Exception, code: int, more: str = "") -> int:
+    warn(f"train.py: {' '.join(str(error).split())}{more}")
+    return code
+
+
+def _left_by_stopping(run: Run) -> str:
+    return (
+        f"Stopped after the last step; checkpoint {run.checkpoints.written[-1]} and {exported(run.config)} are "
+        f"written. The report comes with\n  {resume_command(run.config)}"
+    )
+
+
+def _last_good(run: Run, spoiled: int | None = None) -> str:
+    """Names the checkpoint to go on from, and moves those aside that a run that diverged had better not go on from.
+
+    Args:
+        spoiled: the first step whose loss, gradient or state is no number; the state before it gave that.
+    """
+    with contextlib.suppress(SaveFailed):
         run.checkpoints.wait()
-        last = run.checkpoints.steps[-1:]
-        good = f"checkpoint {last[0]} in {run.checkpoints.directory} is good" if last else "there is no checkpoint yet"
-        print(f"train.py: {error}; stopped. {good}", file=sys.stderr)
-        if last:
-            say(f"Go on from it with lower rates:  {resume_command(run.config)} --learning-rate …")
-        return 1
-    finally:
-        run.checkpoints.close()
+    steps = run.checkpoints.written
+    good = [step for step in steps if spoiled is None or step < spoiled - 1]
+    if good and good != steps:
+        run.checkpoints.discard([step for step in steps if step not in good], "diverged")
+    if not good:
+        return "; stopped. There is no good checkpoint"
+    lower = "" if spoiled is None else ", with lower rates (--learning-rate, --rest-learning-rate)"
+    again = f"go on{lower} by: {resume_command(run.config)}"
+    return f"; stopped. Checkpoint {good[-1]} in {run.checkpoints.directory} is good; {again}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,28 +141,39 @@ class Run:
     first_step: int
     first_row: int  # of the shuffled order
     data_name: str
-    checkpoint: Checkpoint | None  # of --pretrained
+    checkpoint: Checkpoint  # of --pretrained; without weights if there is none
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, held: contextlib.ExitStack) -> Run:
     """Data, state and the compiled step; from the newest checkpoint of --run-dir, if it has one.
+
+    Args:
+        config: of the run.
+        held: is given what is to be let go of when the run ends.
 
     Raises:
         ValueError: in one line, what was expected and what came.
+        OSError: the run's directory cannot be written.
+        Failed: one of the two, on another process.
     """
     mesh = make_mesh(config)
     config = with_batch_size(config, mesh)
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"{jax.device_count()} × {jax.devices()[0].device_kind} as {shape}; {jax.process_count()} process(es)")
 
-    checkpoint = None if config.pretrained is None else checkpoint_of(config)
-    train_set, heldout = load_data(config, checkpoint)
-    config = with_run_dir(config)
+    with agreeing(ValueError, OSError):
+        check_packages(config)
+        checkpoint = None if config.pretrained is None else checkpoint_of(config)
+        train_set, heldout = load_data(config, checkpoint)
+        config = with_run_dir(config)
+        if jax.process_index() == 0:
+            held.callback(RunLock(run_dir(config), say=say).release)
     rows = PackedRows(train_set, config.input.seq_len)
 
     trainer = Trainer(config, mesh)
     say(f"Model {config.name}: {models.param_count(trainer.model_config):,} parameters, {layers_of(trainer)}")
     checkpoints = Checkpoints(run_dir(config) / "checkpoints", keep=config.output.keep, say=say)
+    held.callback(checkpoints.close)
     data_name = f"{train_set.fingerprint()} seq_len {config.input.seq_len} seed {config.seed}"
     state, first_step, first_row = start_state(trainer, checkpoints, data_name, checkpoint)
     saved = run_dir(config) / "config.json"
@@ -121,8 +183,11 @@ def prepare(config: Config) -> Run:
     began = time.perf_counter()
     step = compile_step(trainer)
     say(f"Compiled the training step in {time.perf_counter() - began:.0f} s")
-    if jax.process_index() == 0:  # last, so that flags that a checkpoint does not fit are not kept
-        (run_dir(config) / "config.json").write_text(config.to_json())
+    with agreeing(OSError):
+        if jax.process_index() == 0:  # last, so that flags that a checkpoint does not fit are not kept
+            write_whole(run_dir(config) / "config.json", config.to_json())
+    if checkpoint is None:
+        checkpoint = untrained(config, byte_level=heldout.byte_level)
     return Run(config, trainer, step, rows, heldout, checkpoints, state, first_step, first_row, data_name, checkpoint)
 
 
@@ -134,17 +199,26 @@ def layers_of(trainer: Trainer) -> str:
 
 
 def with_run_dir(config: Config) -> Config:
-    """Names a new directory after the model and the time, if none is named, and makes it."""
-    if config.run_dir is None:
+    """Makes the run's directory; without --run-dir a new one, named after the model and the time.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        if config.run_dir is not None:
+            run_dir(config).mkdir(parents=True, exist_ok=True)
+            return config
         if jax.process_count() > 1:
             raise ValueError("--run-dir: expected a directory that all processes share, got none")
         name = f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        config = dataclasses.replace(config, run_dir=name)
-    try:
-        run_dir(config).mkdir(parents=True, exist_ok=True)
+        for count in itertools.count(1):
+            path = Path(name if count == 1 else f"{name}-{count}")
+            with contextlib.suppress(FileExistsError):  # of a run that began in the same second
+                path.mkdir(parents=True)
+                return dataclasses.replace(config, run_dir=str(path))
     except OSError as error:
         raise ValueError(f"--run-dir: expected a directory that can be made, got {error}") from error
-    return config
+    raise AssertionError("unreachable")
 
 
 def run_dir(config: Config) -> Path:
@@ -214,8 +288,40 @@ def compile_step(trainer: Trainer) -> jax.stages.Compiled:
 # The loop
 
 
-def train(run: Run) -> int:
-    """The loop, and the report if it came to its end."""
+def train(run: Run, stop: StopRequest, held: contextlib.ExitStack) -> None:
+    """The loop and, if it came to its end, the model and the report.
+
+    Raises:
+        Diverged: a loss, a gradient or a state holds numbers that are not finite.
+        SaveFailed, OSError: the run's directory cannot be written; `Failed` on other processes.
+        Stopped: on request, after the model was written.
+    """
+    config, byte_level = run.config, run.heldout.byte_level
+    with stop.deferred():
+        recorder = Recorder(config, run.trainer, byte_level=byte_level, from_step=run.first_step)
+        held.callback(recorder.close)
+        state, done = loop(run, recorder, stop)
+        recorder.close()
+        run.checkpoints.wait()
+        if done < config.steps:
+            say(f"Stopped after step {done} of {config.steps}; saved. Go on with\n  {resume_command(config)}")
+            return
+        export(config, run.checkpoint, state.params)  # before all that only reads it
+        say(f"Model written to {exported(config)}. Evaluating …")
+    stop.check()
+    speed = recorder.progress.tokens_per_second() if recorder.progress.trained_steps else None
+    shown, tick = watched("Evaluating", stop)
+    page, problem = final_report(run.trainer, state.params, run.heldout, step=done, tokens_per_second=speed, tick=tick)
+    shown.finish()
+    say("\n" + page)
+    with agreeing(OSError):
+        if problem is not None:
+            raise problem
+    wait_for_all("the report is written")
+
+
+def loop(run: Run, recorder: Recorder, stop: StopRequest) -> tuple[TrainState, int]:
+    """Trains until the last step or a request to stop, and saves; the state, and the steps that were done."""
     config, trainer, state = run.config, run.trainer, run.state
     batch_size, options = config.input.batch_size, config.output
     sharding = batch_sharding(trainer.mesh)
@@ -226,84 +332,62 @@ def train(run: Run) -> int:
         first_row=run.first_row,
         share=process_share(sharding, batch_size),
     )
-    tokens_per_step = batch_size * config.input.seq_len
-    recorder = Recorder(run, tokens_per_step)
+    profile = Profile(options.profile, run_dir(config) / "profile", say)
+    if options.profile and not run.first_step < options.profile[1] <= config.steps:
+        say(f"Of the steps {run.first_step + 1} to {config.steps} --profile traces none, or not to its end")
     done = run.first_step
-    with StopRequest() as stop:
-        for done in range(run.first_step + 1, config.steps + 1):
-            state, metrics = run.step(state, to_devices(next(batches), sharding, batch_size))
-            recorder.add(done, metrics)
-            stopping = stop.reached(done)
-            saving = stopping or done == config.steps or done % options.checkpoint_every == 0
-            if saving or done % options.log_every == 0:
-                recorder.flush()
-            if saving:
-                row = run.first_row + (done - run.first_step) * batch_size
-                run.checkpoints.save(done, state._asdict(), {"row": row, "data": run.data_name})
-                recorder.progress.restart_clock()
-            if stopping:
-                break
-    recorder.close()
-    run.checkpoints.wait()
-    if done < config.steps:
-        say(f"Stopped after step {done} of {config.steps}; saved. Go on with\n  {resume_command(config)}")
-        return 0
-    say("Evaluating …")
-    speed = recorder.progress.tokens_per_second() if recorder.progress.trained_steps else None
-    say("\n" + final_report(trainer, state.params, run.heldout, step=done, tokens_per_second=speed))
-    if run.checkpoint is not None:
-        export(config, run.checkpoint, state.params)
-        say(f"Try it with   {generate_command(config)}")
-    return 0
+    for done in range(run.first_step + 1, config.steps + 1):
+        profile.before(done)
+        state, metrics = run.step(state, to_devices(next(batches), sharding, batch_size))
+        profile.after(done, state)
+        recorder.add(done, metrics)
+        stopping, last = stop.reached(), done == config.steps
+        scoring = options.eval_every and done % options.eval_every == 0 and not last
+        saving = stopping or last or done % options.checkpoint_every == 0
+        if saving or scoring or done % options.log_every == 0:
+            recorder.flush()
+        if scoring and not stopping:
+            stopping = score_heldout(run, state, recorder, stop, done)
+            saving = saving or stopping
+        if saving:
+            if spoiled := trainer.not_finite(state):
+                raise Diverged(f"the update of step {done} gave numbers in {spoiled[0]} that are not finite", done + 1)
+            row = run.first_row + (done - run.first_step) * batch_size
+            run.checkpoints.save(done, state._asdict(), {"row": row, "data": run.data_name})
+            recorder.progress.restart_clock()
+        if stopping:
+            break
+    profile.close()
+    return state, done
 
 
-class Recorder:
-    """Collects the metrics of steps without waiting for them, and writes them out now and then."""
+def score_heldout(run: Run, state: TrainState, recorder: Recorder, stop: StopRequest, step: int) -> bool:
+    """Records the held-out bits at a step; True if it was broken off by a request to stop."""
+    recorder.progress.finish()
+    shown, tick = watched("Scoring the held-out text", stop)
+    try:
+        bits = heldout_bits(run.trainer, state.params, run.heldout, overlap=run.config.input.seq_len // 2, tick=tick)
+    except Stopped:
+        return True
+    finally:
+        shown.finish()
+        recorder.progress.restart_clock()
+    recorder.heldout(step, bits)
+    return False
 
-    def __init__(self, run: Run, tokens_per_step: int):
-        config, first = run.config, jax.process_index() == 0
-        self._flops = models.flops_per_token(run.trainer.model_config, config.input.seq_len)
-        self._bits_key = f"bits_per_{'byte' if run.heldout.byte_level else 'token'}"
-        self._pending: list[tuple[int, Metrics]] = []
-        self._log = MetricsLog(run_dir(config) / "metrics.jsonl", from_step=run.first_step) if first else None
-        self.progress = Progress(step=run.first_step, steps=config.steps, tokens_per_step=tokens_per_step, shown=first)
 
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Keeps the arrays; the device may still be computing them."""
-        self._pending.append((step, metrics))
+def watched(title: str, stop: StopRequest) -> tuple[Countdown, Callable[[int, int], None]]:
+    """A countdown on the screen, and what an evaluation calls after each batch: it shows, or raises `Stopped`."""
+    shown = Countdown(title, shown=jax.process_index() == 0)
 
-    def flush(self) -> None:
-        """Waits for the steps so far, writes them down and shows the last.
+    def tick(done: int, total: int) -> None:
+        stop.check()
+        shown(done, total)
 
-        Raises:
-            Diverged: a loss or a gradient's norm is no finite number.
-        """
-        if not self._pending:
-            return
-        records = [(step, *map(float, metrics)) for step, metrics in jax.device_get(self._pending)]
-        self._pending.clear()
-        speed = self.progress.advance(records[-1][0], records[-1][1])
-        for step, loss, grad_norm, rate in records:
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                self.close()
-                raise Diverged(f"the loss is {loss} and the gradient's norm {grad_norm} at step {step}")
-            if self._log is not None:
-                self._log.write(
-                    step=step,
-                    loss=loss,
-                    **{self._bits_key: loss / math.log(2)},
-                    learning_rate=rate,
-                    grad_norm=grad_norm,
-                    tokens_per_second=speed,
-                    mfu=mfu(speed, self._flops),
-                )
-
-    def close(self) -> None:
-        """Ends the line of progress and the file."""
-        self.progress.finish()
-        if self._log is not None:
-            self._log.close()
+    return shown, tick
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    ignore_signals()
+    sys.exit(code)

@@ -74,6 +74,11 @@ class Checkpoints:
         """Steps that have a checkpoint, whole or torn, oldest first."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
+    @property
+    def written(self) -> list[int]:
+        """Steps whose checkpoint is on the disk to its last file, oldest first."""
+        return [step for step in self.steps if (self.directory / str(step) / "_CHECKPOINT_METADATA").exists()]
+
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         """Begins to write; the arrays are copied before this returns, so the caller may donate them at once.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -12,7 +11,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Replaces a file's content; what it held before stays until the new content is on the disk.
 
     Args:
-        path: of the file; its directory exists.
+        path: of the file; its directory exists, and nobody else writes into it.
         content: text is written as UTF-8, lone surrogates as the bytes that they stand for in file names.
 
     Raises:
@@ -20,17 +19,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "surrogateescape")
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, _mode_of(path))
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            temporary.unlink()
         raise
     sync_directory(path.parent)
 
@@ -43,13 +41,3 @@ def sync_directory(directory: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _mode_of(path: Path) -> int:
-    """The permissions that a file has, or that a new one would get."""
-    try:
-        return path.stat().st_mode & 0o777
-    except FileNotFoundError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 from jax.experimental import multihost_utils
 
-from models.byte_tokenizer import BOUNDARY_ID, BOUNDARY_TOKEN, byte_tokenizer
+from models.byte_tokenizer import BOUNDARY, BOUNDARY_TOKEN, byte_tokenizer
 from models.pretrained import Checkpoint, open_checkpoint, save
 from training.cluster import agreeing
 from training.config import Config, ModelOptions, require
@@ -115,7 +115,7 @@ def untrained(config: Config, *, byte_level: bool) -> Checkpoint:
     """The description of a model that is trained from scratch: all of its checkpoint but the weights."""
     conventions: dict[str, Any] = {"max_context": config.input.seq_len}
     if byte_level:
-        ends = {"eos_ids": (BOUNDARY_ID,), "bos_id": BOUNDARY_ID, "eos_token": BOUNDARY_TOKEN}
+        ends = {"eos_ids": (BOUNDARY,), "bos_id": BOUNDARY, "eos_token": BOUNDARY_TOKEN}
         conventions |= {"tokenizer": byte_tokenizer(), **ends}
     elif config.input.end_token is not None:
         conventions["eos_ids"] = (config.input.end_token,)

@@ -46,8 +46,11 @@ class Recorder:
         self._flops = models.flops_per_token(trainer.model_config, config.input.seq_len)
         self._unit = "byte" if byte_level else "token"
         self._pending: list[tuple[int, Metrics]] = []
-        self._log = MetricsLog(Path(config.run_dir or "", "metrics.jsonl"), from_step=from_step) if first else None
-        self._trackers = Trackers(config, from_step=from_step) if first else None
+        self._log = self._trackers = None
+        with agreeing(ValueError, OSError):
+            if first:
+                self._log = MetricsLog(Path(config.run_dir or "", "metrics.jsonl"), from_step=from_step)
+                self._trackers = Trackers(config, from_step=from_step)
         tokens = config.input.batch_size * config.input.seq_len
         self.progress = Progress(step=from_step, steps=config.steps, tokens_per_step=tokens, shown=first)
 
@@ -64,10 +67,13 @@ class Recorder:
         """
         if not self._pending:
             return
-        records = [(step, *map(float, metrics)) for step, metrics in jax.device_get(self._pending)]
+        records = [
+            (step, float(metrics.loss), float(metrics.grad_norm), float(metrics.learning_rate))
+            for step, metrics in jax.device_get(self._pending)
+        ]
         self._pending.clear()
         good = _count_before_gap(records)
-        speed = self.progress.advance(*records[-1][:2])
+        speed = self.progress.advance(records[-1][0], records[-1][1])
         with agreeing(OSError):
             for step, loss, grad_norm, rate in records[:good]:
                 self._write(

@@ -8,6 +8,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import jax
 import models
 from training.config import Config
 from training.corpus import Corpus
-from training.evaluate import ContextScore, far_context, gzip_bits, heldout_bits, sample_text, unigram_bits
-from training.metrics import describe_speed, mfu, plot_loss
+from training.evaluate import ContextScore, Tick, far_context, gzip_bits, heldout_bits, sample_text, unigram_bits
+from training.files import write_whole
+from training.metrics import HELDOUT, describe_speed, mfu, plot_loss
 from training.step import Trainer
 
 
@@ -34,11 +36,10 @@ def resume_command(config: Config) -> str:
 
 
 def generate_command(config: Config) -> str:
-    """The command that goes on with a text by a fine-tuned model."""
-    flags = ["-m", "models.generate", "--model", f"{config.run_dir}/model", "--pattern", config.model.pattern]
-    if config.model.dense_layers:
-        flags += ["--dense-layers", *map(str, config.model.dense_layers)]
-    return shlex.join([_python(), *flags, "--prompt", "Once upon a time"])
+    """The command that goes on with a text by the trained model."""
+    return shlex.join(
+        [_python(), "-m", "models.generate", "--model", str(config.run_dir), "--prompt", "Once upon a time"]
+    )
 
 
 def _python() -> str:
@@ -47,10 +48,12 @@ def _python() -> str:
     return sys.executable if inside.startswith("..") else inside
 
 
-def final_report(trainer: Trainer, params: Any, heldout: Corpus, *, step: int, tokens_per_second: float | None) -> str:
-    """Evaluates, writes `results.json` and `loss.png` into the run's directory, and returns the page to print.
+def final_report(
+    trainer: Trainer, params: Any, heldout: Corpus, *, step: int, tokens_per_second: float | None, tick: Tick
+) -> tuple[str, OSError | None]:
+    """Evaluates, writes `results.json` and `loss.png` into the run's directory.
 
-    Every process takes part in the evaluation; the files are written by the first.
+    Every process takes part in the evaluation; the first writes `results.json`, after each part of the evaluation.
 
     Args:
         trainer: holds the compiled functions.
@@ -58,17 +61,35 @@ def final_report(trainer: Trainer, params: Any, heldout: Corpus, *, step: int, t
         heldout: documents kept out of training.
         step: optimizer steps done.
         tokens_per_second: mean over this process's training; None if it did no step.
+        tick: see `training.evaluate`.
+
+    Returns:
+        The page to print, and the error of a file that could not be written.
     """
-    config = trainer.config
-    assert config.run_dir is not None
-    run_dir = Path(config.run_dir)
+    config, flops = trainer.config, models.flops_per_token(trainer.model_config, trainer.config.input.seq_len)
+    results = Results(Path(config.run_dir or ""))
     unit = "byte" if heldout.byte_level else "token"
     overlap = config.input.seq_len // 2
-    bits = heldout_bits(trainer, params, heldout, overlap=overlap)
+    bits = heldout_bits(trainer, params, heldout, overlap=overlap, tick=tick)
     baselines = {}
     if heldout.byte_level:
         baselines = {"byte_unigram": unigram_bits(heldout), "gzip_9_per_file": gzip_bits(heldout)}
-    contexts = far_context(trainer, params, heldout)
+    results.add(
+        step=step,
+        tokens_trained=step * config.input.batch_size * config.input.seq_len,
+        parameters=models.param_count(trainer.model_config),
+        **{f"{HELDOUT}{unit}": bits},
+        heldout_documents=len(heldout.documents),
+        heldout_tokens=heldout.num_tokens,
+        baselines_bits_per_byte=baselines,
+        tokens_per_second=tokens_per_second,
+        model_flops_per_token=flops,
+        mfu=None if tokens_per_second is None else mfu(tokens_per_second, flops),
+        devices=f"{jax.device_count()} × {jax.devices()[0].device_kind}",
+        jax=jax.__version__,
+    )
+    contexts = far_context(trainer, params, heldout, tick=tick)
+    results.add(far_context=[dataclasses.asdict(score) for score in contexts])
     sample = None
     if heldout.byte_level and config.output.sample_bytes:
         sample = sample_text(
@@ -79,41 +100,76 @@ def final_report(trainer: Trainer, params: Any, heldout: Corpus, *, step: int, t
             temperature=config.output.temperature,
             seed=config.seed,
         )
-    flops = models.flops_per_token(trainer.model_config, config.input.seq_len)
-    results = {
-        "step": step,
-        "tokens_trained": step * config.input.batch_size * config.input.seq_len,
-        "parameters": models.param_count(trainer.model_config),
-        f"heldout_bits_per_{unit}": bits,
-        "heldout_documents": len(heldout.documents),
-        "heldout_tokens": heldout.num_tokens,
-        "baselines_bits_per_byte": baselines,
-        "far_context": [dataclasses.asdict(score) for score in contexts],
-        "tokens_per_second": tokens_per_second,
-        "model_flops_per_token": flops,
-        "mfu": None if tokens_per_second is None else mfu(tokens_per_second, flops),
-        "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "sample": sample,
-    }
-    if jax.process_index() == 0:
-        (run_dir / "results.json").write_text(json.dumps(results, indent=2, allow_nan=False, default=str) + "\n")
-        plot_loss(run_dir / "metrics.jsonl", run_dir / "loss.png", unit=f"bits per {unit}", scale=1 / math.log(2))
-    lines = [
+    results.add(sample=sample)
+    results.plot(unit)
+    page = _page(config, heldout, bits, baselines, contexts, sample, step)
+    page += [
+        "",
+        f"Speed        {describe_speed(tokens_per_second, flops) if tokens_per_second else 'no step was done'}",
+        *(f"{title:<13}{results.run_dir / name}" for title, name in results.written.items()),
+        f"Checkpoint   {results.run_dir / 'checkpoints' / str(step)}",
+        f"Model        {results.run_dir / 'model'}",
+        f"Try it with  {generate_command(config)}",
+        f"Go on with   {resume_command(config)} --steps {2 * config.steps}",
+    ]
+    return "\n".join(page), results.problem
+
+
+class Results:
+    """The files of a finished run's directory: written by the first process, errors kept until all is evaluated.
+
+    Attributes:
+        run_dir: the directory.
+        written: names of the files that are whole, by their titles.
+        problem: of a file that could not be written.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+        self.written: dict[str, str] = {}
+        self._values: dict[str, Any] = {}
+        self.problem: OSError | None = None
+
+    def add(self, **values: Any) -> None:
+        """Writes `results.json` with what is known so far."""
+        self._values |= values
+        content = json.dumps(self._values, indent=2, allow_nan=False, default=str) + "\n"
+        self._attempt("Results", "results.json", lambda path: write_whole(path, content))
+
+    def plot(self, unit: str) -> None:
+        """Draws `loss.png` from `metrics.jsonl`."""
+        metrics, scale = self.run_dir / "metrics.jsonl", 1 / math.log(2)
+        draw = lambda path: plot_loss(metrics, path, unit=f"bits per {unit}", scale=scale)  # noqa: E731
+        self._attempt("Loss plot", "loss.png", draw)
+
+    def _attempt(self, title: str, name: str, write: Callable[[Path], None]) -> None:
+        if jax.process_index() == 0:
+            try:
+                write(self.run_dir / name)
+                self.written[title] = name
+            except OSError as error:
+                self.written.pop(title, None)
+                self.problem = error
+
+
+def _page(
+    config: Config,
+    heldout: Corpus,
+    bits: float,
+    baselines: dict[str, float],
+    contexts: list[ContextScore],
+    sample: str | None,
+    step: int,
+) -> list[str]:
+    unit = "byte" if heldout.byte_level else "token"
+    return [
         f"Held out, never trained on: {len(heldout.documents)} document(s), {heldout.num_tokens:,} {unit}s; "
-        f"each scored with {overlap:,} or more before it, where there are",
+        f"each scored with {config.input.seq_len // 2:,} or more before it, where there are",
         *_table([("this model", bits), *_baseline_rows(baselines)], f"bits per {unit}"),
         "",
         *_context_lines(contexts, unit),
         *([] if sample is None else ["", f"Sample at temperature {config.output.temperature:g}:", *_indented(sample)]),
-        "",
-        f"Speed        {describe_speed(tokens_per_second, flops) if tokens_per_second else 'no step was done'}",
-        f"Results      {run_dir / 'results.json'}",
-        f"Loss plot    {run_dir / 'loss.png'}",
-        f"Checkpoint   {run_dir / 'checkpoints' / str(step)}",
-        f"Go on with   {resume_command(config)} --steps {2 * config.steps}",
     ]
-    return "\n".join(lines)
 
 
 def _baseline_rows(baselines: dict[str, float]) -> list[tuple[str, float]]:

@@ -1,8 +1,8 @@
 """The lock of a run's directory: one run at a time, on one machine or on several that share a file system.
 
 A kernel lock (`filelock`) keeps a second run out and is gone with its process, however that ends. Some network file
-systems keep such locks to one machine; there the file `running.json` tells of the run, and its time stamp, renewed every
-few seconds, that the run still lives.
+systems keep such locks to one machine. There the file `running.json` names the run, and its time stamp, renewed every
+few seconds, shows that the run still lives.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ class RunLock:
         machine: identity of this machine until it is restarted.
 
     Raises:
-        ValueError: another run holds the directory.
-        OSError: the directory cannot be written.
+        ValueError: another run holds the directory, or it cannot be written.
     """
 
     def __init__(self, run_dir: Path, *, say: Callable[[str], None] = print, machine: str | None = None):
@@ -45,6 +44,8 @@ class RunLock:
             self._lock.acquire()
         except filelock.Timeout:
             raise ValueError(_in_use(run_dir, self._read())) from None
+        except OSError as error:
+            raise ValueError(f"--run-dir: expected a directory that can be written, got {error}") from error
         try:
             other = self._read()
             if other and other.get("machine") != machine:
@@ -60,8 +61,10 @@ class RunLock:
                 },
                 run_dir,
             )
-        except BaseException:
+        except BaseException as error:
             self._lock.release()
+            if isinstance(error, OSError):
+                raise ValueError(f"--run-dir: expected a directory that can be written, got {error}") from error
             raise
         self._over = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="run lock", daemon=True)
@@ -97,7 +100,8 @@ class RunLock:
     def _wait_for_a_sign_of_life(self, run_dir: Path, other: dict[str, Any], say: Callable[[str], None]) -> None:
         before = self._time_stamp()
         say(
-            f"{run_dir} was in use on {other.get('host')}; waiting up to {_PATIENCE:.0f} s for a sign of life of that run"
+            f"{run_dir} was in use on {other.get('host')}; "
+            f"waiting up to {_PATIENCE:.0f} s for a sign of life of that run"
         )
         end = time.monotonic() + _PATIENCE
         while time.monotonic() < end:

@@ -23,9 +23,10 @@ class Stopped(BaseException):
 
 def stop_signals() -> list[signal.Signals]:
     """SIGINT, SIGTERM and, unless `nohup` or the like has it ignored, SIGHUP."""
-    hangup = getattr(signal, "SIGHUP", None)
-    ignored = hangup is None or signal.getsignal(hangup) == signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [hangup])]
+    found = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        found.append(signal.SIGHUP)
+    return found
 
 
 def end_at_once_on_signals() -> None:

@@ -33,7 +33,7 @@ class Trackers:
             self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step + 1, flush_secs=10)
         if config.output.wandb is not None:
             _require_package("wandb", "--wandb")
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             self._wandb = wandb.init(
                 project=config.output.wandb,

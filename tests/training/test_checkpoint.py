@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from training.checkpoint import Checkpoints, StopRequest
+from training.checkpoint import Checkpoints
 
 
 def make_state(step: int):
@@ -143,18 +143,3 @@ def test_a_checkpoint_of_another_shape_is_one_line(written, said, layer, message
 def test_positions_are_plain_json(written):
     stored = json.loads((written.directory / "2" / "_CHECKPOINT_METADATA").read_text())
     assert stored["custom_metadata"] == {"row": 16}
-
-
-def test_a_first_signal_asks_and_a_second_ctrl_c_interrupts(capsys):
-    import os
-    import signal
-
-    before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        assert not stop.reached(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.reached(2)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert "SIGTERM: stopping after this step" in capsys.readouterr().err

@@ -14,7 +14,13 @@ from training import run_lock
 from training.run_lock import RunLock
 
 ROOT = Path(__file__).parents[2]
-HOLD = "import sys, pathlib, time; from training.run_lock import RunLock; RunLock(pathlib.Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+HOLD = """
+import pathlib, sys, time
+from training.run_lock import RunLock
+RunLock(pathlib.Path(sys.argv[1]))
+print(1, flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +31,9 @@ def quick_heart(monkeypatch):
 
 def test_a_second_run_is_refused_and_told_of_the_first(tmp_path):
     first = RunLock(tmp_path)
-    with pytest.raises(ValueError, match=f"--run-dir: expected a directory that no other run .* process {os.getpid()} on"):
+    with pytest.raises(
+        ValueError, match=f"--run-dir: expected a directory that no other run .* process {os.getpid()} on"
+    ):
         RunLock(tmp_path)
     first.release()
     RunLock(tmp_path).release()

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from train import Diverged, Recorder
+from training.recorder import Diverged, Recorder
 from training.step import Metrics
 
 ROOT = Path(__file__).parents[2]
@@ -149,8 +149,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_too(small_config, tmp_path, 
     """Before its state is saved: the loss is of the weights before the step, and may be finite still."""
     config = dataclasses.replace(small_config, run_dir=str(tmp_path))
     model = SimpleNamespace(model_config=config.model.transformer())
-    run = SimpleNamespace(config=config, trainer=model, heldout=SimpleNamespace(byte_level=True), first_step=0)
-    recorder = Recorder(run, tokens_per_step=1)
+    recorder = Recorder(config, model, byte_level=True, from_step=0)
     recorder.add(1, Metrics(2.0, 1.0, 0.1))
     recorder.add(2, Metrics(loss, grad_norm, 0.1))
     with pytest.raises(Diverged, match=f"the loss is {loss} and the gradient's norm {grad_norm} at step 2"):
