@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +31,11 @@ from training.config import Config, require
 from training.config_file import read_config
 from training.corpus import BYTE_VOCAB, Corpus, load_corpus, standard_library
 from training.data import process_share, to_devices, training_batches
-from training.evaluate import heldout_bits
+from training.evaluation_line import score_heldout, watched
 from training.files import write_whole
 from training.held_out import split
 from training.left_out import shown
 from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_size
-from training.metrics import Countdown
 from training.optimizer import schedule_change
 from training.output import show, tolerate_any_text, warn
 from training.packing import PackedRows, arrays, empty_row
@@ -67,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     with StopRequest() as stop, contextlib.ExitStack() as held:
         try:
             config = parse(argv)
-            join_cluster(config.devices)
+            join_cluster(config)
             stop.in_cluster = jax.process_count() > 1
             run = prepare(config, held)
             train(run, stop, held)
@@ -310,9 +309,9 @@ def train(run: Run, stop: StopRequest, held: contextlib.ExitStack) -> None:
         say(f"Model written to {exported(config)}. Evaluating …")
     stop.check()
     speed = recorder.progress.tokens_per_second() if recorder.progress.trained_steps else None
-    shown, tick = watched("Evaluating", stop)
+    line, tick = watched("Evaluating", stop)
     page, problem = final_report(run.trainer, state.params, run.heldout, step=done, tokens_per_second=speed, tick=tick)
-    shown.finish()
+    line.finish()
     say("\n" + page)
     with agreeing(OSError):
         if problem is not None:
@@ -347,7 +346,7 @@ def loop(run: Run, recorder: Recorder, stop: StopRequest) -> tuple[TrainState, i
         if saving or scoring or done % options.log_every == 0:
             recorder.flush()
         if scoring and not stopping:
-            stopping = score_heldout(run, state, recorder, stop, done)
+            stopping = score_heldout(trainer, state.params, run.heldout, recorder, stop, step=done)
             saving = saving or stopping
         if saving:
             if spoiled := trainer.not_finite(state):
@@ -359,32 +358,6 @@ def loop(run: Run, recorder: Recorder, stop: StopRequest) -> tuple[TrainState, i
             break
     profile.close()
     return state, done
-
-
-def score_heldout(run: Run, state: TrainState, recorder: Recorder, stop: StopRequest, step: int) -> bool:
-    """Records the held-out bits at a step; True if it was broken off by a request to stop."""
-    recorder.progress.finish()
-    shown, tick = watched("Scoring the held-out text", stop)
-    try:
-        bits = heldout_bits(run.trainer, state.params, run.heldout, overlap=run.config.input.seq_len // 2, tick=tick)
-    except Stopped:
-        return True
-    finally:
-        shown.finish()
-        recorder.progress.restart_clock()
-    recorder.heldout(step, bits)
-    return False
-
-
-def watched(title: str, stop: StopRequest) -> tuple[Countdown, Callable[[int, int], None]]:
-    """A countdown on the screen, and what an evaluation calls after each batch: it shows, or raises `Stopped`."""
-    shown = Countdown(title, shown=jax.process_index() == 0)
-
-    def tick(done: int, total: int) -> None:
-        stop.check()
-        shown(done, total)
-
-    return shown, tick
 
 
 if __name__ == "__main__":

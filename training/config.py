@@ -217,10 +217,13 @@ class DeviceOptions:
     """Processes in the cluster."""
     process_id: int | None = None
     """Which of them this is, from 0."""
+    join_timeout: int = 300
+    """Seconds that a process waits for the others before it gives up."""
 
     def __post_init__(self):
         fits = len(self.mesh) == 3 and all(n >= 1 or n == -1 for n in self.mesh) and self.mesh.count(-1) <= 1
         require(fits, "--mesh", "three device counts, one of which may be -1", " ".join(map(str, self.mesh)))
+        _require_counts(self, "join_timeout")
         named = {"--coordinator": self.coordinator, "--num-processes": self.num_processes}
         named["--process-id"] = self.process_id
         given = [flag for flag, value in named.items() if value is not None]

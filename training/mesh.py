@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from training.config import IMPLEMENTATIONS, Config, DeviceOptions, require
+from training.config import IMPLEMENTATIONS, Config, require
+from training.output import show
+from training.rendezvous import meet
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))  # rows over both; each row whole
@@ -19,22 +23,36 @@ QUERY_SPEC = PartitionSpec(("data", "fsdp"), None, "tensor", None)  # queries [b
 _HEARTBEAT_TIMEOUT, _SHUTDOWN_TIMEOUT = 30, 30
 
 
-def join_cluster(options: DeviceOptions) -> None:
+def join_cluster(config: Config) -> None:
     """Makes this process one of a cluster, before anything touches a device.
 
     Raises:
-        ValueError: the flags make no cluster, or none was recognised.
+        ValueError: the flags make no cluster, none was recognised, or not all of its processes came in time.
     """
+    options = config.devices
     if not options.distributed:
         return
-    if options.num_processes is not None and options.process_id is not None:
+    if options.coordinator is None:
+        show(f"Waiting for the cluster that the environment describes; giving up after {options.join_timeout} s")
+    else:
+        assert options.num_processes is not None
+        assert options.process_id is not None
         fits = options.process_id < options.num_processes
         require(fits, "--process-id", f"one below --num-processes {options.num_processes}", options.process_id)
+        meet(
+            options.coordinator,
+            options.num_processes,
+            options.process_id,
+            _run_identity(config),
+            timeout=options.join_timeout,
+            say=show,
+        )
     try:
         jax.distributed.initialize(
             options.coordinator,
             options.num_processes,
             options.process_id,
+            initialization_timeout=options.join_timeout,
             heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
         )
@@ -43,6 +61,12 @@ def join_cluster(options: DeviceOptions) -> None:
             f"--distributed: expected a cluster that JAX recognises, or --coordinator, --num-processes and "
             f"--process-id; got: {error}"
         ) from error
+
+
+def _run_identity(config: Config) -> str:
+    """A digest of all flags that the processes of a run share; paths of data may differ between machines."""
+    values = json.loads(config.to_json()) | {"data": None, "pretrained": None}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def make_mesh(config: Config) -> Mesh:
