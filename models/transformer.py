@@ -34,6 +34,7 @@ class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, features: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Param(EMBEDDING_INIT(rngs.params(), (vocab_size, features), jnp.float32))
 
+    @jax.named_scope("embed")
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t f"]:
         # By default JAX wraps a negative id around and clamps one that is too large: both would go unseen.
         rows = jnp.asarray(self.embedding[...]).at[tokens]
@@ -84,13 +85,14 @@ class DecoderLayer(nnx.Module):
         self.remat = config.remat
 
     def __call__(self, x: Float[Array, "b t f"], positions=None, segment_ids=None) -> Float[Array, "b t f"]:
+        @jax.named_scope("attention")
         def attend(x):
             x = self.attention_norm(x)
             return self.attention(x, positions=positions, segment_ids=segment_ids)
 
         def layer(x):
             x = x + (keep_attention(attend)(x) if self.remat == "attention" else attend(x))
-            return x + self.mlp(self.mlp_norm(x))
+            return x + self._feed_forward(x)
 
         return (keep_attention(layer) if self.remat == "full" else layer)(x)
 
@@ -99,9 +101,14 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "b t f"], KVCache]:
         """The layer on a prompt, or on the next tokens of every sequence."""
         attend = self.attention.prefill if begin else self.attention.extend
-        out, cache = attend(self.attention_norm(x), cache, counts=counts)
+        with jax.named_scope("attention"):
+            out, cache = attend(self.attention_norm(x), cache, counts=counts)
         x = x + out
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self._feed_forward(x), cache
+
+    @jax.named_scope("mlp")
+    def _feed_forward(self, x: Float[Array, "b t f"]) -> Float[Array, "b t f"]:
+        return self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nnx.Module):
@@ -225,6 +232,7 @@ class Transformer(nnx.Module):
             logits = jnp.where(apart[:, None, None], jnp.nan, logits)
         return logits, tuple(after)
 
+    @jax.named_scope("logits")
     def _logits(self, x: Float[Array, "b t f"]) -> Float[Array, "b t v"]:
         x = self.final_norm(x)
         return self.embed.logits(x) if self.lm_head is None else self.lm_head(x)

@@ -1,7 +1,9 @@
 """Checkpoints: whole, the last ones, not disturbed by the steps that follow; torn ones passed over."""
 
 import json
+import resource
 import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, SaveFailed
 
 
 def make_state(step: int):
@@ -143,3 +145,56 @@ def test_a_checkpoint_of_another_shape_is_one_line(written, said, layer, message
 def test_positions_are_plain_json(written):
     stored = json.loads((written.directory / "2" / "_CHECKPOINT_METADATA").read_text())
     assert stored["custom_metadata"] == {"row": 16}
+
+
+@pytest.mark.parametrize("name", ["lr=3e-4,layers=[0,1]", "back\\slash", "gs:", "a*b?", "bad\udcffbytes", "é 中"])
+def test_directories_of_any_name(tmp_path, name):
+    directory = tmp_path / name / "checkpoints"
+    for step in (1, 2):
+        written = Checkpoints(directory, keep=1)
+        written.save(step, make_state(step), {"row": step})
+        written.close()
+        opened = Checkpoints(directory, keep=1)
+        assert opened.restore(like(make_state(0))).step == step
+        assert opened.written == [step]
+        opened.close()
+    assert [path.name for path in directory.iterdir()] == ["2"]
+    directory.parent.rename(tmp_path / "plain")
+    moved = Checkpoints(tmp_path / "plain" / "checkpoints", keep=1)
+    assert moved.restore(like(make_state(0))).step == 2
+    moved.close()
+
+
+def test_no_alias_stays_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    Checkpoints(tmp_path / "[1]" / "checkpoints", keep=1).close()
+    assert [path for path in (tmp_path / "tmp").rglob("*") if not path.is_dir()] == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_others_whole(tmp_path):
+    state = {"w": jnp.asarray(np.random.default_rng(0).random(1 << 16, np.float32))}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=3)
+    checkpoints.save(1, state, {"row": 1})
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        checkpoints.save(2, state, {"row": 2})
+        with pytest.raises(SaveFailed, match=r"checkpoint 2 could not be written to .* File too large"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoints.written == [1]
+    assert [path.name for path in checkpoints.directory.iterdir()] == ["1"]  # what was half-written takes no room
+    checkpoints.save(3, state, {"row": 3})  # there is room again
+    checkpoints.wait()
+    assert checkpoints.restore(like(state)).step == 3
+    checkpoints.close()
+
+
+def test_those_not_to_go_on_from_are_moved_aside(written):
+    written.discard([2, 3], "diverged")
+    assert written.written == [1]
+    assert written.restore(like(make_state(0))).step == 1
+    assert (written.directory.parent / "checkpoints-diverged-3").is_dir()

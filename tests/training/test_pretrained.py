@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 
 from models.gguf_tokenizer import tokenizer_from_gguf
 from models.huggingface import to_huggingface
+from models.pattern_text import pattern_of
 from models.pretrained import Pretrained, load, save
-from s2jax import Dense, FirstBlocks, LocalStride
+from s2jax import Dense, FirstBlocks
 from tests.models.checkpoints import LLAMA, SCALED, TOKENIZER, UNTIED, transformer, write_gguf
 from train import main
 from training.command_line import parse
@@ -62,11 +63,13 @@ def test_a_run_starts_from_the_weights_and_leaves_a_model(checkpoint, text, tmp_
     said = capsys.readouterr().out
     assert "Model tiny: " in said
     assert "1 of them sparse: LocalStride" in said
-    assert f"models.generate --model {tmp_path}/run/model --pattern '{pattern}' --dense-layers 1 --prompt" in said
+    assert f"models.generate --model {tmp_path}/run --prompt" in said
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    tuned = load(tmp_path / "run" / "model", LocalStride(16, 1, 2), dtype="float32")
+    tuned = load(tmp_path / "run" / "model", dtype="float32")
+    assert str(tuned.model.config.pattern) == str(pattern_of(pattern))
+    assert tuned.model.config.dense_layers == (1,)
     assert (tuned.max_context, tuned.eos_ids) == (128, (END, 91))
     assert tuned.tokenizer.to_str() == TOKENS.to_str()
     before, after = (to_huggingface(model) for model in (transformer(LLAMA), tuned.model))
