@@ -117,7 +117,7 @@ def _last_good(run: Run, spoiled: int | None = None) -> str:
         run.checkpoints.discard([step for step in steps if step not in good], "diverged")
     if not good:
         return "; stopped. There is no good checkpoint"
-    lower = "" if spoiled is None else ", with lower rates (--learning-rate, --rest-learning-rate)"
+    lower = "" if spoiled is None else " with lower rates (--learning-rate, --rest-learning-rate)"
     again = f"go on{lower} by: {resume_command(run.config)}"
     return f"; stopped. Checkpoint {good[-1]} in {run.checkpoints.directory} is good; {again}"
 
