@@ -12,18 +12,20 @@ if __name__ == "__main__":
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 import models
 import s2jax
-from models.pretrained import Checkpoint
+from models.pretrained import Checkpoint, Pretrained
 from training.checkpoint import Checkpoints, SaveFailed
 from training.cluster import Failed, agreeing, wait_for_all
 from training.command_line import parse
@@ -39,7 +41,7 @@ from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_si
 from training.optimizer import schedule_change
 from training.output import show, tolerate_any_text, warn
 from training.packing import PackedRows, arrays, empty_row
-from training.pretrained import checkpoint_of, export, exported, in_tokens, pretrained_state, untrained
+from training.pretrained import checkpoint_of, export, exported, from_scratch, in_tokens, pretrained_state
 from training.profile import Profile
 from training.recorder import Diverged, Recorder
 from training.report import final_report, resume_command
@@ -140,7 +142,7 @@ class Run:
     first_step: int
     first_row: int  # of the shuffled order
     data_name: str
-    checkpoint: Checkpoint  # of --pretrained; without weights if there is none
+    model_of: Callable[[Any], Pretrained]  # of parameters
 
 
 def prepare(config: Config, held: contextlib.ExitStack) -> Run:
@@ -185,9 +187,9 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Run:
     with agreeing(OSError):
         if jax.process_index() == 0:  # last, so that flags that a checkpoint does not fit are not kept
             write_whole(run_dir(config) / "config.json", config.to_json())
-    if checkpoint is None:
-        checkpoint = untrained(config, byte_level=heldout.byte_level)
-    return Run(config, trainer, step, rows, heldout, checkpoints, state, first_step, first_row, data_name, checkpoint)
+    scratch = functools.partial(from_scratch, config, byte_level=heldout.byte_level)
+    model_of = scratch if checkpoint is None else checkpoint.with_parameters
+    return Run(config, trainer, step, rows, heldout, checkpoints, state, first_step, first_row, data_name, model_of)
 
 
 def layers_of(trainer: Trainer) -> str:
@@ -305,7 +307,7 @@ def train(run: Run, stop: StopRequest, held: contextlib.ExitStack) -> None:
         if done < config.steps:
             say(f"Stopped after step {done} of {config.steps}; saved. Go on with\n  {resume_command(config)}")
             return
-        export(config, run.checkpoint, state.params)  # before all that only reads it
+        export(config, run.model_of, state.params)  # before all that only reads it
         say(f"Model written to {exported(config)}. Evaluating …")
     stop.check()
     speed = recorder.progress.tokens_per_second() if recorder.progress.trained_steps else None

@@ -13,10 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors
+from flax import nnx
 from jax.experimental import multihost_utils
 
 from models.byte_tokenizer import BOUNDARY, BOUNDARY_TOKEN, byte_tokenizer
-from models.pretrained import Checkpoint, open_checkpoint, save
+from models.pretrained import Checkpoint, Pretrained, open_checkpoint, save
+from models.transformer import Transformer
 from training.cluster import agreeing
 from training.config import Config, ModelOptions, require
 from training.documents import Corpus, TokenDocument, content_bytes
@@ -111,18 +113,24 @@ def pretrained_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainState:
     return trainer.begin(jax.tree.map(placed, checkpoint.parameters(), trainer.abstract_state.params))
 
 
-def untrained(config: Config, *, byte_level: bool) -> Checkpoint:
-    """The description of a model that is trained from scratch: all of its checkpoint but the weights."""
-    conventions: dict[str, Any] = {"max_context": config.input.seq_len}
+def from_scratch(config: Config, params: Any, *, byte_level: bool) -> Pretrained:
+    """The model of a run that started from no checkpoint, and what it takes to talk to it.
+
+    Args:
+        config: of the run.
+        params: of the model.
+        byte_level: True gives it the tokenizer of bytes; of other tokens the run knows the end alone.
+    """
+    model = nnx.eval_shape(lambda: Transformer(config.model.transformer(), rngs=nnx.Rngs(0)))
+    nnx.update(model, params)
     if byte_level:
         ends = {"eos_ids": (BOUNDARY,), "bos_id": BOUNDARY, "eos_token": BOUNDARY_TOKEN}
-        conventions |= {"tokenizer": byte_tokenizer(), **ends}
-    elif config.input.end_token is not None:
-        conventions["eos_ids"] = (config.input.end_token,)
-    return Checkpoint(config=config.model.transformer(), tensors={}, **conventions)
+        return Pretrained(model=model, max_context=config.input.seq_len, tokenizer=byte_tokenizer(), **ends)
+    end = config.input.end_token
+    return Pretrained(model=model, max_context=config.input.seq_len, eos_ids=() if end is None else (end,))
 
 
-def export(config: Config, checkpoint: Checkpoint, params: Any) -> None:
+def export(config: Config, model_of: Callable[[Any], Pretrained], params: Any) -> None:
     """Writes the model as a Hugging Face directory; every process takes part, the first writes.
 
     It is written beside its place and then renamed: a run that is killed, or a full disk, leaves the old one whole.
@@ -130,7 +138,7 @@ def export(config: Config, checkpoint: Checkpoint, params: Any) -> None:
 
     Args:
         config: of the run.
-        checkpoint: the one that the run started from, or `untrained`.
+        model_of: makes the model of parameters: `Checkpoint.with_parameters`, or `from_scratch`.
         params: of the model, on any mesh.
 
     Raises:
@@ -141,7 +149,7 @@ def export(config: Config, checkpoint: Checkpoint, params: Any) -> None:
         params = multihost_utils.process_allgather(params, tiled=True)
     with agreeing(OSError):
         if jax.process_index() == 0:
-            model = checkpoint.with_parameters(jax.tree.map(np.asarray, params))
+            model = model_of(jax.tree.map(np.asarray, params))
             replace_directory(exported(config), lambda directory: save(directory, model))
 
 

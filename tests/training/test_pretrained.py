@@ -116,7 +116,7 @@ def test_weights_lie_over_the_mesh_and_are_gathered(checkpoint, tmp_path):
     state = pretrained_state(trainer, source)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == trainer.shardings
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
-    export(config, source, state.params)
+    export(config, source.with_parameters, state.params)
     exported, original = (nnx.state(load(path).model) for path in (tmp_path / "model", checkpoint))
     jax.tree.map(np.testing.assert_array_equal, exported, original)
 
