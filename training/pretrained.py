@@ -124,8 +124,14 @@ def from_scratch(config: Config, params: Any, *, byte_level: bool) -> Pretrained
     model = nnx.eval_shape(lambda: Transformer(config.model.transformer(), rngs=nnx.Rngs(0)))
     nnx.update(model, params)
     if byte_level:
-        ends = {"eos_ids": (BOUNDARY,), "bos_id": BOUNDARY, "eos_token": BOUNDARY_TOKEN}
-        return Pretrained(model=model, max_context=config.input.seq_len, tokenizer=byte_tokenizer(), **ends)
+        return Pretrained(
+            model=model,
+            max_context=config.input.seq_len,
+            tokenizer=byte_tokenizer(),
+            bos_id=BOUNDARY,
+            eos_ids=(BOUNDARY,),
+            special_tokens={"bos_token": BOUNDARY_TOKEN, "eos_token": BOUNDARY_TOKEN},
+        )
     end = config.input.end_token
     return Pretrained(model=model, max_context=config.input.seq_len, eos_ids=() if end is None else (end,))
 

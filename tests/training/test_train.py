@@ -8,12 +8,19 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+from models.pretrained import load
+from s2jax import LocalStride
 from tests.training.programs import ROOT, SMALL, TINY, command, environment, losses, train, write_text
+from training.checkpoint import Checkpoints
+from training.config import DeviceOptions
+from training.config_file import read_config
 from training.recorder import Diverged, Recorder
-from training.step import Metrics
+from training.step import Metrics, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +87,33 @@ def test_a_run_stopped_by_sigterm_and_resumed_has_the_same_losses_bit_for_bit(st
     assert ours["sample"] == theirs["sample"]
 
 
+def test_a_run_from_scratch_leaves_a_model_that_knows_its_pattern(straight, one_device):
+    """It computes what the run trained, and begins a text as the run's rows begin."""
+    run_dir, said = straight
+    model = load(run_dir / "model", dtype="float32")
+    assert (str(model.model.config.pattern), model.model.config.dense_layers) == (
+        str(LocalStride(16, 1, 2)),
+        (0,),
+    )
+    assert (model.max_context, model.eos_ids, model.bos_id) == (64, (256,), 256)
+    assert model.encode("def ") == [256, *b"def "]
+    assert f"-m models.generate --model {run_dir} --prompt" in said
+    config = dataclasses.replace(read_config(run_dir / "config.json"), devices=DeviceOptions((1, 1, 1)))
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=3)
+    trainer = Trainer(config, one_device)
+    state = checkpoints.restore(trainer.abstract_state._asdict()).state
+    checkpoints.close()
+    saved = nnx.to_pure_dict(nnx.state(model.model, nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, saved, jax.device_get(state["params"]))
+
+
+def test_held_out_scores_are_recorded_while_it_trains(straight):
+    records = map(json.loads, (straight[0] / "metrics.jsonl").read_text().splitlines())
+    scores = [(record["step"], record[name]) for record in records for name in record if name.startswith("heldout")]
+    assert [step for step, _ in scores] == [20]
+    assert "step 20  held out " in straight[1]
+
+
 @pytest.mark.slow
 def test_a_finished_run_reports_again_and_can_be_made_longer(straight, tmp_path):
     done = train("--run-dir", straight[0], "--steps", 31)
@@ -115,7 +149,7 @@ def test_a_loss_that_is_no_number_stops_the_run(text, tmp_path):
     recorded = losses(run_dir)
     assert [step for step, _ in recorded] == [1, 2, 3, 4]
     assert all(np.isfinite(loss) for _, loss in recorded)
-    assert sorted(path.name for path in run_dir.glob("checkpoints*/*")) == ["1", "2", "3"]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["2", "3"]
     assert (run_dir / "checkpoints-diverged-4").is_dir()
     again = f"{message[3]} --steps 6 --learning-rate 1e-3 --rest-learning-rate 1e-3"
     done = subprocess.run(again, shell=True, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
