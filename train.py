@@ -37,6 +37,7 @@ from training.evaluation_line import score_heldout, watched
 from training.files import write_whole
 from training.held_out import split
 from training.left_out import shown
+from training.memory import check_memory
 from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_size
 from training.optimizer import schedule_change
 from training.output import show, tolerate_any_text, warn
@@ -159,6 +160,7 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Run:
     """
     mesh = make_mesh(config)
     config = with_batch_size(config, mesh)
+    check_memory(config, mesh)
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"{jax.device_count()} × {jax.devices()[0].device_kind} as {shape}; {jax.process_count()} process(es)")
 
@@ -282,7 +284,10 @@ def compile_step(trainer: Trainer) -> jax.stages.Compiled:
         name: jax.ShapeDtypeStruct(shape, array.dtype, sharding=sharding)
         for name, array in arrays(empty_row(1)).items()
     }
-    return trainer.step.lower(trainer.abstract_state, batch).compile()
+    try:
+        return trainer.step.lower(trainer.abstract_state, batch).compile()
+    except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+        raise ValueError(f"expected a training step that compiles, got {shown(error, 400)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

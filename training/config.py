@@ -126,8 +126,9 @@ class ModelOptions:
     """Attention backend: auto picks by platform; xla or reference asks for just that one."""
 
     def __post_init__(self):
-        _require_counts(self, "num_layers", most=100_000)
-        _require_counts(self, "vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "d_ff", most=2**24)
+        _require_counts(self, "num_layers", most=1000)
+        _require_counts(self, "num_heads", "num_kv_heads", "head_dim", most=4096)
+        _require_counts(self, "vocab_size", "d_model", "d_ff", most=2**24)
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"--{name.replace('_', '-')}", "a positive number", value)

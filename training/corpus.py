@@ -166,9 +166,10 @@ def _documents(file: Path, name: str, options: _Options, left_out: LeftOut) -> l
         tokens = map_tokens(file, options.token_dtype)
         return [*token_documents(tokens, file, name, vocab_size, options.end_token, left_out)]
     if suffix in JSONL_SUFFIXES:
+        before = left_out.total
         lines = texts(file, name, text_field, left_out)
         documents = [JsonlDocument(f"{name}#{line}", file, offset, text_field, size) for line, offset, size in lines]
-        if not documents and not file.stat().st_size:
+        if not documents and left_out.total == before:  # blank lines, or none
             left_out.add("empty", name)
         return [*documents]
     if suffix in RECORD_SUFFIXES:

@@ -16,8 +16,8 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Int
 
-from training.jsonl import text_at
-from training.left_out import LeftOut
+from training.jsonl import Changed, text_at
+from training.left_out import LeftOut, shown, shown_path
 from training.spool import Spool
 
 BOUNDARY = 256  # opens and closes every byte-level document
@@ -70,7 +70,7 @@ class TextDocument:
             file.seek(first)
             content = file.read(max(last - first, 0))
         if len(content) != max(last - first, 0):
-            raise ValueError(f"{self.path} had {self.size} bytes when the run began and is shorter now")
+            raise Changed(f"{shown_path(self.path)} had {self.size} bytes when the run began and is shorter now")
         return _enclose(content, start, stop, self.size)
 
 
@@ -91,7 +91,9 @@ class JsonlDocument:
     def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
         content = _jsonl_text(self.path, self.offset, self.field)
         if len(content) != self.size:
-            raise ValueError(f"{self.name} had {self.size} bytes of text when the run began and has {len(content)} now")
+            raise Changed(
+                f"{shown(self.name)} had {self.size} bytes of text when the run began and has {len(content)} now"
+            )
         return _enclose(content[max(start - 1, 0) : max(stop - 1, 0)], start, stop, self.size)
 
 

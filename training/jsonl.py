@@ -13,6 +13,10 @@ _LONGEST_LINE = 1 << 28  # bytes; a longer one is a file of another kind
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
 
 
+class Changed(OSError):
+    """A file is no longer what it was when the run began."""
+
+
 def texts(path: Path, name: str, field: str, left_out: LeftOut) -> Iterator[tuple[int, int, int]]:
     """Checks every line of a file.
 
@@ -47,7 +51,7 @@ def text_at(path: Path, offset: int, field: str) -> bytes:
     """Reads the text of the line that begins at `offset`, in UTF-8.
 
     Raises:
-        ValueError: the line has no text; it had one when `texts` looked.
+        Changed: the line has no text; it had one when `texts` looked.
     """
     with path.open("rb") as file:
         file.seek(offset)
@@ -55,7 +59,7 @@ def text_at(path: Path, offset: int, field: str) -> bytes:
     try:
         return _text(line, offset, field)
     except ValueError as error:
-        raise ValueError(f"{shown_path(path)} was changed since the run began: got {error}") from error
+        raise Changed(f"{shown_path(path)} was changed since the run began: got {error}") from error
 
 
 def _without_mark(line: bytes, offset: int) -> bytes:

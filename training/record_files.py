@@ -59,6 +59,10 @@ def record_documents(
     Raises:
         ValueError: the file is damaged, a record has no such field, a text is not UTF-8, or an id is too large.
     """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{shown_path(path)}: expected a name in UTF-8, which its reader needs: rename it") from error
     records = _parquet if path.suffix.lower() in PARQUET_SUFFIXES else _array_records
     documents: list[Document] = []
     for index, value in enumerate(records(path, text_field)):

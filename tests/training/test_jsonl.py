@@ -1,5 +1,7 @@
 """JSONL: every line is read as it is, or refused with its number and the true cause."""
 
+import dataclasses
+
 import pytest
 
 from training.corpus import load_corpus
@@ -65,7 +67,7 @@ def test_the_cause_is_named_in_a_short_line(tmp_path, line, cause):
 
 
 def test_empty_texts_and_files_are_counted(tmp_path):
-    (tmp_path / "b.jsonl").touch()
+    (tmp_path / "b.jsonl").write_bytes(b" \r\n\n")
     corpus = load(tmp_path, b'{"text": "fine"}\n{"text": ""}\n')
     assert str(corpus.left_out) == "1 JSONL line(s) with an empty text (a.jsonl#2)"
     assert str(load_corpus(tmp_path, **OPTIONS).left_out).endswith("1 empty (b.jsonl)")
@@ -74,5 +76,9 @@ def test_empty_texts_and_files_are_counted(tmp_path):
 def test_a_file_that_changed_is_named(tmp_path):
     (document,) = load(tmp_path, b'{"text": "fine"}\n').documents
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "other than it was"}\n')
-    with pytest.raises(ValueError, match="had 4 bytes of text when the run began and has 17 now"):
+    with pytest.raises(OSError, match="had 4 bytes of text when the run began and has 17 now"):
+        document.read(0, 3)
+    (tmp_path / "b.jsonl").write_bytes(b"[]")
+    document = dataclasses.replace(document, path=tmp_path / "b.jsonl")
+    with pytest.raises(OSError, match=r"b.jsonl was changed since the run began: got a list instead of an object"):
         document.read(0, 3)

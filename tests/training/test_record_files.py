@@ -132,6 +132,13 @@ def test_damaged_files_are_one_line_or_read(tmp_path, kind):
         assert not said or kind in said
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".array_record"])
+def test_a_name_that_readers_cannot_take_is_refused(tmp_path, suffix):
+    (tmp_path / f"caf\udce9{suffix}").write_bytes(b"any")
+    with pytest.raises(ValueError, match=r"caf\\udce9.*: expected a name in UTF-8"):
+        load_corpus(tmp_path, **OPTIONS)
+
+
 def test_without_pyarrow_it_is_named(tmp_path, monkeypatch):
     write_texts(tmp_path / "a.parquet", "string")
     imported = builtins.__import__
