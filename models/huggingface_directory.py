@@ -84,7 +84,7 @@ class ShardedTensors(Mapping[str, np.ndarray]):
         if one.get_shape() != two.get_shape():
             return False
         rows = one.get_shape()[0] if one.get_shape() else 0
-        parts = (slice(at, at + _ROWS) for at in range(0, rows, _ROWS))
+        parts = (slice(at, min(at + _ROWS, rows)) for at in range(0, rows, _ROWS))
         return all(np.array_equal(one[part], two[part]) for part in parts)
 
 

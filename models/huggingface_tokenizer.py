@@ -73,6 +73,7 @@ def read_tokenizer_files(directory: pathlib.Path, tokenizer: Tokenizer | None = 
     config, added = _settings(directory)
     own = directory / "tokenizer.json"
     special = {name: token for name in SPECIAL_TOKENS if (token := _token(config, name)) is not None}
+    special |= _named_tokens(config)
     if tokenizer is None and own.exists():
         tokenizer = read_tokenizer(own)
         _follow_class(tokenizer, config)
@@ -155,19 +156,26 @@ def _add_tokens(
 
 def _extra_tokens(config: Mapping[str, Any]) -> Iterator[AddedToken]:
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    if isinstance(extra, dict):
-        extra = list(extra.values())
-    if not isinstance(extra, list):
+    if not isinstance(extra, (list, dict)):
         raise ValueError(f"extra_special_tokens must be a list of tokens, got {quoted(extra)}")
-    for token in extra:
+    for token in extra if isinstance(extra, list) else ():
         yield _added_token(token, "extra_special_tokens")
-    for key, value in config.items():
-        if key.endswith("_token") and key not in SPECIAL_TOKENS and isinstance(value, (str, dict)):
-            yield _added_token(value, key)
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, AddedToken]:
+    """Tokens under names of the model's own, such as image_token."""
+    extra = config.get("extra_special_tokens")
+    named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, (str, dict))}
+    named |= extra if isinstance(extra, dict) else {}
+    return {key: _added_token(value, key) for key, value in named.items() if key not in SPECIAL_TOKENS}
 
 
 def _follow_flags(tokenizer: Tokenizer, special: Mapping[str, AddedToken], config: Mapping[str, Any]) -> None:
-    """Puts tokens around a text where the flags say so, whatever tokenizer.json says; without flags, it decides."""
+    """Puts tokens around a text where the flags say so, whatever tokenizer.json says; without flags, it decides.
+
+    Here transformers 5.23 differs: where there is a tokenizer.json, it leaves the flags out. Version 4 and llama.cpp's
+    converter go by them, and there are models that need them (DeepSeek-R1-Distill-Llama).
+    """
     tokenizer.encode_special_tokens = bool(flag(config, "split_special_tokens"))
     if "add_bos_token" not in config and "add_eos_token" not in config:
         return
@@ -178,9 +186,12 @@ def _follow_flags(tokenizer: Tokenizer, special: Mapping[str, AddedToken], confi
     }
     first, last = ([around[name]] if name in around else [] for name in ("bos", "eos"))
     ids = [(token, tokenizer.token_to_id(token)) for token in {*first, *last}]
+    before = tokenizer.encode("").ids
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last], pair=[*first, "$A", *last, *first, "$B:1", *last], special_tokens=ids
     )
+    if (after := tokenizer.encode("").ids) != before:
+        _log.warning("tokenizer_config.json puts %s around a text, tokenizer.json %s: the first is done", after, before)
 
 
 def flag(values: Mapping[str, Any], key: str) -> bool | None:

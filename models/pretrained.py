@@ -292,6 +292,8 @@ def _tokenizer_config(pretrained: Pretrained, tokenizer: Tokenizer) -> dict[str,
         "split_special_tokens": tokenizer.encode_special_tokens,
         **pretrained.special_tokens,
     }
+    if not pretrained.special_tokens and pretrained.bos_id is not None:
+        values["bos_token"] = tokenizer.id_to_token(pretrained.bos_id)
     if (end := pretrained.end_of_text()) is not None:
         values["eos_token"] = end
     if pretrained.chat_template is not None:

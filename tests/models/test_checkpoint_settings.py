@@ -1,0 +1,366 @@
+"""What the settings of a checkpoint's files do, and what is refused; tests/models/test_transformers_settings.py has the
+package transformers say the same."""
+
+import json
+import logging
+import os
+import pathlib
+import struct
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+import models.gguf as gguf_settings
+import models.gguf_tokenizer as gguf_tokens
+import models.huggingface_config as config_settings
+import models.huggingface_generation as generation_settings
+from models.generate import generate
+from models.gguf_tokenizer import end_ids, tokenizer_from_gguf
+from models.huggingface_tokenizer import SPECIAL_TOKENS
+from models.pretrained import Pretrained, load, open_checkpoint, save
+from models.sampling import Sampling
+from tests.models.checkpoints import LLAMA, TOKENS, UNTIED, gguf_tensors, logits, transformer, write_gguf
+
+SETTINGS = {"dtype": "float32", "implementation": "reference"}
+MODEL = transformer(LLAMA)
+
+
+def byte_level(extra: int = 0, *, template: bool = False) -> Tokenizer:
+    """92 tokens, <s> and </s> with the ids 92 and 93, and some more."""
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(TOKENS)}, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", *(f"<extra_{i}>" for i in range(extra))])
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 92)])
+    return tokenizer
+
+
+def saved(path, *, extra=0, template=False, model=MODEL, **files):
+    """A checkpoint, changed in what its JSON files say."""
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = byte_level(extra, template=template)
+    save(path, Pretrained(model=model, max_context=128, tokenizer=tokenizer, eos_ids=(93,), special_tokens=tokens))
+    for name, changes in files.items():
+        file = path / f"{name}.json"
+        values = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(values | changes))
+    return path
+
+
+def ids(path, text="abc"):
+    return open_checkpoint(path).encode(text)
+
+
+def test_a_head_beside_the_flag_that_ties_it_is_kept(tmp_path, caplog):
+    model = transformer(UNTIED)
+    saved(tmp_path, model=model, config={"tie_word_embeddings": True})
+    with caplog.at_level(logging.WARNING):
+        loaded = load(tmp_path, **SETTINGS).model
+    assert "differ: both are kept" in caplog.text
+    assert not loaded.config.tie_embeddings
+    np.testing.assert_allclose(logits(loaded), logits(model), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("template", "flags", "expected"),
+    [
+        (False, {}, [89, 60]),
+        (True, {}, [92, 89, 60]),
+        (False, {"add_bos_token": True}, [92, 89, 60]),
+        (True, {"add_bos_token": False}, [89, 60]),
+        (False, {"add_bos_token": True, "add_eos_token": True}, [92, 89, 60, 93]),
+        (True, {"add_eos_token": True}, [89, 60, 93]),
+        (False, {"add_bos_token": True, "bos_token": None}, [89, 60]),
+    ],
+)
+def test_the_flags_say_what_is_around_a_text(tmp_path, template, flags, expected):
+    assert ids(saved(tmp_path, template=template, tokenizer_config=flags)) == expected
+
+
+def test_special_tokens_may_be_split(tmp_path):
+    assert len(ids(saved(tmp_path), "<s>")) == 1
+    assert len(ids(saved(tmp_path, tokenizer_config={"split_special_tokens": True}), "<s>")) == 3
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ({"tokenizer_config": {"added_tokens_decoder": {"94": {"content": "<x>", "special": True}}}}, "<x>"),
+        ({"tokenizer_config": {"extra_special_tokens": ["<x>"]}}, "<x>"),
+        ({"tokenizer_config": {"additional_special_tokens": [{"content": "<x>"}]}}, "<x>"),
+        ({"tokenizer_config": {"image_token": "<x>"}}, "<x>"),
+        ({"special_tokens_map": {"pad_token": "<x>"}}, "<x>"),
+        ({"added_tokens": {"<x>": 94}}, "<x>"),
+    ],
+)
+def test_tokens_that_other_files_add(tmp_path, files, text):
+    assert ids(saved(tmp_path, **files), f"a{text}b") == [58, 94, 59]
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_where_they_are_met(tmp_path):
+    pretrained = load(saved(tmp_path, extra=4), **SETTINGS)  # of 98 tokens the model has 96
+    assert pretrained.encode("ab<extra_1>") == [89, 95]
+    with pytest.raises(ValueError, match=r"has the token '<extra_2>' with the id 96, where the model knows .* 0 to 95"):
+        pretrained.encode("ab<extra_2>")
+    for token in (96, -1):
+        with pytest.raises(ValueError, match=f"must have ids from 0 to 95, got {token}"):
+            next(generate(pretrained, [1, token], 1))
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({}, Sampling()),
+        ({"do_sample": True}, Sampling(1.0, 50, 1.0)),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0}, Sampling(0.6, None, 0.9)),
+        ({"do_sample": False, "temperature": 0.6, "min_p": 0.1}, Sampling()),
+        ({"repetition_penalty": 1.0, "num_beams": 1, "max_length": 20, "bad_words_ids": None}, Sampling()),
+    ],
+)
+def test_tokens_are_chosen_as_the_checkpoint_says(tmp_path, generation, expected):
+    checkpoint = open_checkpoint(saved(tmp_path, generation_config=generation))
+    assert checkpoint.own_sampling() == expected
+    save(tmp_path / "again", load(tmp_path, **SETTINGS))
+    assert open_checkpoint(tmp_path / "again").own_sampling() == expected
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"repetition_penalty": 1.1}, {"suppress_tokens": [3]}, {"bad_words_ids": [[3]]}, {"num_beams": 4}),
+        *({"do_sample": True, "min_p": 0.1}, {"stop_strings": ["a"]}, {"forced_eos_token_id": 3}),
+    ],
+)
+def test_choices_that_cannot_be_made_are_refused_unless_one_says_how_else(tmp_path, setting):
+    pretrained = load(saved(tmp_path, generation_config=setting), **SETTINGS)
+    with pytest.raises(
+        ValueError, match=r"asks for tokens to be chosen by \w+=.*, which is not supported: say how else"
+    ):
+        next(generate(pretrained, [1, 2], 1))
+    assert next(generate(pretrained, [1, 2], 1, sampling=Sampling())) >= 0
+
+
+@pytest.mark.parametrize(
+    ("file", "setting", "match"),
+    [
+        ("config", {"num_hidden_layers": 10**9}, r"missing are \['model.layers.10.*\(8999999982 in all\)"),
+        (
+            "config",
+            {"num_attention_heads": 2**31 - 1},
+            "hidden_size=64, which num_attention_heads=2147483647 must divide",
+        ),
+        (
+            "config",
+            {"num_attention_heads": 2**30, "head_dim": 16},
+            "must be a multiple of num_kv_heads|must have shape",
+        ),
+        ("config", {"hidden_size": 10**30}, "a positive integer as 'hidden_size', got 1000000"),
+        ("config", {"rms_norm_eps": "x"}, "a positive number as 'rms_norm_eps', got 'x'"),
+        ("config", {"rope_theta": float("inf"), "rope_parameters": None}, "changes the rotary positions by"),
+        ("config", {"tie_word_embeddings": "yes"}, "true or false as 'tie_word_embeddings', got 'yes'"),
+        ("config", {"architectures": [["a"]]}, "the architecture must be one of"),
+        ("config", {"model_type": "granite"}, "both architectures=.*and model_type='granite'"),
+        ("config", {"layer_types": ["sliding_attention"] * 2}, "layer_types=.*supported is 'full_attention'"),
+        ("config", {"logit_scale": 0.5}, "logit_scale=0.5; supported is 1 alone"),
+        ("config", {"attention_multiplier": 0.1}, "attention_multiplier=0.1; supported is None alone"),
+        ("generation_config", {"eos_token_id": {"a": 1}}, "must be ids from 0 to 95"),
+        ("generation_config", {"do_sample": "x"}, "true or false as do_sample, got 'x'"),
+        ("generation_config", {"do_sample": True, "temperature": "hot"}, "a number as temperature, got 'hot'"),
+        ("generation_config", {"do_sample": True, "top_k": -3}, "an integer from 0 on as top_k, got -3"),
+        ("tokenizer_config", {"chat_template": 5}, "chat_template must be a text, got 5"),
+        ("tokenizer_config", {"chat_template": [5]}, r"chat_template must be a text, or a list of names.*\[5\]"),
+        ("tokenizer_config", {"bos_token": ["a"]}, r"bos_token must be a token's text, .* got \['a'\]"),
+        ("tokenizer_config", {"add_bos_token": "x"}, "add_bos_token must be true or false, got 'x'"),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": "a"}}, "must have an id from 0 on, got 'x'"),
+        ("tokenizer_config", {"auto_map": {"AutoTokenizer": "x.Y"}}, "has an auto_map"),
+        ("tokenizer", {"model": 5}, r"tokenizer\.json is no tokenizer"),
+        ("tokenizer", {"normalizer": {"type": "Unknown"}}, r"tokenizer\.json is no tokenizer"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused_in_one_line(tmp_path, file, setting, match):
+    saved(tmp_path, **{file: setting})
+    with pytest.raises(ValueError, match=match) as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+def test_unknown_settings_are_named(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        open_checkpoint(saved(tmp_path, config={"warp": 1}, generation_config={"weft": 2}))
+    assert "not known: ['warp', 'weft']" in caplog.text
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path):
+    saved(tmp_path)
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / name).rename(tmp_path / "kept")
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read: it is no regular file"):
+            open_checkpoint(tmp_path)
+        (tmp_path / "kept").replace(tmp_path / name)
+    (tmp_path / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match="nested too deeply"):
+        open_checkpoint(tmp_path)
+
+
+# GGUF.
+
+
+def metadata(*tokens: str, **changes):
+    values = {"model": "gpt2", "pre": "smollm", "merges": [], "token_type": [1] * len(tokens), "tokens": list(tokens)}
+    return {f"tokenizer.ggml.{name}": value for name, value in (values | changes).items()}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named", "expected"),
+    [
+        (("a", "<|end_of_text|>", "<|eot_id|>"), {"eos_token_id": 1}, (1, 2)),
+        (("a", "<|im_end|>", "<|endoftext|>"), {}, (1, 2)),
+        (("a", "b", "<end_of_turn>"), {"eos_token_id": 1, "eot_token_id": 2, "eom_token_id": 0}, (1, 2, 0)),
+        (("<|return|>", "<|call|>", "<|end|>"), {}, (0, 1)),
+        (("<|tool_response>", "</s>"), {}, (0,)),
+        (("<|fim_pad|>", "<PAD>", "<|file_sep|>"), {}, (0, 2)),
+        (("<|fim_pad|>", "a"), {"fim_pad_token_id": 1}, (1,)),
+        (("a", "b"), {}, ()),
+    ],
+)
+def test_the_ends_that_llama_cpp_finds(tokens, named, expected):
+    assert end_ids(metadata(*tokens, **{f"{name}": value for name, value in named.items()})) == expected
+
+
+def test_an_end_of_a_turn_is_a_control_token():
+    tokenizer = tokenizer_from_gguf(metadata(*"abd<|>_iot", "<|eot_id|>", eos_token_id=0))
+    assert tokenizer.encode("a<|eot_id|>").ids == [0, 10]
+    assert tokenizer.decode([1, 10]) == "b"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"add_bos_token": True, "bos_token_id": 1}, [1, 0]),
+        ({"add_eos_token": True, "eos_token_id": 1}, [0, 1]),
+        ({"add_space_prefix": True, "scores": [0.0] * 2}, [0]),
+    ],
+)
+def test_flags_of_a_gguf_tokenizer(flags, expected):
+    assert tokenizer_from_gguf(metadata("a", "b", **flags)).encode("a").ids == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "match"),
+    [
+        ({"add_bos_token": 1}, "add_bos_token must be true or false, got 1"),
+        ({"add_sep_token": True}, "the setting 'tokenizer.ggml.add_sep_token', which is not supported"),
+        ({"normalizer": "x"}, "the setting 'tokenizer.ggml.normalizer', which is not supported"),
+        ({"eos_token_id": "x"}, "must be ids from 0 on, the file has 'x'"),
+        ({"tokens": [1, 2]}, r"tokens must be a list of texts, got \[1, 2\]"),
+    ],
+)
+def test_settings_of_a_gguf_tokenizer_that_are_refused(setting, match):
+    with pytest.raises(ValueError, match=match):
+        tokenizer_from_gguf(metadata("a", "b", **setting))
+
+
+def write_split(path, count=3, missing=()):
+    """A file in parts, as llama-gguf-split makes them; returns the first."""
+    import tests.models.checkpoints as checkpoints
+
+    model = transformer(UNTIED)
+    whole = gguf_tensors(model)
+    for part in set(range(count)) - set(missing):
+        own = dict(list(whole.items())[part::count])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoints, "gguf_tensors", lambda _, own=own: own)
+            numbers = {"split.no": part, "split.count": count, "split.tensors.count": len(whole)}
+            write_gguf(path / f"a-{part + 1:05}-of-{count:05}.gguf", model, metadata=numbers)
+    return model, path / f"a-00001-of-{count:05}.gguf"
+
+
+def test_a_split_file_is_read_from_all_of_its_parts(tmp_path):
+    model, path = write_split(tmp_path)
+    loaded = load(path, **SETTINGS).model
+    assert not loaded.config.tie_embeddings
+    np.testing.assert_allclose(logits(loaded), logits(model), atol=1e-6)
+    second = path.with_name("a-00002-of-00003.gguf")
+    with pytest.raises(ValueError, match=r"part 2 of 3 of a split file: give the first, a-00001-of-00003\.gguf"):
+        open_checkpoint(second)
+    path.rename(tmp_path / "b.gguf")
+    with pytest.raises(ValueError, match=r"must be named so: NAME-00001-of-00003\.gguf"):
+        open_checkpoint(tmp_path / "b.gguf")
+    (tmp_path / "b.gguf").rename(path)
+    second.write_bytes(path.with_name("a-00003-of-00003.gguf").read_bytes())
+    with pytest.raises(ValueError, match=r"says that it is another part than 2 of 3"):
+        open_checkpoint(path)
+    second.unlink()
+    with pytest.raises(ValueError, match=r"a-00002-of-00003\.gguf is missing, part 2 of 3"):
+        open_checkpoint(path)
+
+
+def header(*, tensors=0, keys=b"", num_keys=1):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, num_keys) + keys
+
+
+def key(kind: int, *rest: bytes) -> bytes:
+    return struct.pack("<Q", 1) + b"k" + struct.pack("<I", kind) + b"".join(rest)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        header(tensors=2**40),
+        header(num_keys=2**63),
+        header(keys=key(9, struct.pack("<IQ", 4, 2**40), bytes(50))),
+        header(keys=key(9, struct.pack("<IQ", 8, 2**40), bytes(50))),
+        header(keys=key(9, *[struct.pack("<IQ", 9, 1)] * 5_000)),
+        header(keys=key(8, struct.pack("<Q", 2**62))),
+        header(keys=struct.pack("<Q", 2**40)),
+        header(keys=key(77)),
+        header(keys=key(4, bytes(4)) * 2, num_keys=2),
+        header(num_keys=0, tensors=1, keys=struct.pack("<Q1sI", 1, b"t", 2**31) + bytes(60)),
+        header(num_keys=0, tensors=1, keys=struct.pack("<Q1sIQQIQ", 1, b"t", 2, 2**62, 2**62, 0, 0) + bytes(60)),
+        header(num_keys=0, tensors=1, keys=struct.pack("<Q1sIQIQ", 1, b"t", 1, 4, 0, 2**63) + bytes(60)),
+    ],
+)
+def test_counts_of_a_gguf_file_are_bounded_by_its_size(tmp_path, contents):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(contents)
+    with pytest.raises(ValueError, match=r"a\.gguf is torn at its \d+ bytes") as caught:
+        open_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gguf_file_of_a_billion_layers_is_refused(tmp_path):
+    write_gguf(tmp_path / "a.gguf", MODEL, metadata={"llama.block_count": 10**9})
+    with pytest.raises(ValueError, match=r"missing are .* \(8999999982 in all\)"):
+        open_checkpoint(tmp_path / "a.gguf")
+    for changes in ({"general.type": "adapter"}, {"llama.rope.freq_base": float("nan")}):
+        write_gguf(tmp_path / "a.gguf", MODEL, metadata=changes)
+        with pytest.raises(ValueError, match=r"of the type 'adapter'|must be a positive number, got nan"):
+            open_checkpoint(tmp_path / "a.gguf")
+
+
+def test_the_sampling_of_a_gguf_file(tmp_path):
+    sampling = {"general.sampling.temp": 0.5, "general.sampling.top_k": 7, "general.sampling.top_p": 0.75}
+    write_gguf(tmp_path / "a.gguf", MODEL, metadata=sampling)
+    assert open_checkpoint(tmp_path / "a.gguf").own_sampling() == Sampling(0.5, 7, 0.75)
+    write_gguf(tmp_path / "a.gguf", MODEL, metadata={"general.sampling.penalty_repeat": 1.5})
+    with pytest.raises(ValueError, match=r"general\.sampling\.penalty_repeat=1\.5, which is not supported"):
+        open_checkpoint(tmp_path / "a.gguf").own_sampling()
+
+
+def test_the_list_of_settings_names_all_that_are_read():
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoint_settings.md").read_text("utf-8")
+    known = {
+        *config_settings._KNOWN,
+        *config_settings._SUPPORTED,
+        *generation_settings.generation_settings(),
+        *SPECIAL_TOKENS,
+        *(f"tokenizer.ggml.{name}" for name in gguf_tokens._KNOWN),
+        *gguf_tokens._ENDS,
+        *gguf_settings._KNOWN,
+        *gguf_settings._WITHOUT_EFFECT,
+    }
+    assert not sorted(name for name in known if f"`{name}`" not in text)
