@@ -17,7 +17,7 @@ export JAX_PLATFORMS ALLOW_MULTIPLE_LIBTPU_LOAD
 endif
 endif
 
-.PHONY: help train test test-all lint format bench docs compilers clean
+.PHONY: help train generate chat test test-all lint format bench docs compilers clean
 .NOTPARALLEL: # two pips at once would spoil .venv
 .DEFAULT_GOAL := help
 
@@ -26,6 +26,12 @@ help: ## this list
 
 train: .venv/.train ## train a small hybrid model on real text; ARGS="--data my/dir --steps 2000"
 	@$(PY) train.py $(ARGS)
+
+generate: .venv/.generate ## continue a text with a real model; ARGS='--prompt "The capital of Italy is"'
+	@$(PY) -m models.generate $(if $(ARGS),$(ARGS),--prompt "The capital of Italy is")
+
+chat: .venv/.generate ## talk to a real model; ARGS="--model my-model"
+	@$(PY) -m models.chat $(ARGS)
 
 test: .venv/.test ## the test suite; ARGS="-k patterns"
 	@$(PY) -m pytest -n $(WORKERS) $(ARGS)

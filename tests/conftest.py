@@ -5,6 +5,7 @@ import os
 # Eight devices, on a CPU; and where the TPU compiler is installed, neither a lock nor a look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # programs would fill the user's
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 DEVICES = "--xla_force_host_platform_device_count"
 if DEVICES not in os.environ.get("XLA_FLAGS", ""):
@@ -13,6 +14,7 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
 # The same examples every time: a failure is to be seen by whoever runs the tests next. No deadlines, as compiling takes
 # seconds. `-m slow` and `-m ""` look further.
@@ -45,3 +47,21 @@ def quick_compilation():
     jax.config.update(name, True)
     yield
     jax.config.update(name, before)
+
+
+@pytest.fixture(scope="module")
+def kept_compilations(tmp_path_factory):
+    """What one test of a module compiled is not compiled again for the next, as in a program's second start."""
+    settings = {
+        "jax_enable_compilation_cache": True,
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

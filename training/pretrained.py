@@ -17,6 +17,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from models.byte_tokenizer import BOUNDARY, BOUNDARY_TOKEN, byte_tokenizer
+from models.locate import find_checkpoint
 from models.pretrained import Checkpoint, Pretrained, open_checkpoint, save
 from models.transformer import Transformer
 from training.cluster import agreeing
@@ -46,7 +47,7 @@ def checkpoint_of(config: Config) -> Checkpoint:
         require(field.name in _FREE or expected == got, flag, f"{expected}, as in {config.pretrained}", got)
     if config.run_dir is not None:
         target = exported(config)
-        apart = not target.exists() or (target.is_dir() and not target.samefile(config.pretrained))
+        apart = not target.exists() or (target.is_dir() and not target.samefile(find_checkpoint(config.pretrained)))
         require(apart, "--run-dir", f"one in which the tuned model may be written to {target}", "a file or its source")
     wanted = config.model.transformer()
     settings = {name: getattr(wanted, name) for name in _FREE}

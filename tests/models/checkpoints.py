@@ -1,8 +1,10 @@
 """Tiny checkpoints: models of two layers, and the GGUF files that llama.cpp's converter would make of them."""
 
 import dataclasses
+import functools
 
 import gguf
+import jax
 import numpy as np
 from flax import nnx
 
@@ -145,3 +147,18 @@ def write_gguf(path, model, *, metadata=None, tensors=None, quantisation="F32", 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _all_logits(graph, state, tokens):
+    return nnx.merge(graph, state)(tokens)
+
+
+def greedy(model, ids, count):
+    """The likeliest tokens after `ids`, each by a whole forward pass without a cache; up to 256 in all."""
+    ids, split = list(ids), nnx.split(model)
+    for _ in range(count):
+        tokens = np.zeros((1, 256), np.int32)
+        tokens[0, : len(ids)] = ids
+        ids.append(int(np.asarray(_all_logits(*split, tokens))[0, len(ids) - 1].argmax()))
+    return ids[len(ids) - count :]

@@ -1,5 +1,7 @@
 """Which layers stay dense: lost mass against softmax weights written out, and the budget kept."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from flax import nnx
 
 from models import Transformer, TransformerConfig
-from models.convert import dense_layers_within, kv_share, lost_mass, main
+from models.convert import dense_layers_within, kv_share, lost_mass
 from s2jax import Dense, FirstTokens, Local, LocalStride
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
@@ -48,6 +50,15 @@ def test_layers_that_lose_most_stay_dense_within_the_budget(budget, chosen):
     assert 0.2 + len(chosen) / 4 * 0.8 <= budget + 1e-9
 
 
+def test_a_sparse_layer_loses_of_what_it_reads_itself():
+    own = Local(2, 16)
+    model = Transformer(dataclasses.replace(CONFIG, pattern=own, dense_layers=(1,)), rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (1, 70), 0, CONFIG.vocab_size)
+    lost = lost_mass(model, own, tokens)
+    assert lost[1] > 0.01
+    np.testing.assert_allclose(lost[[0, 2]], 0, atol=1e-6)
+
+
 def test_share_of_a_cache():
     assert kv_share(CONFIG, Dense(), 1000) == 1
     assert kv_share(CONFIG, LocalStride(64, 16, 2), 128 << 10) == (1024 + 8) / 2048
@@ -57,18 +68,3 @@ def test_share_of_a_cache():
 def test_a_budget_that_cannot_be(budget):
     with pytest.raises(ValueError, match=r"must be from 0\.200, which the pattern takes in all layers, to 1"):
         dense_layers_within(np.zeros(3), 0.2, budget)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--text", "nowhere.txt", "--pattern", "Local(4)", "--kv-budget", "0.5"], "nowhere.txt"),
-        (["--text", "nowhere.txt", "--pattern", "Locale(4)", "--kv-budget", "0.5"], "expected a pattern such as"),
-        (["--text", __file__, "--pattern", "Local(4)", "--kv-budget", "0.5", "--model", "nowhere"], "nowhere"),
-    ],
-)
-def test_errors_are_one_line(arguments, message):
-    with pytest.raises(SystemExit) as raised:
-        main(arguments)
-    assert message in raised.value.code
-    assert "\n" not in raised.value.code

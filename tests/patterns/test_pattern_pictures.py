@@ -76,7 +76,7 @@ def test_drawing_without_matplotlib_says_what_to_install(monkeypatch):
         return real(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r"pip install 's2jax\[plot\]'"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         FOUR.plot(4, 4, 1000)
 
 

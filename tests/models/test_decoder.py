@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from models import Transformer, TransformerConfig
-from models.generate import Spent, generate, main
+from models.decoder import Decoder, Spent, generate, generate_batch, padded_width
 from models.pretrained import Pretrained
 from models.sampling import Sampling
 from s2jax import Dense, FirstTokens, Local, LocalStride
+from tests.models.checkpoints import greedy
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
@@ -31,18 +32,10 @@ def prompt(length: int) -> list[int]:
     return np.random.default_rng(length).integers(0, CONFIG.vocab_size, length).tolist()
 
 
-def without_cache(model: Transformer, ids: list[int], count: int) -> list[int]:
-    ids = list(ids)
-    for _ in range(count):
-        padded = jnp.asarray([ids + [0] * (128 - len(ids))])
-        ids.append(int(RUN(*nnx.split(model), padded)[0, len(ids) - 1].argmax()))
-    return ids[-count:]
-
-
 RUN = jax.jit(lambda graph, state, tokens: nnx.merge(graph, state)(tokens), static_argnums=0)
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.usefixtures("quick_compilation", "kept_compilations")
 class TestModel:
     @pytest.mark.parametrize("pattern", [LocalStride(16, 1, 2), FirstTokens(4) | Local(tokens=20), Dense()], ids=str)
     @pytest.mark.parametrize("chunk", [None, 7])
@@ -50,7 +43,7 @@ class TestModel:
         ours = pretrained(pattern=pattern)
         spent = Spent()
         found = list(generate(ours, prompt(53), 12, chunk=chunk, spent=spent))
-        assert found == without_cache(ours.model, prompt(53), 12)
+        assert found == greedy(ours.model, prompt(53), 12)
         assert (spent.prompt, spent.tokens) == (53, 12)
         assert (spent.cache_bytes < spent.full_bytes) == (pattern != Dense())
 
@@ -101,39 +94,54 @@ class TestModel:
         with pytest.raises(ValueError, match=r"the cache was made for Dense\(\), the layer reads by LocalStride"):
             ours.extend(jnp.zeros((1, 1), int), dense)
 
+    def test_prompts_of_any_length_go_on_as_if_alone(self):
+        ours = pretrained()
+        prompts = [prompt(53), prompt(3), prompt(17)]
+        alone = [greedy(ours.model, ids, 8) for ids in prompts]
+        ends = dataclasses.replace(ours, eos_ids=(alone[1][2],))
+        for chunk in (None, 16):
+            found: list[list[int]] = [[], [], []]
+            ended = set[int]()
+            for step in generate_batch(ends, prompts, 8, chunk=chunk, ended=ended):
+                for row, token in step.items():
+                    found[row].append(token)
+                if len(found[2]) == 5:
+                    ended.add(2)  # as when a stop string was found
+            for row, most in enumerate((8, 8, 5)):
+                expected = alone[row][:most]
+                end = alone[1][2]
+                assert found[row] == (expected[: expected.index(end) + 1] if end in expected else expected)
 
-class TestCommand:
-    def test_continues_a_text(self, smollm2_path, capsys):
-        main(["--model", str(smollm2_path), "--prompt", "The capital of Italy is", "--max-new-tokens", "4"])
-        told = capsys.readouterr()
-        assert told.out == " Rome.\n\n\n"  # the last one ends the output
-        assert "prompt: 5 tokens in " in told.err
-        assert "100% of a full one" in told.err
+    @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+    def test_logits_without_a_distribution_end_it_and_name_the_place(self, sampling):
+        ours = pretrained()
+        ours.model.final_norm.scale.set_value(jnp.full(32, jnp.nan))
+        with pytest.raises(FloatingPointError, match="for the token at position 20 are NaN or all -inf"):
+            list(generate(ours, prompt(20), 10, sampling=sampling))
+        with pytest.raises(FloatingPointError, match="sequence 1: the model's logits for the token at position 20"):
+            list(generate_batch(ours, [prompt(20), prompt(3)], 10, sampling=sampling))
 
-    @pytest.mark.slow
-    def test_answers(self, smollm2_path, capsys):
-        said = ["--chat", "--system", "Be brief.", "--prompt", "Hello!", "--max-new-tokens", "2"]
-        main(["--model", str(smollm2_path), *said])
-        told = capsys.readouterr()
-        assert told.out.strip()
-        assert "prompt: 19 tokens in " in told.err
+    def test_a_decoder_takes_back_and_empties(self):
+        ours, ids = pretrained(), prompt(40)
+        decoder = Decoder(ours, batch=2, max_length=100, max_rollback=8)
+        decoder.feed([ids, ids[:20]])
+        expected = decoder.draw()
+        decoder.feed([[1, 2, 3], [4]])
+        decoder.rollback([3, 1])
+        assert decoder.lengths.tolist() == [40, 20]
+        decoder.rollback([1, 1])
+        decoder.feed([[ids[39]], [ids[19]]])
+        assert decoder.draw() == expected
+        decoder.reset([True, False])
+        decoder.feed([ids[:20], []])
+        assert decoder.draw() == [expected[1]] * 2
+        assert decoder.lengths.tolist() == [20, 20]
+        with pytest.raises(ValueError, match="257 tokens do not fit into caches for 256"):
+            decoder.feed([prompt(237), []])
 
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["--prompt", ""], "the prompt is empty"),
-            (["--prompt", "a", "--pattern", "Diagonal(3)"], "expected a pattern such as"),
-            (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0, got -1"),
-            (["--prompt", "a", "--model", "nowhere"], "nowhere"),
-            (["--prompt", "a", "--max-new-tokens", "9000"], "do not fit into the model's context of 8192"),
-            (["--prompt", "a", "--dense-layers", "31"], "dense_layers must be layer indices from 0 to 29"),
-            (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
-            (["--prompt", "a", "--system", "b"], "--system is part of a conversation: give --chat, too"),
-        ],
-    )
-    def test_errors_are_one_line(self, smollm2_path, arguments, message):
-        model = [] if "--model" in arguments else ["--model", str(smollm2_path)]
-        with pytest.raises(SystemExit) as raised:
-            main([*model, *arguments])
-        assert message in raised.value.code
-        assert "\n" not in raised.value.code
+
+@pytest.mark.parametrize(
+    ("tokens", "width"), [(1, 1), (2, 16), (16, 16), (17, 32), (200, 256), (256, 256), (257, 512), (512, 512)]
+)
+def test_few_widths_are_compiled(tokens, width):
+    assert padded_width(tokens) == width

@@ -1,0 +1,120 @@
+"""Talks with a pretrained chat model: a line is what the user says, and the answer comes as it is drawn.
+
+    python -m models.chat
+    python -m models.chat --model my-model/ --pattern "LocalStride(64, 4, 3) | FirstBlocks(1)" --temperature 0.7
+    printf 'What is the capital of Italy?\nAnd of Spain?\n' | python -m models.chat
+
+The cache is kept from turn to turn, so that a turn costs what is new in it. Where the model's context is full, the
+oldest turns are forgotten, and it is said. Ctrl-C stops an answer; at the prompt, or where the lines are not typed, it
+ends the program, as Ctrl-D does. Answers go to stdout, all else to stderr.
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+
+from models.extras import exit_for_missing
+
+try:
+    from models.command_line import (
+        Parser,
+        add_model_flags,
+        add_sampling_flags,
+        check_sampling,
+        check_text,
+        end_ids,
+        load_model,
+        run,
+        sampling_of,
+        say,
+    )
+    from models.conversation import Conversation
+except ModuleNotFoundError as error:
+    exit_for_missing(error, "models.chat", "generate")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the program; returns its exit code, see `models.command_line.run`."""
+    return run("models.chat", _chat, argv)
+
+
+def _chat(argv: list[str] | None) -> None:
+    given = _parser().parse_args(argv)
+    check_sampling(given)
+    if given.system is not None:
+        check_text("--system", given.system)
+    pretrained = load_model(given)
+    if pretrained.chat_template is None:
+        raise ValueError("the checkpoint has no chat template: it lays out no conversation; see models.generate")
+    conversation = Conversation(
+        dataclasses.replace(pretrained, eos_ids=end_ids(pretrained, given.stop)), system=given.system,
+        max_new_tokens=given.max_new_tokens, sampling=sampling_of(given, pretrained), seed=given.seed, stops=given.stop,
+        cache_dtype=given.cache_dtype, say=say,
+    )  # fmt: skip
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    try:
+        for line in _lines(typed):
+            try:
+                _answer(conversation, check_text("a message", line), typed)
+            except ValueError as error:  # of this message: the next one may do
+                if not typed:
+                    raise
+                say(str(error))
+    except KeyboardInterrupt:
+        print(flush=True)
+
+
+def _answer(conversation: Conversation, text: str, typed: bool) -> None:
+    try:
+        for piece in conversation.answer(text):
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if not typed:
+            raise
+    print(flush=True)
+
+
+def _lines(typed: bool) -> Iterator[str]:
+    """What the user says, until Ctrl-D or the end of the file; blank lines are left out."""
+    if typed:
+        say("Ctrl-D ends the conversation.")
+        with contextlib.suppress(ModuleNotFoundError):  # Windows has none
+            import readline  # noqa: F401 - lets input() edit the line and recall earlier ones
+    while True:
+        try:
+            line = input("> ") if typed else _piped_line()
+        except EOFError:
+            if typed:
+                print(flush=True)
+            return
+        if line.strip():
+            yield line
+
+
+def _piped_line() -> str:
+    """A line of stdin.
+
+    Raises:
+        EOFError: there is none.
+        ValueError: stdin is no text of its encoding.
+    """
+    try:
+        line = "" if sys.stdin is None else sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin must be {error.encoding} text: {error.reason} at byte {error.start}") from error
+    if not line:
+        raise EOFError
+    return line.rstrip("\r\n")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m models.chat", description=__doc__)
+    parser.add_argument("--system", help="what is said before all turns; by default what the checkpoint says")
+    add_model_flags(parser)
+    add_sampling_flags(parser, max_new_tokens=512)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

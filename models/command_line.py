@@ -1,0 +1,188 @@
+"""What the programs of this package share: flags, the model that they name, and how they end."""
+
+import argparse
+import dataclasses
+import difflib
+import io
+import os
+import sys
+import typing
+import warnings
+from collections.abc import Callable
+
+import jax
+
+from models import smollm2
+from models.compilation_cache import keep_compilations
+from models.pattern_text import pattern_of
+from models.pretrained import Pretrained, load
+from models.sampling import Sampling
+from s2jax import PatternWarning
+
+MODEL_HELP = (
+    "a GGUF file, a directory with config.json, a run of train.py, or org/name[@revision] on Hugging Face; by default "
+    "SmolLM2-135M-Instruct, fetched"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, which names the flag that was probably meant."""
+
+    def __init__(self, **settings: typing.Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> typing.NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        for word in message.split() if message.startswith("unrecognized arguments") else ():
+            near = difflib.get_close_matches(word.partition("=")[0], flags, 1)
+            if word.startswith("-") and near:
+                message += f"; did you mean {near[0]}?"
+                break
+        print(f"{self.prog}: {_one_line(message)} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_model_flags(parser: Parser) -> None:
+    """The flags of a model that is loaded and run."""
+    parser.add_argument("--model", help=MODEL_HELP)
+    parser.add_argument(
+        "--pattern",
+        help="who reads whom, such as 'LocalStride(64, 16, 3)'; by default what the checkpoint records, or dense",
+    )
+    parser.add_argument(
+        "--dense-layers", type=int, nargs="*", metavar="N",
+        help="layers that stay dense, from 0 on; by default none beside --pattern, else those of the checkpoint",
+    )  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+    parser.add_argument(
+        "--implementation", choices=("xla", "reference", "mosaic_gpu", "mosaic_tpu"),
+        help="backend of the attention; by default that of the platform",
+    )  # fmt: skip
+
+
+def add_sampling_flags(parser: Parser, max_new_tokens: int) -> None:
+    """The flags of how tokens are chosen, and when a text ends."""
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="default %(default)s")
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token; default the checkpoint's, or 0")
+    parser.add_argument("--top-k", type=int, help="only so many of the likeliest tokens; default the checkpoint's")
+    parser.add_argument("--top-p", type=float, help="only the likeliest tokens of this share together; likewise")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices, from 0 to 2**32 - 1")
+    parser.add_argument(
+        "--cache-dtype", choices=("float32", "bfloat16", "float16", "int8"), help="by default that of --dtype"
+    )
+
+
+def check_sampling(given: argparse.Namespace) -> None:
+    """Checks the flags of `add_sampling_flags` before anything takes long.
+
+    Raises:
+        ValueError: in one line, if a value is out of range.
+    """
+    Sampling(**_asked(given))
+    if not 0 <= given.seed < 1 << 32:
+        raise ValueError(f"--seed must be from 0 to {(1 << 32) - 1}, got {given.seed}")
+    if not 1 <= given.max_new_tokens < 1 << 31:
+        raise ValueError(f"--max-new-tokens must be from 1 to {(1 << 31) - 1}, got {given.max_new_tokens}")
+    for stop in given.stop:
+        check_text("--stop", stop)
+        if not stop:
+            raise ValueError("--stop must be a text of at least one character, got none")
+
+
+def sampling_of(given: argparse.Namespace, pretrained: Pretrained) -> Sampling:
+    """How tokens are chosen: by the flags, and by the checkpoint in what they leave open.
+
+    Raises:
+        ValueError: no flag is given, and the checkpoint asks for what is not supported.
+    """
+    asked = _asked(given)
+    return dataclasses.replace(pretrained.sampling, **asked) if asked else pretrained.own_sampling()
+
+
+def _asked(given: argparse.Namespace) -> dict[str, typing.Any]:
+    flags = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def load_model(given: argparse.Namespace) -> Pretrained:
+    """The model of the flags of `add_model_flags`, with a tokenizer; says on stderr what it is doing.
+
+    Raises:
+        ValueError: in one line, if it cannot be found or read, or the flags do not fit it.
+    """
+    pattern = None if given.pattern is None else pattern_of(given.pattern)
+    settings = {} if given.dense_layers is None else {"dense_layers": tuple(given.dense_layers)}
+    name = smollm2.fetch(say=say) if given.model is None else given.model
+    say(f"loading {name} …")
+    pretrained = load(name, pattern, dtype=given.dtype, implementation=given.implementation, **settings)
+    if pretrained.tokenizer is None:
+        raise ValueError(f"{name} has no tokenizer: put a tokenizer.json beside its weights")
+    return pretrained
+
+
+def end_ids(pretrained: Pretrained, stops: list[str]) -> tuple[int, ...]:
+    """The tokens that end a text: the model's, and those of the stop strings that are special tokens.
+
+    Special tokens are no text, so a stop string could not be found in it.
+    """
+    assert pretrained.tokenizer is not None
+    added = pretrained.tokenizer.get_added_tokens_decoder()
+    special = [token for token, entry in added.items() if entry.special and entry.content in stops]
+    return tuple(dict.fromkeys([*pretrained.eos_ids, *special]))
+
+
+def check_text(name: str, text: str) -> str:
+    """The text, if it can be written as UTF-8.
+
+    Raises:
+        ValueError: in one line, if it has lone surrogates, which stand for bytes that are no UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be UTF-8 text, got {text[error.start]!a} at character {error.start}") from error
+    return text
+
+
+def say(line: str) -> None:
+    """Prints a line to stderr, where there is one."""
+    if sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def run(program: str, body: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+    """Runs a program's body; whatever goes wrong is one line on stderr.
+
+    Returns:
+        The exit code: 0 done, or nobody reads the output any more; 1 the model or the machine failed; 2 bad input;
+        130 Ctrl-C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an encoding that lacks characters ends nothing
+            stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", category=PatternWarning)
+    keep_compilations()
+    try:
+        body(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        assert sys.stdout is not None
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer has no reader
+        return 0
+    except KeyboardInterrupt:
+        say("")
+        return 130
+    except (FloatingPointError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        say(f"{program}: {_one_line(str(error) or 'out of memory')}")
+        return 1
+    except (ValueError, NotImplementedError, OSError) as error:
+        say(f"{program}: {_one_line(str(error))}")
+        return 2
+    return 0
+
+
+def _one_line(message: str) -> str:
+    line = " ".join(message.split())
+    return line if len(line) <= 600 else f"{line[:597]}..."

@@ -1,0 +1,69 @@
+"""Text from token ids as they come: whole characters, up to a stop string."""
+
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_MOST_PENDING = 8
+"""Tokens of one character, at most: what is still no character then is none."""
+
+
+class TextStream:
+    """Decodes tokens one by one; special tokens are left out.
+
+    Args:
+        tokenizer: of the model.
+        stops: strings that end the text, wherever tokens cut them. They are not part of it.
+
+    Attributes:
+        text: all that was given out.
+        stopped: True if a stop string was found.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        self._ids: list[int] = []
+        self._before = self._read = 0  # tokens before `_before` play no part any more, those before `_read` are text
+        self._held = ""
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain with one more token, often empty."""
+        self._ids.append(token)
+        return self._released(self._decoded(whole=False), last=False)
+
+    def finish(self) -> str:
+        """The rest, when no token will follow."""
+        return self._released(self._decoded(whole=True), last=True)
+
+    def _decoded(self, *, whole: bool) -> str:
+        """The characters that the tokens since `_read` add."""
+        known = self._tokenizer.decode(self._ids[self._before : self._read])
+        text = self._tokenizer.decode(self._ids[self._before :])
+        pending = len(self._ids) - self._read
+        if not whole and pending < _MOST_PENDING and (len(text) <= len(known) or text.endswith(_UNFINISHED)):
+            return ""
+        self._before, self._read = self._read, len(self._ids)
+        same = next(
+            (i for i, (a, b) in enumerate(zip(known, text, strict=False)) if a != b), min(len(known), len(text))
+        )
+        return text[same:]
+
+    def _released(self, piece: str, *, last: bool) -> str:
+        """What can be given out: not the beginning of a stop string, nor anything after one."""
+        text = "" if self.stopped else self._held + piece
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            text = text[: min(found)]
+        kept = 0 if last or self.stopped else max((_overlap(text, stop) for stop in self._stops), default=0)
+        text, self._held = text[: len(text) - kept], text[len(text) - kept :]
+        self.text += text
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next(n for n in range(min(len(text), len(stop) - 1), -1, -1) if text.endswith(stop[:n]))
