@@ -58,8 +58,8 @@ class _CommandLine(Config):
 _CommandLine.__doc__ = Config.__doc__
 
 
-def _flags() -> dict[str, Any]:
-    """Type of each flag's value."""
+def flags() -> dict[str, Any]:
+    """The flags of train.py, and the type of each value."""
     kinds = {}
     for kind in (_CommandLine, *PARTS.values()):
         hints = get_type_hints(kind)
@@ -68,7 +68,7 @@ def _flags() -> dict[str, Any]:
     return kinds
 
 
-_FLAGS = _flags()
+_FLAGS = flags()
 
 
 def parse(argv: Sequence[str]) -> Config:

@@ -111,6 +111,7 @@ def final_report(
         f"Model        {results.run_dir / 'model'}",
         f"Try it with  {generate_command(config)}",
         f"Go on with   {resume_command(config)} --steps {2 * config.steps}",
+        "             (warmup and cosine are drawn over all steps: the rates rise again)",
     ]
     return "\n".join(page), results.problem
 
