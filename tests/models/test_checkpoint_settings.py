@@ -1,11 +1,13 @@
 """What the settings of a checkpoint's files do, and what is refused; tests/models/test_transformers_settings.py has the
 package transformers say the same."""
 
+import functools
 import json
 import logging
 import os
 import pathlib
 import struct
+import tempfile
 
 import numpy as np
 import pytest
@@ -17,11 +19,13 @@ import models.huggingface_config as config_settings
 import models.huggingface_generation as generation_settings
 from models.generate import generate
 from models.gguf_tokenizer import end_ids, tokenizer_from_gguf
+from models.huggingface import to_huggingface
 from models.huggingface_tokenizer import SPECIAL_TOKENS
 from models.pretrained import Pretrained, load, open_checkpoint, save
 from models.sampling import Sampling
-from tests.models.checkpoints import LLAMA, TOKENS, UNTIED, gguf_tensors, logits, transformer, write_gguf
+from tests.models.checkpoints import LLAMA, TOKENS, UNTIED, gguf_tensors, transformer, write_gguf
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SETTINGS = {"dtype": "float32", "implementation": "reference"}
 MODEL = transformer(LLAMA)
 
@@ -37,16 +41,31 @@ def byte_level(extra: int = 0, *, template: bool = False) -> Tokenizer:
     return tokenizer
 
 
-def saved(path, *, extra=0, template=False, model=MODEL, **files):
-    """A checkpoint, changed in what its JSON files say."""
+@functools.cache
+def saved_files(extra, template, model):
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     tokenizer = byte_level(extra, template=template)
-    save(path, Pretrained(model=model, max_context=128, tokenizer=tokenizer, eos_ids=(93,), special_tokens=tokens))
+    with tempfile.TemporaryDirectory() as path:
+        save(path, Pretrained(model=model, max_context=128, tokenizer=tokenizer, eos_ids=(93,), special_tokens=tokens))
+        return {file.name: file.read_bytes() for file in pathlib.Path(path).iterdir()}
+
+
+def saved(path, *, extra=0, template=False, model=MODEL, **files):
+    """A checkpoint, changed in what its JSON files say."""
+    for name, contents in saved_files(extra, template, model).items():
+        (path / name).write_bytes(contents)
     for name, changes in files.items():
         file = path / f"{name}.json"
         values = json.loads(file.read_text()) if file.exists() else {}
         file.write_text(json.dumps(values | changes))
     return path
+
+
+def same_parameters(loaded, model):
+    loaded, model = to_huggingface(loaded), to_huggingface(model)
+    assert loaded.keys() == model.keys()
+    for name, tensor in model.items():
+        np.testing.assert_array_equal(loaded[name], tensor)
 
 
 def ids(path, text="abc"):
@@ -60,7 +79,7 @@ def test_a_head_beside_the_flag_that_ties_it_is_kept(tmp_path, caplog):
         loaded = load(tmp_path, **SETTINGS).model
     assert "differ: both are kept" in caplog.text
     assert not loaded.config.tie_embeddings
-    np.testing.assert_allclose(logits(loaded), logits(model), atol=1e-6)
+    same_parameters(loaded, model)
 
 
 @pytest.mark.parametrize(
@@ -134,12 +153,14 @@ def test_tokens_are_chosen_as_the_checkpoint_says(tmp_path, generation, expected
     ],
 )
 def test_choices_that_cannot_be_made_are_refused_unless_one_says_how_else(tmp_path, setting):
-    pretrained = load(saved(tmp_path, generation_config=setting), **SETTINGS)
-    with pytest.raises(
-        ValueError, match=r"asks for tokens to be chosen by \w+=.*, which is not supported: say how else"
-    ):
-        next(generate(pretrained, [1, 2], 1))
-    assert next(generate(pretrained, [1, 2], 1, sampling=Sampling())) >= 0
+    checkpoint = open_checkpoint(saved(tmp_path, generation_config=setting))
+    with pytest.raises(ValueError, match=r"asks for tokens to be chosen by \w+=.*, which is not supported: say how"):
+        checkpoint.own_sampling()
+    if "num_beams" in setting:
+        pretrained = load(tmp_path, **SETTINGS)
+        with pytest.raises(ValueError, match="num_beams=4"):
+            next(generate(pretrained, [1, 2], 1))
+        assert next(generate(pretrained, [1, 2], 1, sampling=Sampling())) >= 0
 
 
 @pytest.mark.parametrize(
@@ -148,8 +169,8 @@ def test_choices_that_cannot_be_made_are_refused_unless_one_says_how_else(tmp_pa
         ("config", {"num_hidden_layers": 10**9}, r"missing are \['model.layers.10.*\(8999999982 in all\)"),
         (
             "config",
-            {"num_attention_heads": 2**31 - 1},
-            "hidden_size=64, which num_attention_heads=2147483647 must divide",
+            {"num_attention_heads": 3, "head_dim": None},
+            "hidden_size=64, which num_attention_heads=3 must divide",
         ),
         (
             "config",
@@ -283,7 +304,7 @@ def test_a_split_file_is_read_from_all_of_its_parts(tmp_path):
     model, path = write_split(tmp_path)
     loaded = load(path, **SETTINGS).model
     assert not loaded.config.tie_embeddings
-    np.testing.assert_allclose(logits(loaded), logits(model), atol=1e-6)
+    same_parameters(loaded, model)
     second = path.with_name("a-00002-of-00003.gguf")
     with pytest.raises(ValueError, match=r"part 2 of 3 of a split file: give the first, a-00001-of-00003\.gguf"):
         open_checkpoint(second)
