@@ -21,6 +21,7 @@ class Problem:
       logits_soft_cap: the logits become cap · tanh(logits / cap); None leaves them.
       tiles: the backend's own tile sizes, or None for its own choice.
       same_segments: queries and keys have one array of segment ids: a query's segment holds its own key.
+      platform: that is lowered for, "cpu", "cuda", "rocm" or "tpu"; None where it is not known yet.
     """
 
     schedule: BlockSchedule | None
@@ -28,6 +29,7 @@ class Problem:
     logits_soft_cap: float | None
     tiles: typing.Any
     same_segments: bool = False
+    platform: str | None = None
 
 
 @jax.tree_util.register_dataclass

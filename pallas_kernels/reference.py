@@ -118,6 +118,30 @@ def backward(
     return pull((spread, jnp.where(jnp.isneginf(alone), 0, dlse)))
 
 
+def tangents(
+    problem: Problem, operands: Operands, lse: Array, query, key, value, *, differentiable: bool = False
+) -> tuple[Array, Array]:
+    """What the op's tangents are made of: Σ (P ∘ dl) v + Σ P dv, [b, t, h, e], and Σ P ∘ dl, [b, h, t].
+
+    P are the weights, sinks included, and dl the tangents of the logits. It is differentiable in turn in any case.
+
+    Args:
+      lse: [b, h, t], sinks included.
+      query, key, value: tangents, None for zero.
+    """
+    inputs = operands.query, operands.key, operands.value
+    moved = tuple(
+        jnp.zeros_like(each) if change is None else change
+        for each, change in zip(inputs, (query, key, value), strict=True)
+    )
+    (out, alone), (dout, dlse) = jax.jvp(functools.partial(_attend, problem, operands), inputs, moved)
+    # Without sinks it sums to one; with them, the weights are smaller by a factor.
+    share = jnp.where(jnp.isneginf(alone), 0, jnp.exp(alone - jnp.where(jnp.isneginf(lse), 0, lse)))
+    of_rows = share.swapaxes(1, 2)[..., None]
+    dlse = jnp.where(jnp.isneginf(alone), 0, dlse)
+    return of_rows * (dout + dlse.swapaxes(1, 2)[..., None] * out), share * dlse
+
+
 def _attend(problem: Problem, operands: Operands, query, key, value):
     compute = accumulation_dtype(query.dtype)
     return masked_attention(

@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from pallas_kernels.deferred import Mapped, Signature
 from pallas_kernels.problem import Operands
 
 Axes = tuple[str, ...]
@@ -43,23 +44,57 @@ class Sharding:
 
 
 def over_shards(
-    function, table_specs, operands: Operands, query_spec: P | None, results: str, extra: str = "", *arrays
+    function,
+    sharding: Sharding | None,
+    signature: Signature,
+    leaves: tuple,
+    specs: tuple,
+    results: str,
+    tables,
+    table_specs,
 ):
-    """`function(operands, *arrays)` on every shard of the mesh that is set, or as it is where there is none.
+    """`function(tables, *arguments)` on every shard, or as it is where there are none; over all mapped axes.
 
     Args:
-      table_specs: `table_specs(operands.tables, sharding)` says how they are split.
-      query_spec: the query's PartitionSpec, for meshes with Auto axes.
-      results, extra: what comes out, and what the arrays are: one letter each, "q" for [batch, length, heads,
-        features], "l" for [batch, heads, length], "b" for [batch, heads] and "-" for None.
+      signature: how the flat arrays `leaves` are the arguments.
+      specs: of the arguments, as `operand_specs` and `spec_of` tell them.
+      results: what comes out: see `spec_of`.
+      table_specs: `table_specs(tables, sharding)` says how they are split.
     """
-    sharding = find_sharding(jax.typeof(operands.query), operands.key.shape[2], query_spec)
+
+    def on_one(tables, *leaves):
+        if any(mapped.mesh_axes for mapped in signature.maps):
+            leaves = equally_varying(leaves)
+        return signature.mapped(functools.partial(function, tables))(*leaves)
+
     if sharding is None:
-        return function(operands, *arrays)
-    kinds = {"q": sharding.of(0, 2), "l": sharding.of(0, 1, 3), "b": sharding.of(0, 1, 2), "-": None}
-    in_specs = (_operand_specs(sharding, table_specs, operands), *(kinds[kind] for kind in extra))
-    out_specs = tuple(kinds[kind] for kind in results)
-    return on_shards(function, sharding, in_specs, out_specs, operands, *arrays)
+        return on_one(tables, *leaves)
+    in_specs = [
+        _mapped_spec(spec, signature.maps, place)
+        for place, spec in enumerate(jax.tree.leaves(specs, is_leaf=lambda each: isinstance(each, P)))
+    ]
+    before = [mapped.mesh_axes or None for mapped in reversed(signature.maps)]
+    out_specs = tuple(None if kind == "-" else P(*before, *spec_of(sharding, kind)) for kind in results)
+    of_tables = None if tables is None else table_specs(tables, sharding)
+    return on_shards(on_one, sharding, (of_tables, *in_specs), out_specs, tables, *leaves)
+
+
+def spec_of(sharding: Sharding | None, kind: str) -> typing.Any:
+    """The spec of an array by one letter: "q" for [batch, length, heads, features], "l" for [batch, heads, length],
+    "b" for [batch, heads] and "-" for None.
+    """
+    if sharding is None or kind == "-":
+        return None
+    return {"q": sharding.of(0, 2), "l": sharding.of(0, 1, 3), "b": sharding.of(0, 1, 2)}[kind]
+
+
+def _mapped_spec(spec: P, maps: tuple[Mapped, ...], place: int) -> P:
+    axes = list(spec)
+    for mapped in maps:
+        axis = mapped.axes[place]
+        if axis is not None:
+            axes.insert(axis, mapped.mesh_axes or None)
+    return P(*axes)
 
 
 def on_shards(function, sharding: Sharding | None, in_specs: tuple, out_specs, *arguments):
@@ -72,7 +107,10 @@ def on_shards(function, sharding: Sharding | None, in_specs: tuple, out_specs, *
     return mapped(*arguments)
 
 
-def _operand_specs(sharding: Sharding, table_specs, operands: Operands) -> typing.Any:
+def operand_specs(sharding: Sharding | None, operands: Operands) -> typing.Any:
+    """How operands without tables are split."""
+    if sharding is None:
+        return None
     tokens = sharding.of(0, 2)
     each = {
         "query": tokens,
@@ -82,6 +120,7 @@ def _operand_specs(sharding: Sharding, table_specs, operands: Operands) -> typin
         "query_segment_ids": sharding.of(0, ndim=2),
         "kv_segment_ids": sharding.of(0, ndim=2),
         "query_offset": sharding.of(0, ndim=1),
+        "first_head": P(),
     }
     specs: dict[str, typing.Any] = {
         name: None if getattr(operands, name) is None else spec for name, spec in each.items()
@@ -91,8 +130,6 @@ def _operand_specs(sharding: Sharding, table_specs, operands: Operands) -> typin
         specs["selection"] = dataclasses.replace(
             operands.selection, kv_blocks=sharding.of(batch, heads), counts=sharding.of(batch, heads, 3)
         )
-    if operands.tables is not None:
-        specs["tables"] = table_specs(operands.tables, sharding)
     return Operands(**specs)
 
 

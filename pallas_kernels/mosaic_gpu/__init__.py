@@ -12,6 +12,7 @@ from pallas_kernels import xla
 from pallas_kernels.mosaic_gpu.arrange import arrange, arrange_query_gradient
 from pallas_kernels.mosaic_gpu.arrange_keys import arrange_key_gradients
 from pallas_kernels.mosaic_gpu.chip import refuse_chip
+from pallas_kernels.mosaic_gpu.chip import refuse_device as refuse_device
 from pallas_kernels.mosaic_gpu.forward import attend
 from pallas_kernels.mosaic_gpu.key_gradient import key_gradients
 from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables, selection_key_tables

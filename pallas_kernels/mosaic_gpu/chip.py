@@ -18,11 +18,19 @@ def refuse_chip() -> str | None:
             device = jax.devices("cuda")[0]
         except RuntimeError:
             return None
-    capability = float(getattr(device, "compute_capability", HOPPER))
-    if int(capability) != int(HOPPER):
-        return f"needs a Hopper GPU, compute capability {HOPPER}, got {device.device_kind}, {capability}"
+    reason = refuse_device(device)
+    if reason is not None:
+        return reason
     version = cuda_versions.cuda_runtime_get_version() if cuda_versions is not None else None
     if version is not None and 12080 <= version < 12091:
         # The version tells no patch, so that 12.9.1, which is sound, cannot be told from 12.9.0.
         return f"CUDA 12.8.0 to 12.9.0 miscompile masks, got {version // 1000}.{version % 1000 // 10}; take 13"
+    return None
+
+
+def refuse_device(device) -> str | None:
+    """Why the kernels cannot run on a device; None where they can, or where its compute capability is not known."""
+    capability = float(getattr(device, "compute_capability", HOPPER))
+    if int(capability) != int(HOPPER):
+        return f"needs a Hopper GPU, compute capability {HOPPER}, got {device.device_kind}, {capability}"
     return None

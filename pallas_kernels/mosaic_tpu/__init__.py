@@ -115,6 +115,11 @@ def refuse(problem: Problem, operands: Operands) -> str | None:
     return _too_much(*_memory(walked, operands))
 
 
+def refuse_device(device) -> str | None:
+    """Why the kernels cannot run on a TPU; they run on all since v4."""
+    return None
+
+
 def _is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 

@@ -4,7 +4,6 @@ Time grows with the blocks that are read, memory with the tokens, plus a bounded
 """
 
 import dataclasses
-import functools
 import typing
 
 import jax
@@ -20,6 +19,7 @@ from pallas_kernels.xla.backward import key_value_gradients, query_gradient
 from pallas_kernels.xla.forward import RowPass, attend
 from pallas_kernels.xla.layout import Layout
 from pallas_kernels.xla.one_pass import all_gradients
+from pallas_kernels.xla.tangents import attend_tangents
 from pallas_kernels.xla.walks import (
     Walks,
     backward_walks,
@@ -126,11 +126,27 @@ def backward(
     delta = delta.swapaxes(1, 2)
     if differentiable:
         return _as_inputs(operands, _two_passes(problem, operands, dout, lse, delta, bounded=True))
-    # By the platform that is lowered for, not the one that traces: what is exported may run anywhere.
-    one_pass = dict.fromkeys(ONE_PASS, functools.partial(_one_pass, problem))
-    two_passes = functools.partial(_two_passes, problem)
-    gradients = jax.lax.platform_dependent(operands, dout, lse, delta, default=two_passes, **one_pass)
-    return _as_inputs(operands, gradients)
+    passes = _one_pass if problem.platform in ONE_PASS else _two_passes
+    return _as_inputs(operands, passes(problem, operands, dout, lse, delta))
+
+
+def tangents(
+    problem: Problem, operands: Operands, lse: Array, query, key, value, *, differentiable: bool = False
+) -> tuple[Array, Array]:
+    """What the op's tangents are made of, in the accumulation dtype: see `attend_tangents`.
+
+    Args:
+      lse: [b, h, t], sinks included.
+      query, key, value: tangents, None for zero.
+      differentiable: in turn, at the price of as many steps for every tile as the longest needs.
+    """
+    of_rows = jnp.where(lse == -jnp.inf, jnp.inf, lse).swapaxes(1, 2)
+    given = {"query": query, "key": key, "value": value}
+    moved = {name: jnp.zeros_like(getattr(operands, name)) if each is None else each for name, each in given.items()}
+    of_tangents = dataclasses.replace(operands, **moved)
+    queries, changes = (_row_pass(problem, each, operands.tables) for each in (operands, of_tangents))
+    out, total = attend_tangents(queries, changes, of_rows, bounded=differentiable)
+    return out, total.swapaxes(1, 2)
 
 
 def _as_inputs(operands: Operands, gradients: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.op import LSE_NAME, OUT_NAME
 from s2jax import BlockSelection, LocalStride, attention
-from tests.kernels.transformations import dots
+from tests.kernels.transformations import passes
 
 PATTERN = LocalStride(32, 2, 2)
 SPEC = P("data", None, "tensor", None)
@@ -89,7 +89,7 @@ def test_kept_residuals_spare_the_forward_pass():
     policy = jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME)
     wraps = (lambda layer: layer, functools.partial(jax.checkpoint, policy=policy), jax.checkpoint)
     functions = [jax.grad(functools.partial(loss, wrap), (0, 1, 2)) for wrap in wraps]
-    kept, named, forgotten = (dots(jax.make_jaxpr(function)(*inputs()).jaxpr) for function in functions)
+    kept, named, forgotten = (passes(jax.make_jaxpr(function)(*inputs()).jaxpr) for function in functions)
     assert named == kept < forgotten
     # One forward, and two for the gradients.
     assert lowered(functions[1], *inputs()).count(KERNEL) == 3

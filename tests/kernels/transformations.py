@@ -25,12 +25,15 @@ CASE = Case("transformed", PATTERN, query_length=40, kv_length=40, features=8, v
 EMPTY_ROWS = dataclasses.replace(CASE, name="empty rows", pattern=LocalStride(16, 0, 4, head_offset=1), sinks=False)
 
 
-def dots(jaxpr) -> int:
-    """Matrix products and kernels in a jaxpr, those of inner ones too: how much is computed."""
+PASSES = ("s2jax_forward", "s2jax_backward", "s2jax_tangents")
+
+
+def passes(jaxpr) -> int:
+    """The op's passes in a jaxpr, those of inner ones too: how much is computed."""
     count = 0
     for equation in jaxpr.eqns:
-        count += equation.primitive.name in ("dot_general", "pallas_call", "mpmd_map")
-        count += sum(dots(inner) for inner in jaxprs_in_params(equation.params))
+        count += equation.primitive.name in PASSES
+        count += sum(passes(inner) for inner in jaxprs_in_params(equation.params))
     return count
 
 
@@ -111,7 +114,7 @@ class TransformationContract:
         }
         inputs = self.inputs()
         gradients = {name: jax.grad(self.loss_of_layers(wrap), (0, 1, 2)) for name, wrap in wraps.items()}
-        work = {name: dots(jax.make_jaxpr(function)(*inputs).jaxpr) for name, function in gradients.items()}
+        work = {name: passes(jax.make_jaxpr(function)(*inputs).jaxpr) for name, function in gradients.items()}
         assert work["named"] == work["kept"] < work["forgotten"]
         for found, expected in zip(*(jax.jit(gradients[name])(*inputs) for name in ("named", "kept")), strict=True):
             np.testing.assert_array_equal(found, expected)

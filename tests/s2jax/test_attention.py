@@ -51,7 +51,7 @@ class TestImplementations:
         """The other is not asked."""
         taken = names if isinstance(names, str) else names[0]
         for name in {"xla", "reference"} - {taken}:
-            monkeypatch.setitem(op.FORWARD, name, None)
+            monkeypatch.setitem(op.MODULES, name, None)
         attention(*inputs, PATTERN, implementation=names)
 
     def test_one_that_refuses_leaves_it_to_the_next(self, inputs, monkeypatch):

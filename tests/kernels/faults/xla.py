@@ -63,7 +63,7 @@ FAULTS = [
     ),
     Fault(
         "one pass on every platform", XLA,
-        "default=two_passes, **one_pass", "default=one_pass.get('cpu', two_passes)",
+        "_one_pass if problem.platform in ONE_PASS else _two_passes", "_one_pass",
         CASE + "one_pass_is_for_the_cpu_alone",
     ),
     Fault(
@@ -78,7 +78,7 @@ FAULTS = [
         "return out * kept.swapaxes(1, 2)[..., None].astype(out.dtype), total", "return out, lse",
         case("sinks"),
     ),
-    Fault("the gradient of sinks with the wrong sign", SINKS, "(-weights * delta)", "(weights * delta)", case("sinks")),
+    Fault("the gradient of sinks with the wrong sign", SINKS, "(-_weights(sinks, lse) * delta)", "(_weights(sinks, lse) * delta)", case("sinks")),
     Fault(
         "sums in the inputs' own precision", PROBLEM,
         "np.promote_types(dtype, np.float32)", "np.dtype(dtype)",
