@@ -30,7 +30,7 @@ try:
     import s2jax
     from models.compilation_cache import keep_compilations
     from models.pretrained import Checkpoint, Pretrained
-    from training.checkpoint import Checkpoints, SaveFailed
+    from training.checkpoint import Checkpoints, SaveFailed, written_steps
     from training.cluster import Failed, agreeing, wait_for_all
     from training.command_line import parse
     from training.config import Config, require
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     """
     tolerate_any_text()
     keep_compilations()
-    run = None
+    config = run = None
     with StopRequest() as stop, contextlib.ExitStack() as held:
         try:
             config = parse(argv)
@@ -80,30 +80,33 @@ def main(argv: Sequence[str]) -> int:
             stop.in_cluster = jax.process_count() > 1
             run = prepare(config, held)
             train(run, stop, held)
+            stop.over()
             return 0
-        except Stopped as stopped:
-            if run is None:
-                warn(f"train.py: {stopped}: stopped before the first step")
-            else:
-                say(_left_by_stopping(run))
-            return 0
-        except KeyboardInterrupt:
-            warn("train.py: ended at once; the same --run-dir goes on from the last checkpoint")
-            return 130
-        except (ValueError, OSError, Failed) as error:
-            if run is None:
-                return _complain(error, 2)
-            if isinstance(error, ValueError):
-                raise
-            return _complain(error, 1, _last_good(run))
-        except (Diverged, SaveFailed) as error:
-            assert run is not None
-            return _complain(error, 1, _last_good(run, error.step if isinstance(error, Diverged) else None))
+        except BaseException as error:  # those that are no end of a run are raised again
+            stop.over()
+            return _ended_by(error, config, run)
 
 
-def _complain(error: Exception, code: int, more: str = "") -> int:
+def _ended_by(error: BaseException, config: Config | None, run: Run | None) -> int:
+    """Says in one line why a run ended, and what is left to go on from; the exit code."""
+    if isinstance(error, Stopped):
+        if run is None:
+            warn(f"train.py: {error}: stopped before the first step")
+        else:
+            say(_left_by_stopping(run))
+        return 0
+    if isinstance(error, KeyboardInterrupt):
+        warn("train.py: ended at once; the same --run-dir goes on from the last checkpoint")
+        return 130
+    more = ""
+    if isinstance(error, Diverged) and run is not None:
+        more = _good_before(error.step, run)
+    elif isinstance(error, (OSError, SaveFailed)) and config is not None and config.run_dir is not None:
+        more = _good_in(run.config if run else config)
+    elif not isinstance(error, (OSError, Failed) if run else (OSError, Failed, ValueError)):
+        raise error
     warn(f"train.py: {' '.join(str(error).split())}{more}")
-    return code
+    return 1 if run else 2
 
 
 def _left_by_stopping(run: Run) -> str:
@@ -113,23 +116,29 @@ def _left_by_stopping(run: Run) -> str:
     )
 
 
-def _last_good(run: Run, spoiled: int | None = None) -> str:
-    """Names the checkpoint to go on from, and moves those aside that a run that diverged had better not go on from.
+def _good_in(config: Config, how: str = "") -> str:
+    """The last good checkpoint of a run that ended, and the command that goes on from it."""
+    directory = run_dir(config) / "checkpoints"
+    if not (steps := written_steps(directory)):
+        return "; stopped. There is no good checkpoint"
+    return f"; stopped. Checkpoint {steps[-1]} in {directory} is good; go on{how} by: {resume_command(config)}"
+
+
+def _good_before(spoiled: int, run: Run) -> str:
+    """The same for a run that diverged; moves aside what it had better not go on from.
 
     Args:
         spoiled: the first step whose loss, gradient or state is no number; the state before it gave that.
+        run: has diverged.
     """
     with contextlib.suppress(SaveFailed):
         run.checkpoints.wait()
     steps = run.checkpoints.written
-    good = [step for step in steps if spoiled is None or step < spoiled - 1]
-    if good and good != steps:
-        run.checkpoints.discard([step for step in steps if step not in good], "diverged")
-    if not good:
+    bad = [step for step in steps if step >= spoiled - 1]
+    if bad == steps:
         return "; stopped. There is no good checkpoint"
-    lower = "" if spoiled is None else " with lower rates (--learning-rate, --rest-learning-rate)"
-    again = f"go on{lower} by: {resume_command(run.config)}"
-    return f"; stopped. Checkpoint {good[-1]} in {run.checkpoints.directory} is good; {again}"
+    run.checkpoints.discard(bad, "diverged")
+    return _good_in(run.config, " with lower rates (--learning-rate, --rest-learning-rate)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

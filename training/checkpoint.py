@@ -77,7 +77,7 @@ class Checkpoints:
     @property
     def written(self) -> list[int]:
         """Steps whose checkpoint is on the disk to its last file, oldest first."""
-        return [step for step in self.steps if (self.directory / str(step) / "_CHECKPOINT_METADATA").exists()]
+        return written_steps(self.directory)
 
     def save(self, step: int, state: Any, position: dict[str, Any]) -> None:
         """Begins to write; the arrays are copied before this returns, so the caller may donate them at once.
@@ -201,6 +201,14 @@ class Checkpoints:
             # In a cluster other processes of this machine may still be using it.
             if self._alias is not None and jax.process_count() == 1:
                 self._alias.unlink(missing_ok=True)
+
+
+def written_steps(directory: Path) -> list[int]:
+    """Steps whose checkpoint is on the disk to its last file, oldest first."""
+    with contextlib.suppress(OSError):
+        names = [entry.name for entry in directory.iterdir() if (entry / "_CHECKPOINT_METADATA").exists()]
+        return sorted(int(name) for name in names if name.isdecimal())
+    return []
 
 
 def _alias_of(directory: Path) -> Path:

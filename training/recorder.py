@@ -87,6 +87,8 @@ class Recorder:
                 )
             if self._log is not None:
                 self._log.check()
+            if self._trackers is not None:
+                self._trackers.flush()
         if good < len(records):
             step, loss, grad_norm, _ = records[good]
             raise Diverged(f"the loss is {loss} and the gradient's norm {grad_norm} at step {step}", step)
@@ -108,12 +110,13 @@ class Recorder:
             self._trackers.write(step, values)
 
     def close(self) -> None:
-        """Ends the line of progress and the files."""
+        """Ends the line of progress and the files; once."""
         self.progress.finish()
         if self._log is not None:
             self._log.close()
         if self._trackers is not None:
             self._trackers.close()
+            self._trackers = None
 
 
 def _count_before_gap(records: list[tuple[int, float, float, float]]) -> int:

@@ -33,7 +33,8 @@ class RunLock:
         machine: identity of this machine until it is restarted.
 
     Raises:
-        ValueError: another run holds the directory, or it cannot be written.
+        ValueError: another run holds the directory.
+        OSError: the directory cannot be written.
     """
 
     def __init__(self, run_dir: Path, *, say: Callable[[str], None] = print, machine: str | None = None):
@@ -44,8 +45,6 @@ class RunLock:
             self._lock.acquire()
         except filelock.Timeout:
             raise ValueError(_in_use(run_dir, self._read())) from None
-        except OSError as error:
-            raise ValueError(f"--run-dir: expected a directory that can be written, got {error}") from error
         try:
             other = self._read()
             if other and other.get("machine") != machine:
@@ -61,10 +60,8 @@ class RunLock:
                 },
                 run_dir,
             )
-        except BaseException as error:
+        except BaseException:
             self._lock.release()
-            if isinstance(error, OSError):
-                raise ValueError(f"--run-dir: expected a directory that can be written, got {error}") from error
             raise
         self._over = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="run lock", daemon=True)

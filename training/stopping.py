@@ -78,6 +78,10 @@ class StopRequest:
         finally:
             self._deferred -= 1
 
+    def over(self) -> None:
+        """Notes signals from here on, without an effect: all that is left is to let go."""
+        self._deferred += 1
+
     def _note(self, number: int, _frame: object) -> None:
         if self.signal is not None:
             if number == signal.SIGINT:
@@ -88,7 +92,7 @@ class StopRequest:
             warn(f"\n{self.signal.name}: stopping all processes after this step")
             os.kill(os.getpid(), signal.SIGTERM)  # the preemption service's
         elif self._deferred:
-            warn(f"\n{self.signal.name}: stopping after this step")
+            warn(f"\n{self.signal.name}: stopping as soon as all is saved")
         else:
             raise Stopped(self.signal.name)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
 import importlib.util
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,19 +23,15 @@ class Trackers:
 
     Raises:
         ValueError: a package is missing.
+        OSError: the run's directory cannot be written.
     """
 
     def __init__(self, config: Config, *, from_step: int):
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        check_packages(config)
         run_dir = Path(config.run_dir or "")
-        if config.output.tensorboard:
-            _require_package("tensorboardX", "--tensorboard")
-            from tensorboardX import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=from_step + 1, flush_secs=10)
+        self._events = _EventFile(run_dir / "tensorboard", from_step) if config.output.tensorboard else None
+        self._wandb: Any = None
         if config.output.wandb is not None:
-            _require_package("wandb", "--wandb")
             import wandb  # pyright: ignore[reportMissingImports]
 
             self._wandb = wandb.init(
@@ -47,18 +46,57 @@ class Trackers:
     def write(self, step: int, values: Mapping[str, float | int | None]) -> None:
         """Adds the scalars of a step; None is left out."""
         shown = {name: value for name, value in values.items() if value is not None}
-        if self._tensorboard is not None:
-            for name, value in shown.items():
-                self._tensorboard.add_scalar(name, value, step)
+        if self._events is not None:
+            self._events.write(step, shown)
         if self._wandb is not None:
             self._wandb.log(shown, step=step)
 
+    def flush(self) -> None:
+        """Puts what was added on the disk.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._events is not None:
+            self._events.flush()
+
     def close(self) -> None:
-        """Waits until all is written."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        """Lets go of the files, and waits until all is sent."""
+        if self._events is not None:
+            self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class _EventFile:
+    """An event file of TensorBoard, written in this thread: that of tensorboardX dies, and then blocks, on a full disk.
+
+    Args:
+        directory: made if missing; the file gets a new name in it.
+        from_step: TensorBoard drops what older files have beyond it.
+    """
+
+    def __init__(self, directory: Path, from_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")  # its names come at run time
+        directory.mkdir(exist_ok=True)
+        self._event, self._writer = proto.Event, EventsWriter(str(directory / "events"))
+        start = proto.SessionLog(status=proto.SessionLog.START)
+        self._writer.write_event(self._event(wall_time=time.time(), step=from_step + 1, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
+        from tensorboardX.summary import scalar
+
+        for name, value in values.items():
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # `flush` has told
+            self._writer.close()
 
 
 def check_packages(config: Config) -> None:

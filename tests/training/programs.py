@@ -53,7 +53,15 @@ def write_text(path: Path) -> Path:
 
 
 def command(*flags: object) -> list[str]:
-    return [sys.executable, "train.py", *map(str, flags)]
+    """The command line; of a flag that is given twice the last one counts."""
+    given: dict[str, list[str]] = {}
+    name = ""
+    for word in map(str, flags):
+        if word.startswith("--"):
+            name, given[word] = word, []
+        else:
+            given[name].append(word)
+    return [sys.executable, "train.py", *(word for flag, values in given.items() for word in (flag, *values))]
 
 
 def train(*flags: object, check: int | None = 0, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -94,10 +102,8 @@ def cluster(
     flags = (*flags, "--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", count, "--process-id")
     with contextlib.ExitStack() as held:
         env = environment(devices)
-        yield [
-            held.enter_context(running(*flags, process, *(own or {}).get(process, []), env=env))
-            for process in range(count)
-        ]
+        own = own or {}
+        yield [held.enter_context(running(*flags, i, *own.get(i, []), env=env)) for i in range(count)]
 
 
 def ends(processes: list[subprocess.Popen], timeout: float = 600) -> tuple[list[int], list[str]]:

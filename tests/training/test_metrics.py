@@ -1,11 +1,17 @@
 """What a run tells: metrics, progress, speed, plot."""
 
+import dataclasses
 import json
+import struct
+import sys
+from collections.abc import Iterator
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from training import metrics
 from training.metrics import MetricsLog, Progress, describe_speed, mfu, peak_flops, plot_loss
+from training.trackers import Trackers, check_packages
 
 
 def test_a_run_that_goes_on_drops_the_lines_beyond_its_checkpoint(tmp_path):
@@ -81,3 +87,39 @@ def test_the_plot_is_a_png(tmp_path):
     log.close()
     plot_loss(tmp_path / "m.jsonl", tmp_path / "loss.png", unit="bits per byte", scale=1.44)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def tf_records(content: bytes) -> Iterator[bytes]:
+    """The records of an event file: length, its checksum, the record, its checksum."""
+    at = 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        yield content[at + 12 : at + 12 + length]
+        at += 16 + length
+
+
+def test_tensorboard_reads_the_metrics_of_the_last_attempt(tmp_path, small_config):
+    """A run that goes on drops what is beyond its first step; nothing is left in memory for the end."""
+    output = dataclasses.replace(small_config.output, tensorboard=True)
+    config = dataclasses.replace(small_config, run_dir=str(tmp_path), output=output)
+    for from_step, scale in ((0, 1.0), (3, 10.0)):
+        trackers = Trackers(config, from_step=from_step)
+        for step in range(from_step + 1, 6):
+            trackers.write(step, {"loss": scale * step, "mfu": None})
+        trackers.flush()
+    found = {}
+    for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        for record in tf_records(path.read_bytes()):
+            event = Event.FromString(record)
+            if event.HasField("session_log"):
+                found = {step: value for step, value in found.items() if step < event.step}
+            found |= {event.step: (value.tag, value.simple_value) for value in event.summary.value}
+    trackers.close()
+    assert found == {step: ("loss", step * (1.0 if step <= 3 else 10.0)) for step in range(1, 6)}
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(small_config, monkeypatch):
+    config = dataclasses.replace(small_config, output=dataclasses.replace(small_config.output, wandb="project"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"--wandb: expected the package wandb to be installed \(pip install wandb\)"):
+        check_packages(config)

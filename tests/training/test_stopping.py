@@ -31,7 +31,7 @@ def test_a_phase_that_saves_goes_on(number, capsys):
         with pytest.raises(Stopped, match=number.name):
             stop.check()
     assert signal.getsignal(number) is before
-    assert f"{number.name}: stopping after this step" in capsys.readouterr().err
+    assert f"{number.name}: stopping as soon as all is saved" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", SIGNALS)
