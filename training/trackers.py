@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +82,7 @@ class _EventFile:
 
         proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")  # its names come at run time
         directory.mkdir(exist_ok=True)
-        self._event, self._writer = proto.Event, EventsWriter(str(directory / "events"))
+        self._event, self._writer = proto.Event, EventsWriter(str(directory / "events"), f".{os.getpid()}.{from_step}")
         start = proto.SessionLog(status=proto.SessionLog.START)
         self._writer.write_event(self._event(wall_time=time.time(), step=from_step + 1, session_log=start))
 

@@ -102,19 +102,23 @@ def test_tensorboard_reads_the_metrics_of_the_last_attempt(tmp_path, small_confi
     """A run that goes on drops what is beyond its first step; nothing is left in memory for the end."""
     output = dataclasses.replace(small_config.output, tensorboard=True)
     config = dataclasses.replace(small_config, run_dir=str(tmp_path), output=output)
+    written = []
     for from_step, scale in ((0, 1.0), (3, 10.0)):
         trackers = Trackers(config, from_step=from_step)
         for step in range(from_step + 1, 6):
             trackers.write(step, {"loss": scale * step, "mfu": None})
         trackers.flush()
+        written.append(trackers)
     found = {}
     for path in sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         for record in tf_records(path.read_bytes()):
             event = Event.FromString(record)
             if event.HasField("session_log"):
                 found = {step: value for step, value in found.items() if step < event.step}
-            found |= {event.step: (value.tag, value.simple_value) for value in event.summary.value}
-    trackers.close()
+            for value in event.summary.value:
+                found[event.step] = (value.tag, value.simple_value)
+    for trackers in written:
+        trackers.close()
     assert found == {step: ("loss", step * (1.0 if step <= 3 else 10.0)) for step in range(1, 6)}
 
 
