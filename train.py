@@ -203,8 +203,9 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Run:
     step = compile_step(trainer)
     say(f"Compiled the training step in {time.perf_counter() - began:.0f} s")
     with agreeing(OSError):
-        if jax.process_index() == 0:  # last, so that flags that a checkpoint does not fit are not kept
-            write_whole(run_dir(config) / "config.json", config.to_json())
+        content = config.to_json()
+        if jax.process_index() == 0 and not (saved.exists() and saved.read_text("utf-8") == content):
+            write_whole(saved, content)  # last, so that flags that a checkpoint does not fit are not kept
     scratch = functools.partial(from_scratch, config, byte_level=heldout.byte_level)
     model_of = scratch if checkpoint is None else checkpoint.with_parameters
     return Run(config, trainer, step, rows, heldout, checkpoints, state, first_step, first_row, data_name, model_of)
