@@ -20,7 +20,7 @@ from training.documents import (
     TokenDocument,
     content_bytes,
 )
-from training.file_listing import files_under
+from training.file_listing import files_under, suffix_of
 from training.held_out import hold_out
 from training.jsonl import texts
 from training.left_out import LeftOut, shown, shown_path
@@ -161,7 +161,7 @@ class _Options:
 def _documents(file: Path, name: str, options: _Options, left_out: LeftOut) -> list[Document]:
     """The documents of one file, by its suffix."""
     vocab_size, text_field = options.vocab_size, options.text_field
-    suffix = file.suffix.lower()
+    suffix = suffix_of(file)
     if suffix in TOKEN_SUFFIXES:
         tokens = map_tokens(file, options.token_dtype)
         return [*token_documents(tokens, file, name, vocab_size, options.end_token, left_out)]

@@ -68,7 +68,7 @@ def unigram_bits(corpus: Corpus) -> float:
     for document in corpus.documents:
         counts += np.bincount(np.frombuffer(content_bytes(document), np.uint8), minlength=256)
     shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log2(shares)).sum())
+    return abs(float((shares * np.log2(shares)).sum()))
 
 
 def gzip_bits(corpus: Corpus) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import deque
 from pathlib import Path
@@ -10,6 +11,11 @@ from pathlib import Path
 from training.left_out import LeftOut
 
 _SEEN_ALREADY = "link(s) to what was read already"
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix in lower case; of a shard, such as `a.array_record-00000-of-00008`, that before its number."""
+    return Path(re.sub(r"-\d+-of-\d+$", "", path.name.lower())).suffix
 
 
 def files_under(directory: Path, left_out: LeftOut) -> list[Path]:

@@ -16,13 +16,18 @@ from training.left_out import LeftOut, shown
 # A place to cut a text, the best first.
 _BREAKS = (re.compile(rb"\n[ \t\r]*\n"), re.compile(rb"\n"), re.compile(rb"[ \t]"))
 _NEAR = 4096  # tokens within which a cut may move to such a place; a tenth of what is held out, if that is less
-_DATA_SUFFIXES = ("", ".txt", ".text", ".md", ".jsonl", ".ndjson", ".npy", ".bin", ".parquet", ".pq", ".array_record")
 _RECORD = re.compile(r"(#\d+|\[\d+:\d+\])$")  # the place in its file, at the end of a document's name
 _SPLITS = {
-    "train": re.compile(r"train(ing)?([-_.].*)?"),
-    "validation": re.compile(r"(val|valid|validation|dev|heldout|held[-_]out)([-_.].*)?"),
-    "test": re.compile(r"test(ing)?([-_.].*)?"),
+    word: split
+    for split, words in {
+        "train": ("train", "training"),
+        "validation": ("val", "valid", "validation", "dev", "heldout", "held_out", "held-out"),
+        "test": ("test", "testing"),
+    }.items()
+    for word in words
 }
+_WORD = re.compile(rf"(?<![^-_.])({'|'.join(sorted(_SPLITS, key=len, reverse=True))})(?![^-_.])")
+_SOURCE_CODE = (".py", ".c", ".cc", ".cpp", ".h", ".js", ".ts", ".rs", ".go", ".java", ".rb", ".sh")
 
 
 def hold_out(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
@@ -134,33 +139,45 @@ def _described(heldout: Corpus) -> str:
 def named_splits(corpus: Corpus) -> tuple[Corpus, Corpus] | None:
     """Splits into (training, held-out) by the names of the files, if they are named so.
 
-    That is `val`, `valid`, `validation` or `dev` (else `test`) beside `train`, alone or followed by `-`, `_` or `.`,
-    as file or as folder. A test split beside a validation split is left out of both.
+    That is a file or folder whose name differs from another's in one word alone: `val`, `valid`, `validation`, `dev` or
+    `heldout` (else `test`) instead of `train`. Numbers of shards may differ. A test split beside a validation split is
+    left out of both.
 
     Returns:
         None if there is no such pair.
     """
-    files = {split: {name for name in corpus.files if _split_of(name) == split} for split in _SPLITS}
-    split = "validation" if files["validation"] else "test"
-    if not files["train"] or not files[split]:
-        return None
+    places = {name: _split_of(name) for name in corpus.files}
+    kin = {form for split, form in places.values() if split == "train"}
+    files = {
+        wanted: {name for name, (split, form) in places.items() if split == wanted and form in kin}
+        for wanted in ("validation", "test")
+    }
+    chosen = files["validation"] or files["test"]
+    unused = files["test"] - chosen
     left_out = corpus.left_out
-    unused = files["test"] if split == "validation" else set()
     for name in sorted(unused):
         left_out = left_out.with_more(LeftOut({"of a test split": (1, name)}))
-    heldout = [document for document in corpus.documents if _belongs(document, files[split])]
-    train = [d for d in corpus.documents if not _belongs(d, files[split]) and not _belongs(d, unused)]
+    heldout = [document for document in corpus.documents if _belongs(document, chosen)]
+    train = [d for d in corpus.documents if not _belongs(d, chosen) and not _belongs(d, unused)]
     if not train or not heldout:
         return None
     return replace(corpus, documents=tuple(train), left_out=left_out), replace(corpus, documents=tuple(heldout))
 
 
-def _split_of(name: str) -> str | None:
-    """The split that a file's name or its folder's is that of; source code is none, whatever its name."""
-    path = Path(name)
-    data = path.suffix.lower() in _DATA_SUFFIXES
-    parts = {path.parts[0].lower(), path.name.lower()} if data else ()
-    return next((split for split, form in _SPLITS.items() if any(map(form.fullmatch, parts))), None)
+def _split_of(name: str) -> tuple[str | None, str]:
+    """The split that a file's folder or its own name says, and that name without the word and numbers.
+
+    Source code is of no split, whatever its name.
+    """
+    path = Path(name.lower())
+    if path.suffix in _SOURCE_CODE:
+        return None, name
+    for place, part in enumerate(path.parts):
+        if found := _WORD.search(part):
+            last = place == len(path.parts) - 1
+            form = re.sub(r"\d+", "0", f"{part[: found.start()]}*{part[found.end() :]}")
+            return _SPLITS[found[1]], "/".join([*path.parts[:place], form if last else f"{form}/"])
+    return None, name
 
 
 def _belongs(document: Document, files: set[str]) -> bool:

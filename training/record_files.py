@@ -11,6 +11,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory, text_format
 
 from training.documents import Document, SpooledDocument, SpooledTokens
+from training.file_listing import suffix_of
 from training.left_out import LeftOut, shown, shown_path
 from training.spool import Spool
 from training.token_files import check_ids
@@ -63,7 +64,7 @@ def record_documents(
         str(path).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{shown_path(path)}: expected a name in UTF-8, which its reader needs: rename it") from error
-    records = _parquet if path.suffix.lower() in PARQUET_SUFFIXES else _array_records
+    records = _parquet if suffix_of(path) in PARQUET_SUFFIXES else _array_records
     documents: list[Document] = []
     for index, value in enumerate(records(path, text_field)):
         here, where = f"{name}#{index}", f"{shown_path(path)} record {index}"

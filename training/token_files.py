@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from training.documents import TokenDocument
+from training.file_listing import suffix_of
 from training.left_out import LeftOut, shown, shown_path
 
 TOKEN_SUFFIXES = (".npy", ".bin")
@@ -65,7 +66,7 @@ def map_tokens(path: Path, dtype: str) -> Int[np.ndarray, " n"]:
         ValueError: it holds no whole ids, no array, or one of another shape or type. Pickles are never loaded.
     """
     size = path.stat().st_size
-    if path.suffix.lower() == ".bin":
+    if suffix_of(path) == ".bin":
         if size % np.dtype(dtype).itemsize:
             raise ValueError(
                 f"{shown_path(path)}: expected whole {dtype} tokens of {np.dtype(dtype).itemsize} bytes "

@@ -166,9 +166,9 @@ def fuzz(seeds: range, folder: Path, monkeypatch) -> Counter[str]:
 
 
 def test_some_flag_sets(tmp_path, monkeypatch):
-    outcomes = fuzz(range(40), tmp_path, monkeypatch)
-    assert outcomes["accepted"] >= 5
-    assert outcomes.total() - outcomes["accepted"] >= 15
+    outcomes = fuzz(range(25), tmp_path, monkeypatch)
+    assert outcomes["accepted"] >= 3
+    assert outcomes.total() - outcomes["accepted"] >= 8
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_flag_sets_of_real_processes(tmp_path):
     write_data(tmp_path)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     codes: Counter[int] = Counter()
-    for seed in range(5000, 5030):
+    for seed in range(5000, 5012):
         words = [*flag_set(random.Random(seed), tmp_path)]
         if any("\0" in word for word in words):
             continue

@@ -154,6 +154,11 @@ def test_folders_and_shards_are_splits_too_and_a_test_split_is_left_out(tmp_path
     [
         (("train.txt", "test.txt"), ["test.txt"]),
         (("Train.txt", "DEV.txt"), ["DEV.txt"]),
+        (("c4-train-00-of-02.txt", "c4-train-01-of-02.txt", "c4-val-00-of-01.txt"), ["c4-val-00-of-01.txt"]),
+        (("my_train_set.txt", "my_valid_set.txt", "notes.txt"), ["my_valid_set.txt"]),
+        (("a/training/x.txt", "a/testing/y.md"), ["a/testing/y.md"]),
+        (("train.txt", "requirements-dev.txt"), None),  # no pair
+        (("a/train.txt", "b/val.txt"), None),
         (("trainer.txt", "value.txt"), None),  # other words
         (("train.py", "test.py"), None),  # source code
         (("val.txt", "other.txt"), None),  # nothing says what to train on
@@ -162,6 +167,7 @@ def test_folders_and_shards_are_splits_too_and_a_test_split_is_left_out(tmp_path
 )
 def test_names_that_are_splits(tmp_path, names, heldout):
     for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("some text")
     splits = named_splits(load_corpus(tmp_path, **OPTIONS))
     assert (None if splits is None else names_of(splits[1])) == heldout

@@ -65,6 +65,14 @@ def test_texts(tmp_path, kind):
         assert document.read(start, stop).tolist() == stream[start:stop].tolist()
 
 
+@pytest.mark.parametrize("name", ["a-train.array_record-00000-of-00002", "a.parquet-1-of-2", "A.PARQUET"])
+def test_shards_and_capitals(tmp_path, name):
+    write_texts(tmp_path / name, "records" if "record" in name else "string")
+    assert [document.name for document in load_corpus(tmp_path, **OPTIONS).documents] == [
+        f"{name}#{i}" for i in (0, 2, 3)
+    ]
+
+
 @pytest.mark.parametrize("kind", ["text.parquet", "input_ids.parquet", "tokens.array_record"])
 def test_lists_of_token_ids(tmp_path, kind):
     column = kind.partition(".")[0]
