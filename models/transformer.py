@@ -77,6 +77,7 @@ class DecoderLayer(nnx.Module):
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
             query_spec=config.query_spec,
+            head_axis=(),  # nothing else of the model is split within a shard_map either
             implementation=config.implementation,
             rngs=rngs,
         )

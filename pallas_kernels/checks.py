@@ -45,7 +45,7 @@ def check_operands(
     elif isinstance(schedule, BlockSchedule):
         _check_schedule(schedule, query, key, offset is not None, all_heads(head_axis, heads, num_heads, num_kv_heads))
         if head_axis is None and heads is None:
-            refuse_unknown_heads(query, schedule.heads_differ, "this schedule")
+            refuse_unknown_heads(possible_head_axes(query), schedule.heads_differ, "this schedule")
     else:
         raise ValueError(f"schedule must be a BlockSchedule or a BlockSelection, got {type(schedule).__name__}")
     segments = _segments(query_segment_ids, kv_segment_ids, (batch, query_length), (batch, kv_length))
@@ -101,7 +101,7 @@ def _check_schedule(schedule: BlockSchedule, query, key, has_offset: bool, heads
 
 def _hint(schedule: BlockSchedule, heads: tuple[int, int]) -> str:
     """What to give where a caller split the heads of a schedule."""
-    axes = possible_head_axes(None)
+    axes = possible_head_axes()
     if not axes or schedule.num_heads == heads[0] or schedule.num_heads % heads[0]:
         return ""
     return f"; or give head_axis, such as {list(axes)[-1]!r}, if these are a part of the schedule's heads"

@@ -123,15 +123,14 @@ def shard_index(axes: Axes) -> Int32[Array, ""]:
     return index
 
 
-def refuse_unknown_heads(query, reads_by_head: Callable[[tuple[int, ...]], bool], what: str) -> None:
+def refuse_unknown_heads(axes: dict[str, int], reads_by_head: Callable[[tuple[int, ...]], bool], what: str) -> None:
     """Raises ValueError if the caller may have split heads, and then they would read otherwise.
 
     Args:
-      query: [b, t, h, d], or None where there is none to see what it varies over.
+      axes: see `possible_head_axes`.
       reads_by_head: True if heads read differently, or would among so many times as many.
       what: the pattern or schedule, for the message.
     """
-    axes = possible_head_axes(query)
     if axes and reads_by_head(possible_shards(axes)):
         raise ValueError(unknown_heads(axes, what))
 
@@ -155,15 +154,20 @@ def unknown_heads(axes: dict[str, int], what: str) -> str:
     )
 
 
-def possible_head_axes(query) -> dict[str, int]:
-    """Axes of enclosing `shard_map`s, `pmap`s and named `vmap`s that heads may be split over, with their sizes."""
+def possible_head_axes(*arrays) -> dict[str, int]:
+    """Axes of enclosing `shard_map`s, `pmap`s and named `vmap`s that heads may be split over, with their sizes.
+
+    Args:
+      arrays: that would vary over such an axis if heads were split over it; none if there is nothing to be seen.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     found = {name: size for name, size in _bound_sizes().items() if size > 1}
     manual = {name for name in found if kinds.get(name) is AxisType.Manual}
     # A `shard_map` with check_vma knows what does not vary, and what does not vary is not split.
-    if query is not None and any(_varying(jax.lax.axis_index(name)) for name in manual):
-        found = {name: size for name, size in found.items() if name not in manual or name in _varying(query)}
+    if arrays and any(_varying(jax.lax.axis_index(name)) for name in manual):
+        varying = frozenset[str]().union(*map(_varying, arrays))
+        found = {name: size for name, size in found.items() if name not in manual or name in varying}
     return found
 
 

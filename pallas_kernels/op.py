@@ -17,6 +17,7 @@ from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import equally_varying, find_sharding
+from pallas_kernels.unknown_arguments import explains_unknown_arguments
 
 __all__ = ["LSE_NAME", "MODULES", "OUT_NAME", "block_sparse_attention"]
 
@@ -26,6 +27,50 @@ PREFERRED = ("mosaic_gpu", "mosaic_tpu", "xla")
 """What is taken where no implementation is asked for: the first that can do it on the platform."""
 
 
+class Options(typing.TypedDict, total=False):
+    """Keyword arguments of the op, but for `return_lse`, by which the type of its result goes."""
+
+    scale: float | None
+    query_offset: typing.Any
+    query_segment_ids: Array | None
+    kv_segment_ids: Array | None
+    logits_soft_cap: float | None
+    sinks: Array | None
+    query_spec: PartitionSpec | None
+    head_axis: HeadAxis
+    heads: HeadRange
+    implementation: str | list[str] | tuple[str, ...] | None
+    tiles: typing.Any
+
+
+Scheduled = BlockSchedule | BlockSelection
+
+
+@typing.overload
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    schedule: Scheduled,
+    *,
+    return_lse: typing.Literal[False] = False,
+    **options: typing.Unpack[Options],
+) -> Array: ...
+@typing.overload
+def block_sparse_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    schedule: Scheduled,
+    *,
+    return_lse: typing.Literal[True],
+    **options: typing.Unpack[Options],
+) -> tuple[Array, Array]: ...
+@typing.overload
+def block_sparse_attention(
+    query: Array, key: Array, value: Array, schedule: Scheduled, *, return_lse: bool, **options: typing.Unpack[Options]
+) -> Array | tuple[Array, Array]: ...
+@explains_unknown_arguments
 def block_sparse_attention(
     query: Float[Array, "b t h d"],
     key: Float[Array, "b s k d"],

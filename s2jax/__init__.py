@@ -4,6 +4,9 @@
 `s2jax.linen` hold the layers.
 """
 
+import importlib
+import typing
+
 from pallas_kernels import BlockSchedule, BlockSelection, HopperTiles, TpuTiles, XlaTiles, block_sparse_attention
 from s2jax.cache import KVCache
 from s2jax.cache_layout import CacheLayout, compile_cache
@@ -52,3 +55,25 @@ __all__ = [
     "compile_cache",
     "compile_schedule",
 ]
+
+if typing.TYPE_CHECKING:
+    from s2jax import linen as linen
+    from s2jax import nnx as nnx
+
+LAYERS = ("linen", "nnx")
+"""Modules that import Flax, and so are imported when they are first asked for."""
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in LAYERS:
+        raise AttributeError(f"module 's2jax' has no attribute {name!r}")
+    try:
+        return importlib.import_module(f"s2jax.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "flax":
+            raise
+        raise ImportError(f"s2jax.{name} needs Flax: pip install flax") from None
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *LAYERS])

@@ -11,15 +11,16 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.checks import check_sinks
-from pallas_kernels.head_place import HeadAxis
+from pallas_kernels.head_place import HeadAxis, possible_head_axes
 from pallas_kernels.sharding import Axes, Sharding
+from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.cache_attention import Options, for_each
 from s2jax.cache_layout import CacheLayout, compile_cache
 from s2jax.cache_sharding import heads_of_shard, over_shards, own_tables, sharding_of, split_to_create, vary_by_heads
 from s2jax.cache_slots import Buffer, Space
-from s2jax.cache_step import NEVER, Step, Tables, check_prompt, check_tokens, lengthened
+from s2jax.cache_step import NEVER, Step, Tables, check_dtype, check_prompt, check_tokens, lengthened
 from s2jax.compiler import refuse_unsaid_heads
-from s2jax.functional import attention
+from s2jax.functional import ATTENTION_OPTIONS, attention
 from s2jax.patterns import Pattern
 from s2jax.patterns.checks import check_count
 
@@ -69,6 +70,7 @@ class KVCache:
     head_axis: Axes | None = dataclasses.field(metadata={"static": True})
 
     @classmethod
+    @explains_unknown_arguments
     def create(
         cls,
         pattern: Pattern,
@@ -96,21 +98,19 @@ class KVCache:
             P(batch, None, heads, None): so is the cache, and no device tells another anything. Each keeps as many
             blocks as the one whose heads need the most. See `s2jax.attention`; over Explicit axes it is needed where
             heads are split.
-          head_axis: axis of a caller's `shard_map`, `pmap` or named `vmap` over which heads are split, or several; see
-            `s2jax.attention`. Inside of it the cache holds a shard's heads; outside of it, under a mesh with this axis,
-            all of them, to be split as P(batch, head_axis). () says that whoever calls has all heads.
+          head_axis: axes of a caller's `shard_map` that heads are split over, see `s2jax.attention`. Inside, the cache
+            holds a shard's heads; outside, under a mesh with this axis, all heads, to be split as P(batch, head_axis).
 
         Raises:
           ValueError: see `compile_cache`; the dtype is none of these; sequences or KV heads cannot be split so.
         """
-        dtype = jnp.dtype(dtype)
-        if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
-            raise ValueError(f"dtype must be bfloat16, float16, float32 or int8, got {dtype}")
+        dtype = check_dtype(dtype)
         value_dim = head_dim if value_dim is None else value_dim
         for name, number in (("batch", batch), ("head_dim", head_dim), ("value_dim", value_dim)):
             check_count(name, number, at_least=1)
         if head_axis is None and isinstance(pattern, Pattern):
-            refuse_unsaid_heads(pattern, None, num_heads, num_kv_heads, max_length or 1, max_length or 1)
+            length = [max_length or 1] * 2
+            refuse_unsaid_heads(pattern, possible_head_axes(), num_heads, num_kv_heads, *length)
         axes, sharding, shards = split_to_create(query_spec, head_axis, batch, num_kv_heads)
         layout = compile_cache(
             pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback,
@@ -132,6 +132,7 @@ class KVCache:
         prefix = () if self.prefix is None else self.prefix.buffers
         return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves((self.buffers, prefix)))
 
+    @functools.partial(explains_unknown_arguments, also=ATTENTION_OPTIONS)
     def prefill(
         self,
         query: Float[Array, "b t h d"],
@@ -164,6 +165,7 @@ class KVCache:
         arguments = self, tables, key, value, counts
         return out, over_shards(KVCache._begun, sharding, "ckqqc", "c", *arguments, like=(self,))[0]
 
+    @explains_unknown_arguments
     def extend(
         self,
         query: Float[Array, "b t h d"],
@@ -212,8 +214,7 @@ class KVCache:
                 f"from 0 to max_rollback={most} tokens can be taken back, got {tokens}; see KVCache.create"
             )
         tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), self.lengths.shape)
-        arguments = KVCache._shortened, self._sharding(), "cc", "c", self, tokens
-        return over_shards(*arguments, like=(self,))[0]
+        return over_shards(KVCache._shortened, self._sharding(), "cc", "c", self, tokens, like=(self,))[0]
 
     def reset(self, which: Bool[Array, " b"]) -> "KVCache":
         """Empties some of the sequences, for others to take their place.
@@ -293,16 +294,16 @@ class KVCache:
 
     def _sharding(self, query: Array | None = None) -> Sharding | None:
         """How queries are split, or else the arrays of the cache."""
-        query = self.buffers[0].held[:, None] if query is None else query
-        return sharding_of(self.layout, query, self.query_spec, self.head_axis)
+        example = self.buffers[0].held[:, None] if query is None else query
+        return sharding_of(self.layout, example, self.query_spec, self.head_axis)
 
     def _checked(self, query: Array, key: Array, value: Array, counts) -> Int32[Array, " b"] | None:
         """The counts; raises ValueError where tokens do not fit the cache, or may be of heads that nobody named."""
         heads = heads_of_shard(self.layout, self.head_axis)
         counts = check_tokens(heads, self.buffers[0], len(self.lengths), query, key, value, counts)
         if self.head_axis is None:
-            length = self.layout.max_length or 1
-            refuse_unsaid_heads(self.layout.pattern, query, heads.query, heads.kv, length, length)
+            length = [self.layout.max_length or 1] * 2
+            refuse_unsaid_heads(self.layout.pattern, possible_head_axes(query), heads.query, heads.kv, *length)
         return counts
 
     # What follows runs on every shard by itself: the cache's arrays, the tokens and the tables are the shard's.
@@ -332,7 +333,7 @@ class KVCache:
         batch, length, num_heads, head_dim = query.shape
         kv_heads = key.shape[2]
         lengths = lengthened(self.lengths, length, counts)
-        positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)
+        positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
         finite, limit = self.finite & self._finite(value), self._limit(tables.spaces)
         step = Step(self.layout, positions, self.lengths, lengths, limit, self._first, finite.all(), options)
         grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)

@@ -95,8 +95,9 @@ class Rows:
         row, shift = self._listed(rows)
         listed, masks = (np.append(array, NOTHING) for array in (lists.blocks, lists.masks))  # never empty
         slices = jnp.asarray(lists.slices)[self.walkers[None, :, :, None], row[:, None, None]]  # [b, k, w, r, parts, 2]
-        number = jnp.arange(self.most, dtype=jnp.int32)
-        position, before = jnp.zeros((*slices.shape[:4], self.most), jnp.int32), jnp.int32(0)
+        number = jnp.arange(self.most, dtype=jnp.int32).reshape(1, 1, 1, 1, -1)
+        position = jnp.zeros((*slices.shape[:4], self.most), jnp.int32)
+        before = jnp.zeros((*slices.shape[:4], 1), jnp.int32)
         for part in range(slices.shape[4]):
             start, stop = slices[..., part, 0, None], slices[..., part, 1, None]
             position = jnp.where(number >= before, start + number - before, position)
@@ -148,7 +149,7 @@ class Keys(typing.NamedTuple):
             return None if array is None else jax.lax.dynamic_slice_in_dim(array, first, slots, axis)
 
         fresh = first + jnp.arange(slots) >= start
-        kinds = jnp.where(fresh, cut(self.kinds, 4), NOTHING)
+        kinds = jnp.where(fresh.reshape(1, 1, 1, 1, -1), cut(self.kinds, 4), NOTHING)
         key, value, key_scale, value_scale, held = (cut(array, 2) for array in self[:5])
         return Keys(key, value, key_scale, value_scale, held, kinds, self.since, self.until)
 
@@ -270,7 +271,8 @@ def _seen(positions: Array, keys: Keys, masks: np.ndarray) -> Bool[Array, "b k w
     row = positions // size - positions[:, :1] // size
     kind = jnp.take_along_axis(keys.kinds, row[:, None, None, :, None], 3)  # [b, k, w, t, slots]
     seen = jnp.asarray(masks)[kind, (positions % size)[:, None, None, :, None]]  # [b, k, w, t, slots, block]
-    token = for_each(keys.held, len(positions))[..., None] * size + jnp.arange(size, dtype=jnp.int32)
+    within = jnp.arange(size, dtype=jnp.int32).reshape(1, 1, 1, -1)
+    token = for_each(keys.held, len(positions))[..., None] * size + within
     there = (token >= keys.since[:, None, None, None]) & (token < keys.until[:, None, None, None])
     seen = seen & there[:, :, None, None]
     return seen.reshape(*seen.shape[:4], -1)

@@ -50,7 +50,7 @@ def head_shards(axes: Axes | None) -> int:
     """
     bound = [name for name in axes or () if is_bound(name)]
     if axes and bound and len(bound) < len(axes):
-        raise ValueError(f"the cache's heads are split over {axes}, and this is inside a region over {bound} alone")
+        raise ValueError(f"heads are split over {axes}, and this is inside a region over {bound} alone")
     return math.prod(map(jax.lax.axis_size, bound))
 
 

@@ -194,7 +194,7 @@ def in_blocks(key: Array, value: Array, start: Array, size: int, count: int) -> 
         return found.reshape(*found.shape[:2], count, size, -1)
 
     first = start // size
-    held = first[:, None, None] + jnp.arange(count, dtype=jnp.int32)
+    held = first[:, None, None] + jnp.arange(count, dtype=jnp.int32)[None, None]
     return Buffer(blocks(key), blocks(value), None, None, jnp.broadcast_to(held, (len(key), key.shape[2], count)))
 
 

@@ -89,7 +89,7 @@ class Step:
         batch, length = self.positions.shape
         size, masks = self.layout.block_size, self.layout.schedule.token_masks
         count = (length + size - 2) // size + 1
-        rows = self.positions[:, :1] // size + jnp.arange(count, dtype=jnp.int32)
+        rows = self.positions[:, :1] // size + jnp.arange(count, dtype=jnp.int32)[None]
         start, end = jnp.zeros_like(self.before), jnp.minimum(self.after, self.limit)
 
         def over(buffer: Buffer, place, since, until) -> Parts:
@@ -143,6 +143,14 @@ def check_tokens(
     if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
         raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")
     return counts.astype(jnp.int32)
+
+
+def check_dtype(dtype) -> jnp.dtype:
+    """The dtype of what a cache stores; raises ValueError if it is none of these."""
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
+        raise ValueError(f"dtype must be bfloat16, float16, float32 or int8, got {dtype}")
+    return dtype
 
 
 def check_prompt(layout: CacheLayout, length: int, is_forked: bool, options: dict) -> None:

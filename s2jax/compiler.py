@@ -7,7 +7,7 @@ import typing
 
 import numpy as np
 
-from pallas_kernels.head_place import possible_head_axes, refuse_unknown_heads, unknown_heads
+from pallas_kernels.head_place import refuse_unknown_heads, unknown_heads
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule, ListTable
 from s2jax.bands import Band, with_period
 from s2jax.patterns import Heads, Pattern
@@ -79,14 +79,19 @@ def compile_schedule(
 
 
 def refuse_unsaid_heads(
-    pattern: Pattern, query, num_heads: int, num_kv_heads: int, query_length: int, kv_length: int, query_offset: int = 0
+    pattern: Pattern,
+    axes: dict[str, int],
+    num_heads: int,
+    num_kv_heads: int,
+    query_length: int,
+    kv_length: int,
+    query_offset: int = 0,
 ) -> None:
     """Raises ValueError where a caller may have split heads, and the pattern would then read otherwise.
 
     Args:
-      query: [b, t, h, d], or None where there is none to see what it varies over.
+      axes: over which heads may be split, see `possible_head_axes`.
     """
-    axes = possible_head_axes(query)
     if not axes or num_kv_heads < 1 or num_heads % num_kv_heads:
         return
     given = pattern, Heads(num_heads, num_kv_heads), query_length, kv_length, query_offset
@@ -94,7 +99,7 @@ def refuse_unsaid_heads(
         pattern.check(*given[1:])
     except ValueError as error:
         raise ValueError(f"{error}; {unknown_heads(axes, repr(pattern))}") from None
-    refuse_unknown_heads(query, functools.partial(heads_differ, *given), repr(pattern))
+    refuse_unknown_heads(axes, functools.partial(heads_differ, *given), repr(pattern))
 
 
 def heads_differ(

@@ -9,14 +9,18 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from pallas_kernels.head_place import HeadAxis
+from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.functional import attention
 
 
+@explains_unknown_arguments
 def attention_fn(
     pattern: Any,
     *,
     logits_soft_cap: float | None = None,
     query_spec: PartitionSpec | None = None,
+    head_axis: HeadAxis = None,
     implementation: str | tuple[str, ...] | None = None,
 ) -> Callable[..., Array]:
     """An `attention_fn` that lets each head read what `pattern` lets it read.
@@ -33,6 +37,7 @@ def attention_fn(
         pattern: as for `s2jax.attention`.
         logits_soft_cap: as for `s2jax.attention`.
         query_spec: `PartitionSpec` of the queries on a mesh with Auto axes, of shape [b, t, h, d].
+        head_axis: axis of a caller's `shard_map` over which heads are split, see `s2jax.attention`.
         implementation: backend or backends to use.
 
     Returns:
@@ -40,6 +45,7 @@ def attention_fn(
         axes or none, to [..., t, h, e].
     """
 
+    @explains_unknown_arguments  # which keeps the signature that Linen inspects
     # Linen inspects this signature and passes only what it names: a `**kwargs` would lose the mask silently.
     def sparsely_sharded_attention(
         query: Float[Array, "*batch t h d"],
@@ -106,6 +112,7 @@ def attention_fn(
             pattern,
             logits_soft_cap=logits_soft_cap,
             query_spec=query_spec,
+            head_axis=head_axis,
             implementation=implementation,
         )
         return out.reshape(*batch, *out.shape[1:])

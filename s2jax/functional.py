@@ -10,11 +10,44 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import BlockSelection, block_sparse_attention
-from pallas_kernels.head_place import HeadAxis, HeadRange, all_heads
+from pallas_kernels.head_place import HeadAxis, HeadRange, all_heads, possible_head_axes
+from pallas_kernels.op import Options
+from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.compiler import compile_schedule, refuse_unsaid_heads
 from s2jax.patterns import Pattern
 
 
+@typing.overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: Pattern | BlockSelection,
+    *,
+    return_lse: typing.Literal[False] = False,
+    **options: typing.Unpack[Options],
+) -> Array: ...
+@typing.overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: Pattern | BlockSelection,
+    *,
+    return_lse: typing.Literal[True],
+    **options: typing.Unpack[Options],
+) -> tuple[Array, Array]: ...
+@typing.overload
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    pattern: Pattern | BlockSelection,
+    *,
+    return_lse: bool,
+    **options: typing.Unpack[Options],
+) -> Array | tuple[Array, Array]: ...
+@explains_unknown_arguments
 def attention(
     query: Float[Array, "b t h d"],
     key: Float[Array, "b s k d"],
@@ -88,7 +121,7 @@ def attention(
             # Whatever position comes, its rows are there.
             at_run_time, query_length = query_offset, kv_length + query_length
         if head_axis is None and heads is None:
-            refuse_unsaid_heads(pattern, query, *counts, query_length, kv_length, offset)
+            refuse_unsaid_heads(pattern, possible_head_axes(query), *counts, query_length, kv_length, offset)
         schedule = compile_schedule(
             pattern,
             num_heads=num_heads,
@@ -108,6 +141,10 @@ def attention(
         logits_soft_cap=logits_soft_cap, sinks=sinks, return_lse=return_lse, query_spec=query_spec,
         head_axis=head_axis, heads=heads, implementation=implementation, tiles=tiles,
     )  # fmt: skip
+
+
+ATTENTION_OPTIONS = (*typing.get_type_hints(Options), "return_lse")
+"""Names of the keyword arguments of `attention`."""
 
 
 def _is_static(query_offset) -> bool:
@@ -149,9 +186,9 @@ def combine(outs: list[Float[Array, "b t h e"]], lses: list[Float[Array, "b h t"
     reads = ~jnp.isneginf(most)
     # -inf - -inf is NaN, and the gradient of log 0 is infinite: rows without keys take another way.
     known = ~jnp.isneginf(stacked)
-    weights = jnp.where(known, jnp.exp(jnp.where(known, stacked, 0) - jnp.where(reads, most, 0)), 0)
+    weights = jnp.where(known, jnp.exp(jnp.where(known, stacked, 0) - jnp.where(reads, most, 0)[None]), 0)
     total = jnp.where(reads, weights.sum(0), 1)
-    shares = (weights / total).swapaxes(2, 3)[..., None]
+    shares = (weights / total[None]).swapaxes(2, 3)[..., None]
     parts = [out.astype(share.dtype) * share for out, share in zip(outs, shares, strict=True)]
     out = functools.reduce(jnp.add, parts)
     lse = jnp.where(reads, jnp.log(total) + most, -jnp.inf)

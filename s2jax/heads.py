@@ -183,7 +183,7 @@ def next_positions(
     if rope_theta is None:
         return None
     start = jnp.zeros_like(cache.lengths) if begin else cache.lengths
-    return start[:, None] + jnp.arange(length, dtype=jnp.int32)
+    return start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
 
 
 def refuse_key_arguments(kv_positions, kv_segment_ids, query_offset) -> None:

@@ -10,10 +10,13 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.head_place import HeadAxis
+from pallas_kernels.unknown_arguments import explains_unknown_arguments, unknown_argument
 from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
 from s2jax.heads import RopeScaling, head_counts, next_positions, place, refuse_key_arguments
+from s2jax.layer_heads import LayerHeads, sum_over
 
 __all__ = ["S2Attention", "attention_fn"]
 
@@ -52,8 +55,18 @@ class S2Attention(nn.Module):
     scale: float | None = None
     logits_soft_cap: float | None = None
     query_spec: PartitionSpec | None = None
+    head_axis: HeadAxis = None
     implementation: str | tuple[str, ...] | None = None
 
+    def __new__(cls, *args, **kwargs):
+        """Raises TypeError with advice on an attribute that the layer does not have."""
+        del args
+        for name in kwargs:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(unknown_argument(cls.__name__, name, list(cls.__dataclass_fields__)))
+        return super().__new__(cls)
+
+    @explains_unknown_arguments
     def __call__(
         self,
         x: Float[Array, "b t f"],
@@ -78,11 +91,14 @@ class S2Attention(nn.Module):
             "implementation": self.implementation,
         }
 
-        def attend(query, key, value, **options):
-            return attention(query, key, value, self.pattern if pattern is None else pattern, **how, **options), None
+        pattern = self.pattern if pattern is None else pattern
 
-        return self._attended(x, kv, positions, kv_positions, query_offset, attend)[0]
+        def attend(query, key, value, axes, **options):
+            return attention(query, key, value, pattern, head_axis=axes, **how, **options), None
 
+        return self._attended(x, kv, positions, kv_positions, query_offset, pattern, attend)[0]
+
+    @explains_unknown_arguments
     def create_cache(
         self,
         batch: int,
@@ -96,7 +112,9 @@ class S2Attention(nn.Module):
 
         Args:
             in_features: width of the layer's input.
-            dtype: of what is stored, by default the layer's.
+            dtype: of what is stored, by default the layer's, else that of its parameters.
+
+        For layers under `nn.scan` or `nn.vmap`, stack as many: `jax.tree.map(lambda x: jnp.stack([x] * n), cache)`.
         """
         num_kv_heads, head_dim = self._head_counts(in_features)
         return KVCache.create(
@@ -109,8 +127,10 @@ class S2Attention(nn.Module):
             max_rollback=max_rollback,
             dtype=dtype or self.dtype or self.param_dtype,
             query_spec=self.query_spec,
+            head_axis=self.head_axis or (),
         )
 
+    @explains_unknown_arguments
     def prefill(
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
@@ -121,6 +141,7 @@ class S2Attention(nn.Module):
         attend = functools.partial(cache.prefill, counts=counts, implementation=self.implementation)
         return self._cached(x, cache, attend, begin=True)
 
+    @explains_unknown_arguments
     def extend(
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
@@ -129,32 +150,42 @@ class S2Attention(nn.Module):
 
     def _cached(self, x, cache, attend, *, begin: bool):
         positions = next_positions(cache, self.pattern, x.shape[1], self.rope_theta, begin=begin)
-        return self._attended(x, x, positions, positions, 0, attend)
+
+        def of_shard(query, key, value, axes, **options):
+            return attend(query, key, value, **options)  # the cache knows its axes
+
+        return self._attended(x, x, positions, positions, 0, self.pattern, of_shard)
 
     @nn.compact
-    def _attended(self, x, kv, positions, kv_positions, query_offset, attend):
-        """The layer with `attend(query, key, value, **options)`, which gives the heads, and something besides."""
+    def _attended(self, x, kv, positions, kv_positions, query_offset, pattern, attend):
+        """The layer with `attend(query, key, value, axes, **options)`, which gives the heads, and something besides."""
         in_features = x.shape[-1]
         num_kv_heads, head_dim = self._head_counts(in_features)
-        query = self._project("query", (self.num_heads, head_dim))(x)
+        layer = LayerHeads(self.num_heads, num_kv_heads, head_dim, self.head_axis)
+        num_heads, num_kv_heads = layer.here()
+        query = self._project("query", (num_heads, head_dim))(x)
         key = self._project("key", (num_kv_heads, head_dim))(kv)
         value = self._project("value", (num_kv_heads, head_dim))(kv)
+        axes = layer.split_over(query, pattern, self.variables.get("params", {}).get("query", {}))
 
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         query_gain = self.param("query_gain", ones, (head_dim,), self.param_dtype) if self.qk_norm else None
         key_gain = self.param("key_gain", ones, (head_dim,), self.param_dtype) if self.qk_norm else None
-        sinks = self.param("sinks", zeros, (self.num_heads,), self.param_dtype) if self.use_sinks else None
+        sinks = self.param("sinks", zeros, (num_heads,), self.param_dtype) if self.use_sinks else None
 
         heads, besides = attend(
             self._placed(query, query_gain, positions, query_offset),
             self._placed(key, key_gain, kv_positions, 0),
             value,
+            axes,
             scale=self.scale,
             logits_soft_cap=self.logits_soft_cap,
             sinks=sinks,
         )
         out_features = in_features if self.out_features is None else self.out_features
-        return self._project("out", out_features, axis=(-2, -1), kernel_init=self.out_kernel_init)(heads), besides
+        project = self._project("out", out_features, axis=(-2, -1), kernel_init=self.out_kernel_init)
+        bias = (lambda: project(jnp.zeros_like(heads[:1, :1]))) if self.use_bias else None
+        return sum_over(axes, project(heads), bias), besides
 
     def _head_counts(self, in_features: int) -> tuple[int, int]:
         return head_counts(self.num_heads, self.num_kv_heads, self.head_dim, in_features, self.rope_theta)

@@ -1,7 +1,9 @@
 """Sparsely-sharded attention as a Flax NNX layer, and as `attention_fn` of `nnx.MultiHeadAttention`."""
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.linear import default_kernel_init
@@ -9,10 +11,13 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.head_place import HeadAxis
+from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
 from s2jax.heads import RopeScaling, head_counts, next_positions, place, refuse_key_arguments
+from s2jax.layer_heads import LayerHeads, sum_over
 
 __all__ = ["S2Attention", "attention_fn"]
 
@@ -52,6 +57,9 @@ class S2Attention(nnx.Module):
         scale: multiplies the logits, by default `head_dim ** -0.5`.
         logits_soft_cap: logits become `cap * tanh(logits / cap)`.
         query_spec: `PartitionSpec` of the queries [b, t, h, d] on a mesh with Auto axes.
+        head_axis: axis of a caller's `shard_map`, `pmap` or named `vmap` over which the parameters are split by heads
+            (`out.kernel` too), or several. `num_heads` counts all heads; inside, the layer reads as the shard's heads,
+            and sums its output over the axis. () says that the parameters are always those of all heads.
         implementation: backend or backends to use, see `s2jax.attention`.
         rngs: source of the initial parameters.
 
@@ -59,6 +67,7 @@ class S2Attention(nnx.Module):
         ValueError: on head counts that do not fit together.
     """
 
+    @explains_unknown_arguments
     def __init__(
         self,
         in_features: int,
@@ -82,11 +91,17 @@ class S2Attention(nnx.Module):
         scale: float | None = None,
         logits_soft_cap: float | None = None,
         query_spec: PartitionSpec | None = None,
+        head_axis: HeadAxis = None,
         implementation: str | tuple[str, ...] | None = None,
         rngs: nnx.Rngs,
     ):
         num_kv_heads, head_dim = head_counts(num_heads, num_kv_heads, head_dim, in_features, rope_theta)
         self.pattern = pattern
+        self.heads = LayerHeads(num_heads, num_kv_heads, head_dim, head_axis)
+        self.in_features = in_features
+        self.use_bias = use_bias
+        self.dtype = dtype
+        self.param_dtype = param_dtype
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
         self.norm_eps = norm_eps
@@ -116,6 +131,7 @@ class S2Attention(nnx.Module):
         self.key_gain = nnx.Param(jnp.ones(head_dim, param_dtype)) if qk_norm else None
         self.sinks = nnx.Param(jnp.zeros(num_heads, param_dtype)) if use_sinks else None
 
+    @explains_unknown_arguments
     def __call__(
         self,
         x: Float[Array, "b t f"],
@@ -151,13 +167,15 @@ class S2Attention(nnx.Module):
         if kv is None:
             refuse_key_arguments(kv_positions, kv_segment_ids, query_offset)
             kv, kv_positions, kv_segment_ids = x, positions, segment_ids
+        pattern = self.pattern if pattern is None else pattern
         query = self.queries(x, positions, query_offset=query_offset)
+        axes = self._split_over(query, pattern)
         key, value = self.keys_values(kv, kv_positions)
         heads = attention(
             query,
             key,
             value,
-            self.pattern if pattern is None else pattern,
+            pattern,
             scale=self.scale,
             query_offset=query_offset,
             query_segment_ids=segment_ids,
@@ -165,46 +183,82 @@ class S2Attention(nnx.Module):
             logits_soft_cap=self.logits_soft_cap,
             sinks=_array(self.sinks),
             query_spec=self.query_spec,
+            head_axis=axes,
             implementation=self.implementation,
         )
-        return self.out(heads)
+        return self._output(heads, axes)
 
+    @explains_unknown_arguments
     def create_cache(
         self, batch: int, *, max_length: int | None = None, max_rollback: int = 0, dtype: Dtype | None = None
     ) -> KVCache:
         """An empty cache for this layer's keys and values, sharded by its `query_spec`; see `KVCache.create`.
 
         Args:
-            dtype: of what is stored, by default the layer's.
+            dtype: of what is stored, by default the layer's, else that of its parameters.
+
+        Returns:
+            The cache; of layers stacked by `nnx.vmap` as many caches, stacked along the same axes.
         """
-        heads, head_dim = self.query.kernel.shape[1:]
-        return KVCache.create(
+        cache = KVCache.create(
             self.pattern,
             batch=batch,
-            num_heads=heads,
-            num_kv_heads=self.key.kernel.shape[1],
-            head_dim=head_dim,
+            num_heads=self.heads.query,
+            num_kv_heads=self.heads.kv,
+            head_dim=self.heads.features,
             max_length=max_length,
             max_rollback=max_rollback,
-            dtype=dtype or self.query.dtype or self.query.param_dtype,
+            dtype=dtype or self.dtype or self._parameter_dtype(),
             query_spec=self.query_spec,
+            head_axis=self.heads.axis or (),
         )
+        stack = self._stack()
+        return jax.tree.map(lambda array: jnp.broadcast_to(array, (*stack, *array.shape)), cache) if stack else cache
 
+    def _parameter_dtype(self) -> Any:
+        """The dtype that keys and values have if only the parameters say so."""
+        leaves = [leaf for name in ("key", "value") for leaf in self._parameters(name)]
+        floats = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
+        return functools.reduce(jnp.promote_types, floats) if floats else self.param_dtype
+
+    def _stack(self) -> tuple[int, ...]:
+        """The leading axes of the parameters of layers that were stacked by `nnx.vmap`; () for a single one."""
+        kernel = self.in_features, self.heads.kv, self.heads.features
+        shapes = [leaf.shape for leaf in self._parameters("key")]
+        return next((shape[:-3] for shape in shapes if shape[-3:] == kernel), ())
+
+    def _split_over(self, query: Float[Array, "b t h d"], pattern: Any) -> tuple[str, ...]:
+        """The axes over which the query's heads are split."""
+        return self.heads.split_over(query, pattern, self._parameters("query"))
+
+    def _parameters(self, projection: str) -> list[Array]:
+        """The arrays of a projection, which may be wrapped, and need not be a module."""
+        return [leaf for leaf in jax.tree.leaves(nnx.state(self).get(projection, {})) if hasattr(leaf, "dtype")]
+
+    def _output(self, heads: Float[Array, "b t h d"], axes: tuple[str, ...]) -> Float[Array, "b t out_features"]:
+        """The output projection, summed over the shards of the heads."""
+        bias = (lambda: self.out(jnp.zeros_like(heads[:1, :1]))) if self.use_bias else None
+        return sum_over(axes, self.out(heads), bias)
+
+    @explains_unknown_arguments
     def prefill(
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
         """Self attention of a prompt, with which the cache begins anew; see `KVCache.prefill`."""
         arrays, options = self._for_cache(x, cache, begin=True)
+        axes = self._split_over(arrays[0], self.pattern)
         heads, cache = cache.prefill(*arrays, counts=counts, implementation=self.implementation, **options)
-        return self.out(heads), cache
+        return self._output(heads, axes), cache
 
+    @explains_unknown_arguments
     def extend(
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
         """Self attention of the next tokens of every sequence, over all that the cache holds; see `KVCache.extend`."""
         arrays, options = self._for_cache(x, cache, begin=False)
+        axes = self._split_over(arrays[0], self.pattern)
         heads, cache = cache.extend(*arrays, counts=counts, **options)
-        return self.out(heads), cache
+        return self._output(heads, axes), cache
 
     def _for_cache(
         self, x: Float[Array, "b t f"], cache: KVCache, *, begin: bool
@@ -224,7 +278,7 @@ class S2Attention(nnx.Module):
     ) -> Float[Array, "b t h d"]:
         """The queries of `x`, normalised and rotated as the layer is set up."""
         return place(
-            self.query(x),
+            _of_its_heads(self.query)(x),
             _array(self.query_gain),
             positions,
             query_offset,
@@ -237,10 +291,22 @@ class S2Attention(nnx.Module):
         self, x: Float[Array, "b s f"], positions: Int[Array, "b s"] | Int[Array, "s"] | None = None
     ) -> tuple[Float[Array, "b s k d"], Float[Array, "b s k d"]]:
         """The keys of `x`, normalised and rotated (as a cache holds them), and its values."""
-        return place(
-            self.key(x), _array(self.key_gain), positions, 0, self.rope_theta, self.rope_scaling, self.norm_eps
-        ), self.value(x)
+        key, value = _of_its_heads(self.key)(x), _of_its_heads(self.value)(x)
+        gain = _array(self.key_gain)
+        return place(key, gain, positions, 0, self.rope_theta, self.rope_scaling, self.norm_eps), value
 
 
 def _array(parameter: nnx.Param | None) -> Array | None:
     return None if parameter is None else parameter[...]
+
+
+def _of_its_heads(projection: Any) -> Any:
+    """The projection, which in a `shard_map` has fewer heads than it was made for: Flax lays the bias out by these."""
+    if not isinstance(projection, nnx.LinearGeneral) or projection.bias is None:
+        return projection
+    features = projection.kernel[...].shape[1:]
+    if features == projection.out_features:
+        return projection
+    projection = nnx.clone(projection)
+    projection.out_features = features
+    return projection
