@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _chat(argv: list[str] | None) -> None:
-    given = _parser().parse_args(argv)
+    given = _parser().parse(argv)
     check_sampling(given)
     if given.system is not None:
         check_text("--system", given.system)

@@ -31,6 +31,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: typing.Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
 
+    def parse(self, argv: list[str] | None) -> argparse.Namespace:
+        """Parses as `parse_args` does, but a flag that comes twice is an error, unless it may be repeated."""
+        words = sys.argv[1:] if argv is None else argv
+        given = [word.partition("=")[0] for word in words]
+        for action in self._actions:
+            repeats = isinstance(action.default, list) or getattr(action, "repeats", False)
+            if not repeats and sum(word in action.option_strings for word in given) > 1:
+                self.error(f"argument {action.option_strings[0]}: expected once, got it twice")
+        return self.parse_args(words)
+
     def error(self, message: str) -> typing.NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
         for word in message.split() if message.startswith("unrecognized arguments") else ():

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(argv: list[str] | None) -> None:
-    given = _parser().parse_args(argv)
+    given = _parser().parse(argv)
     pattern = pattern_of(given.pattern)
     for flag, count in (("--tokens", given.tokens), ("--length", given.length)):
         if count is not None and count < 1:

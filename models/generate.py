@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(argv: list[str] | None) -> None:
-    given = _parser().parse_args(argv)
+    given = _parser().parse(argv)
     check_sampling(given)
     prompts = _prompts(given)
     if given.system is not None and not given.chat:
@@ -122,6 +122,8 @@ def _is_utf8() -> bool:
 
 class _InOrder(argparse.Action):
     """Keeps the values of several flags in the order in which they came."""
+
+    repeats = True
 
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, [*(getattr(namespace, self.dest) or ()), (self.option_strings[0], values)])
