@@ -100,7 +100,7 @@ def _convert(argv: list[str] | None) -> None:
     if pretrained.tokenizer is None:
         raise ValueError(f"{name} has no tokenizer: put a tokenizer.json beside its weights")
     config, length = pretrained.model.config, pretrained.max_context if given.length is None else given.length
-    ids = pretrained.tokenizer.encode(text).ids[: given.tokens]
+    ids = pretrained.encode(text)[: given.tokens]
     if len(ids) < given.tokens:
         raise ValueError(f"{given.text} must hold {given.tokens} tokens, see --tokens, got {len(ids)}")
     if given.kv_budget is not None:

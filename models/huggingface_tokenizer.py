@@ -17,6 +17,7 @@ from models.untrusted import quoted, read_json, read_text, shortened
 _log = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """What tokenizer_config.json calls the tokens that chat templates know by name."""
+_MOST_GROWTH = 64  # of a text, in the steps before and after it is cut into tokens
 _ADDED_TOKEN_FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}
 
 
@@ -41,13 +42,39 @@ def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
     Raises:
         ValueError: if the file is missing, torn, or no tokenizer.
     """
-    if "model" not in read_json(path):
+    values = read_json(path)
+    if "model" not in values:
         raise ValueError(f"{path} must have a 'model', which it lacks: it is no tokenizer.json")
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(values.get(part))) > _MOST_GROWTH:
+            raise ValueError(
+                f"{path}: its {part} may make a text {growth:.0g} times as long, at most {_MOST_GROWTH} is done"
+            )
     tokenizer = of_tokenizers(lambda: Tokenizer.from_file(str(path)), f"{path} is no tokenizer")
     # Left over from someone's training: texts are neither cut nor filled up.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _growth(part: Any) -> float:
+    """How much longer a text may become by the replacements in a part of a tokenizer.json, one after the other."""
+    growth, left = 1.0, [part]
+    while left:
+        step = left.pop()
+        if isinstance(step, list):
+            left += step
+        if not isinstance(step, dict):
+            continue
+        left += [value for value in step.values() if isinstance(value, (dict, list))]
+        pattern, content, before = (step.get(key) for key in ("pattern", "content", "prepend"))
+        if isinstance(content, str):
+            text = pattern.get("String") if isinstance(pattern, dict) else None
+            growth *= max(1.0, len(content) / max(1, len(text) if isinstance(text, str) else 1))
+        if isinstance(before, str):
+            growth *= max(1, len(before))
+        growth = min(growth, 1e300)
+    return growth
 
 
 def of_tokenizers[T](action: Callable[[], T], message: str) -> T:

@@ -1,7 +1,7 @@
 """Pretrained Llama-family models: in from a Hugging Face directory or a GGUF file, out to a Hugging Face directory.
 
     pretrained = load("SmolLM2-135M-Instruct.Q4_1.gguf", LocalStride(64, 16, 8), dense_layers=(0, 1))
-    logits = pretrained.model(jnp.asarray([pretrained.tokenizer.encode("Once upon").ids]))
+    logits = pretrained.model(jnp.asarray([pretrained.encode("Once upon")]))
 
 Needs the packages of the extra `generate`.
 """

@@ -3,6 +3,7 @@
 python -m tests.models.hostile_files   # reads directories and GGUF files from stdin, answers in JSON lines
 """
 
+import copy
 import json
 import pathlib
 import random
@@ -83,7 +84,7 @@ def mutated_json(values: object, chance: random.Random) -> object:
             other, at = chance.choice(places)
             node[key] = json.loads(json.dumps(other[at]))
         else:
-            node[key] = chance.choice(VALUES)
+            node[key] = copy.deepcopy(chance.choice(VALUES))
     return values
 
 

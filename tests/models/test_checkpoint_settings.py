@@ -17,7 +17,7 @@ import models.gguf as gguf_settings
 import models.gguf_tokenizer as gguf_tokens
 import models.huggingface_config as config_settings
 import models.huggingface_generation as generation_settings
-from models.generate import generate
+from models.decoder import generate
 from models.gguf_tokenizer import end_ids, tokenizer_from_gguf
 from models.huggingface import to_huggingface
 from models.huggingface_tokenizer import SPECIAL_TOKENS
@@ -206,6 +206,28 @@ def test_settings_that_cannot_be_followed_are_refused_in_one_line(tmp_path, file
         open_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    "normalizers",
+    [
+        [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40,
+        [{"type": "Replace", "pattern": {"Regex": "a"}, "content": "a" * 1_000}],
+        [{"type": "Prepend", "prepend": "a" * 1_000_000}],
+        [{"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "abc"}] * 9}],
+    ],
+)
+def test_a_tokenizer_that_makes_texts_endless_is_refused(tmp_path, normalizers):
+    saved(tmp_path, tokenizer={"normalizer": {"type": "Sequence", "normalizers": normalizers}})
+    with pytest.raises(ValueError, match=r"normalizer may make a text .* times as long, at most 64 is done"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_pattern_of_words_that_never_ends_is_one_line(tmp_path):
+    endless = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    saved(tmp_path, tokenizer={"pre_tokenizer": endless})
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode the text: .*retry-limit"):
+        ids(tmp_path, "a" * 60 + "b")
 
 
 def test_unknown_settings_are_named(tmp_path, caplog):
