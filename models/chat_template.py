@@ -12,7 +12,7 @@ from models import template_process
 from models.pretrained import Checkpoint, Pretrained
 from models.untrusted import shortened
 
-_PATIENCE = 8  # seconds by the clock, on a machine that may be busy
+_PATIENCE = 5  # seconds by the clock, on a machine that may be busy
 
 
 def chat_tokens(checkpoint: Pretrained | Checkpoint, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import shutil
@@ -17,6 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from models.byte_tokenizer import BOUNDARY, BOUNDARY_TOKEN, byte_tokenizer
+from models.huggingface_tokenizer import of_tokenizers
 from models.locate import find_checkpoint
 from models.pretrained import Checkpoint, Pretrained, open_checkpoint, save
 from models.transformer import Transformer
@@ -78,8 +80,12 @@ def in_tokens(corpus: Corpus, checkpoint: Checkpoint) -> Corpus:
     left_out = LeftOut()
     for some in itertools.batched(corpus.documents, _TOGETHER):
         texts = [_decoded(document.name, content_bytes(document)) for document in some]
-        for document, encoding in zip(some, tokenizer.encode_batch_fast(texts), strict=True):
-            tokens = np.array([*encoding.ids, *checkpoint.eos_ids[:1]], np.int32)
+        encodings = of_tokenizers(
+            functools.partial(tokenizer.encode_batch_fast, texts), f"--data: no tokens for {shown(some[0].name)}"
+        )
+        for document, encoding in zip(some, encodings, strict=True):
+            closed = encoding.ids[-1:] and encoding.ids[-1] in checkpoint.eos_ids  # by the tokenizer itself
+            tokens = np.array([*encoding.ids, *(() if closed else checkpoint.eos_ids[:1])], np.int32)
             if tokens.size and tokens.max() >= vocab_size:
                 raise ValueError(
                     f"--pretrained: expected a tokenizer of at most the model's {vocab_size} tokens, got token "
