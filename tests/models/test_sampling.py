@@ -53,7 +53,7 @@ def sampled(sampling, logits, key, count):
     return sampling.probabilities(logits), tokens
 
 
-@settings(max_examples=settings.default.max_examples // 3)
+@settings(max_examples=settings.default.max_examples // 6)
 @given(
     rows=st.lists(st.lists(VALUES, min_size=SIZE, max_size=SIZE), min_size=ROWS, max_size=ROWS),
     temperature=TEMPERATURES,
@@ -87,7 +87,7 @@ def test_where_there_is_nothing_to_choose_from_no_token_is_made_up(temperature, 
 
 def test_a_double_precision_session():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
-        for dtype in ("float32", "float64", "bfloat16"):
+        for dtype in ("float32", "float64"):
             logits = jnp.array([[0.0, 2.0, 2.0, 1.0, -INF]], dtype)
             for temperature in (0.0, 1e-310, 1e300):
                 shares, tokens = sampled(Sampling(temperature, 3, 0.99), logits, jax.random.key(0), 8)
