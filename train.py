@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -106,6 +107,8 @@ def _ended_by(error: BaseException, config: Config | None, run: Run | None) -> i
     elif not isinstance(error, (OSError, Failed) if run else (OSError, Failed, ValueError)):
         raise error
     warn(f"train.py: {' '.join(str(error).split())}{more}")
+    if isinstance(error, SaveFailed) and jax.process_count() > 1:
+        os._exit(1)  # the other processes wait within Orbax, and end once the cluster misses this one
     return 1 if run else 2
 
 
