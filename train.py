@@ -107,8 +107,10 @@ def _ended_by(error: BaseException, config: Config | None, run: Run | None) -> i
     elif not isinstance(error, (OSError, Failed) if run else (OSError, Failed, ValueError)):
         raise error
     warn(f"train.py: {' '.join(str(error).split())}{more}")
-    if isinstance(error, SaveFailed) and jax.process_count() > 1:
-        os._exit(1)  # the other processes wait within Orbax, and end once the cluster misses this one
+    if run and jax.process_count() > 1 and not isinstance(error, Diverged):
+        # Letting go would wait within Orbax for a checkpoint that not all processes can write.
+        time.sleep(2 if jax.process_index() == 0 else 0)  # the coordinator leaves last
+        os._exit(1)
     return 1 if run else 2
 
 
