@@ -94,8 +94,12 @@ class MetricsLog:
         """
         line = json.dumps({name: value for name, value in record.items() if value is not None}) + "\n"
         content = line.encode()
-        while content:
-            content = content[self._file.write(content) :]
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
     def check(self) -> None:
         """Raises FileNotFoundError if the file was removed: what is appended would be lost."""
