@@ -39,6 +39,9 @@ class Parser(argparse.ArgumentParser):
             repeats = isinstance(action.default, list) or getattr(action, "repeats", False)
             if not repeats and sum(word in action.option_strings for word in given) > 1:
                 self.error(f"argument {action.option_strings[0]}: expected once, got it twice")
+        for flag, _, value in (word.partition("=") for word in words):
+            if flag.startswith("--") and value == "--":  # argparse would take it away and leave an empty list
+                self.error(f"argument {flag}: expected a value, got '--'")
         return self.parse_args(words)
 
     def error(self, message: str) -> typing.NoReturn:

@@ -136,6 +136,8 @@ PROMPT = ("--prompt", "a")
         (("--prompt-file", "nowhere.txt"), "nowhere.txt"),
         ((*PROMPT, "--system", "b"), "--system is part of a conversation: give --chat, too"),
         ((*PROMPT, "--temprature", "1"), "unrecognized arguments: --temprature 1; did you mean --temperature?"),
+        ((*PROMPT, "--seed=--"), "argument --seed: expected a value, got '--'"),
+        (("--prompt=--",), "argument --prompt: expected a value, got '--'"),
         ((*PROMPT, "--seed", "1", "--seed=2"), "argument --seed: expected once, got it twice"),
         ((*PROMPT, "--implementation", "mosaic_tpu", *SMALL), "mosaic_tpu"),
         ((*PROMPT, "--implementation", "mosaic_gpu", *SMALL), "mosaic_gpu"),
