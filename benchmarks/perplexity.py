@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 
 from models import smollm2
 from models.convert import lost_mass
-from models.pattern_text import pattern_of
 from models.pretrained import load
+from s2jax.patterns import parse_pattern
 
 TITLE = "Persuasion"
 BANDS = (0, 1024, 2048, 4096, 8192)
@@ -57,7 +57,7 @@ def measure(
     tokens: np.ndarray,
     path: pathlib.Path | None = None,  # of a model other than SmolLM2 itself
 ) -> dict:
-    pretrained = load(path or smollm2.fetch(), pattern_of(text), dense_layers=dense_layers, dtype="float32")
+    pretrained = load(path or smollm2.fetch(), parse_pattern(text), dense_layers=dense_layers, dtype="float32")
     model, length = pretrained.model, tokens.shape[1]
     graph, state = nnx.split(model)
     caches = model.create_caches(1, max_length=length + 64)
@@ -95,7 +95,7 @@ def measure(
 def losing_most(tokenizer: Tokenizer, count: int) -> tuple[int, ...]:
     """The layers that lose most by the pattern, on another novel."""
     ids = tokenizer.encode(novels()[CALIBRATION]).ids[:CALIBRATION_TOKENS]
-    lost = lost_mass(load(smollm2.fetch(), dtype="float32").model, pattern_of(SPARSE), jnp.asarray([ids]))
+    lost = lost_mass(load(smollm2.fetch(), dtype="float32").model, parse_pattern(SPARSE), jnp.asarray([ids]))
     return tuple(sorted(np.argsort(-lost)[:count].tolist()))
 
 

@@ -20,10 +20,10 @@ from flax import nnx
 from models import Transformer
 from models.command_line import Parser, add_model_flags, load_model, run
 from models.decoder import generate
-from models.pattern_text import pattern_of
 from models.pretrained import Pretrained
 from models.sampling import Sampling
 from s2jax import Pattern
+from s2jax.patterns import parse_pattern
 
 
 @dataclasses.dataclass
@@ -106,7 +106,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--drafts", type=int, default=4, help="tokens of a round; default %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="default %(default)s")
     given = parser.parse_args(argv)
-    pattern, pretrained = pattern_of(given.draft), load_model(given)
+    pattern, pretrained = parse_pattern(given.draft), load_model(given)
     assert pretrained.tokenizer is not None
     prompt = pretrained.encode(given.prompt)
     found = speculate(pretrained, pattern, prompt, given.max_new_tokens, given.drafts)

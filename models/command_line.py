@@ -14,10 +14,10 @@ import jax
 
 from models import smollm2
 from models.compilation_cache import keep_compilations
-from models.pattern_text import pattern_of
 from models.pretrained import Pretrained, load
 from models.sampling import Sampling
 from s2jax import PatternWarning
+from s2jax.patterns import parse_pattern
 
 MODEL_HELP = (
     "a GGUF file, a directory with config.json, a run of train.py, or org/name[@revision] on Hugging Face; by default "
@@ -124,7 +124,7 @@ def load_model(given: argparse.Namespace) -> Pretrained:
     Raises:
         ValueError: in one line, if it cannot be found or read, or the flags do not fit it.
     """
-    pattern = None if given.pattern is None else pattern_of(given.pattern)
+    pattern = None if given.pattern is None else parse_pattern(given.pattern)
     settings = {} if given.dense_layers is None else {"dense_layers": tuple(given.dense_layers)}
     name = smollm2.fetch(say=say) if given.model is None else given.model
     say(f"loading {name} …")

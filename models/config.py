@@ -5,7 +5,7 @@ import dataclasses
 from jax.sharding import PartitionSpec
 
 from s2jax.heads import RopeScaling
-from s2jax.patterns import Dense, Pattern
+from s2jax.patterns import Dense, Pattern, as_pattern
 
 REMAT_POLICIES = ("none", "attention", "full")
 COMPUTE_DTYPES = ("bfloat16", "float32")
@@ -73,10 +73,7 @@ class TransformerConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
-        if not isinstance(self.pattern, Pattern):
-            raise ValueError(
-                f"pattern must be one of s2jax.patterns, such as s2jax.LocalStride(...), got {self.pattern!r}"
-            )
+        object.__setattr__(self, "pattern", as_pattern(self.pattern))
         if not self.pattern.causal:
             raise ValueError(f"a decoder needs a causal pattern, got the bidirectional {self.pattern!r}")
         if self.rope_scaling is not None:

@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
 from models.extras import exit_for_missing
-from models.pattern_text import pattern_of
 from models.transformer import Transformer
 from s2jax import Dense, Pattern, attention, compile_cache
+from s2jax.patterns import parse_pattern
 
 try:
     from models import smollm2
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _convert(argv: list[str] | None) -> None:
     given = _parser().parse(argv)
-    pattern = pattern_of(given.pattern)
+    pattern = parse_pattern(given.pattern)
     for flag, count in (("--tokens", given.tokens), ("--length", given.length)):
         if count is not None and count < 1:
             raise ValueError(f"{flag} must be at least 1, got {count}")

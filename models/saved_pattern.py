@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import TransformerConfig
-from models.pattern_text import pattern_of
+from s2jax.patterns import parse_pattern
 
 KEY = "s2jax"
 
@@ -41,7 +41,7 @@ def pattern_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ValueError(f"config.json must have the text of a pattern as {KEY!r}, got {_quoted(text)}")
     try:
-        return {"pattern": pattern_of(text), "dense_layers": tuple(layers)}
+        return {"pattern": parse_pattern(text), "dense_layers": tuple(layers)}
     except ValueError as error:
         raise ValueError(
             f"config.json names a pattern that cannot be built from its text, {_quoted(text)}; give the pattern that "

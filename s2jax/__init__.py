@@ -20,12 +20,16 @@ from s2jax.patterns import (
     FirstTokens,
     Local,
     LocalStride,
+    MaskMod,
     Pattern,
     PatternWarning,
     PerHead,
     Ranges,
     RelativeStride,
     Strided,
+    TokenMask,
+    as_pattern,
+    parse_pattern,
 )
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
     "KVCache",
     "Local",
     "LocalStride",
+    "MaskMod",
     "Pattern",
     "PatternWarning",
     "PerHead",
@@ -47,13 +52,16 @@ __all__ = [
     "RelativeStride",
     "RopeScaling",
     "Strided",
+    "TokenMask",
     "TpuTiles",
     "XlaTiles",
+    "as_pattern",
     "attention",
     "block_sparse_attention",
     "combine",
     "compile_cache",
     "compile_schedule",
+    "parse_pattern",
 ]
 
 if typing.TYPE_CHECKING:

@@ -21,7 +21,7 @@ from s2jax.cache_slots import Buffer, Space
 from s2jax.cache_step import NEVER, Step, Tables, check_dtype, check_prompt, check_tokens, lengthened
 from s2jax.compiler import refuse_unsaid_heads
 from s2jax.functional import ATTENTION_OPTIONS, attention
-from s2jax.patterns import Pattern
+from s2jax.patterns import PatternLike, as_pattern
 from s2jax.patterns.checks import check_count
 
 
@@ -73,7 +73,7 @@ class KVCache:
     @explains_unknown_arguments
     def create(
         cls,
-        pattern: Pattern,
+        pattern: PatternLike,
         *,
         batch: int,
         num_heads: int,
@@ -108,9 +108,9 @@ class KVCache:
         value_dim = head_dim if value_dim is None else value_dim
         for name, number in (("batch", batch), ("head_dim", head_dim), ("value_dim", value_dim)):
             check_count(name, number, at_least=1)
-        if head_axis is None and isinstance(pattern, Pattern):
-            length = [max_length or 1] * 2
-            refuse_unsaid_heads(pattern, possible_head_axes(), num_heads, num_kv_heads, *length)
+        pattern = as_pattern(pattern)
+        if head_axis is None:
+            refuse_unsaid_heads(pattern, possible_head_axes(), num_heads, num_kv_heads, *[max_length or 1] * 2)
         axes, sharding, shards = split_to_create(query_spec, head_axis, batch, num_kv_heads)
         layout = compile_cache(
             pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback,

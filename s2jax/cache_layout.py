@@ -15,7 +15,8 @@ from jaxtyping import Int32
 from pallas_kernels.schedule import BlockSchedule
 from s2jax.bands import UNBOUNDED, Band
 from s2jax.compiler import compile_schedule
-from s2jax.patterns import Heads, Pattern
+from s2jax.patterns import Heads, Pattern, PatternLike, as_pattern
+from s2jax.patterns.agreement import check_agreement
 
 TRIAL_BLOCKS = 64
 """A pattern of bounded reach shows what it does to a context this long, or to four times its reach."""
@@ -96,9 +97,8 @@ class CacheLayout:
         return slots * self.block_size * (head_dim + value_dim) * itemsize
 
 
-@functools.lru_cache(maxsize=64)
 def compile_cache(
-    pattern: Pattern,
+    pattern: PatternLike,
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -118,7 +118,8 @@ def compile_cache(
       ValueError: the pattern is not causal, or does not fit the heads; or it needs a `max_length`; or the KV heads
         cannot be split over the shards.
     """
-    if not isinstance(pattern, Pattern) or not pattern.causal:
+    pattern = as_pattern(pattern)
+    if not pattern.causal:
         raise ValueError(
             f"a cache needs a causal s2jax pattern, for nothing later than a token is there; got {pattern!r}"
         )
@@ -130,16 +131,28 @@ def compile_cache(
         is_integer = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
         if number is not None and not (is_integer and number >= least):
             raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
-    shapes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
-    given = pattern, Heads(**shapes), max_length, max_rollback, shards
+    heads = Heads(num_heads, num_kv_heads)
     if num_kv_heads % shards:
         raise ValueError(
             f"{num_kv_heads} KV heads cannot be split over {shards} shards: take a number that divides them"
         )
+    return _compiled(pattern, heads, max_length, max_rollback, shards)
+
+
+def forget_layouts() -> None:
+    """Empties the cache of `compile_cache`, for measurements."""
+    _compiled.cache_clear()
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(pattern: Pattern, heads: Heads, max_length: int | None, max_rollback: int, shards: int) -> CacheLayout:
+    num_kv_heads = heads.num_kv_heads
+    shapes = {"num_heads": heads.num_heads, "num_kv_heads": num_kv_heads}
+    given = pattern, heads, max_length, max_rollback, shards
     size = pattern.schedule_block_size()
     slack = -(-max_rollback // size)
     if max_length is None:
-        reach, period = _recurrence(pattern, given[1], size)
+        reach, period = _recurrence(pattern, heads, size)
         length = (reach + period) * size
         schedule = compile_schedule(pattern, query_length=length, kv_length=length, **shapes)
         slots = np.full(num_kv_heads, reach + slack, np.int32)
@@ -201,6 +214,7 @@ def _recurrence(pattern: Pattern, heads: Heads, size: int) -> tuple[int, int]:
     else:
         raise _unbounded(pattern)
     # The first blocks may be more than were tried.
+    check_agreement(pattern, heads, (MANY_BLOCKS - 2) * size, MANY_BLOCKS * size, MANY_BLOCKS * size)
     for head in range(heads.num_heads):
         if not all(_repeats(band, period) for band in _bands(pattern, heads, head, size, max(blocks, MANY_BLOCKS))):
             raise _unbounded(pattern)

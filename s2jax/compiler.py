@@ -1,6 +1,7 @@
 """From a pattern and shapes to what the kernels walk."""
 
 import functools
+import hashlib
 import itertools
 import math
 import typing
@@ -10,7 +11,9 @@ import numpy as np
 from pallas_kernels.head_place import refuse_unknown_heads, unknown_heads
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule, ListTable
 from s2jax.bands import Band, with_period
-from s2jax.patterns import Heads, Pattern
+from s2jax.patterns import Heads, Pattern, PatternLike, as_pattern, statistics
+from s2jax.patterns.agreement import check_agreement
+from s2jax.patterns.evaluation import outside_traces
 
 PAIRS_AT_ONCE = 1 << 22
 """Pairs of blocks, or of tokens, looked at together where a pattern has no closed form."""
@@ -24,14 +27,13 @@ class Entries(typing.NamedTuple):
     masks: np.ndarray
 
 
-@functools.lru_cache(maxsize=256)
 def compile_schedule(
-    pattern: Pattern, *, num_heads: int, num_kv_heads: int, query_length: int, kv_length: int, query_offset: int = 0
+    pattern: PatternLike, *, num_heads: int, num_kv_heads: int, query_length: int, kv_length: int, query_offset: int = 0
 ) -> BlockSchedule:
     """Compiles a pattern for given heads and lengths. Cached, so that all layers of a model share one schedule.
 
     Args:
-      pattern: who reads whom.
+      pattern: who reads whom, or what `as_pattern` makes a pattern of.
       query_length, kv_length: tokens.
       query_offset: absolute position of the first query among the keys.
 
@@ -39,7 +41,7 @@ def compile_schedule(
       A `BlockSchedule`; for patterns with a closed form (`Pattern.bands`) of O(length) memory per distinct head.
 
     Raises:
-      ValueError: the pattern does not fit these heads or lengths.
+      ValueError: the pattern does not fit these heads or lengths, or its closed form contradicts its rule.
     """
     heads = Heads(num_heads, num_kv_heads)
     for name, value, least in (
@@ -49,30 +51,44 @@ def compile_schedule(
     ):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    query_length, kv_length, query_offset = int(query_length), int(kv_length), int(query_offset)
-    pattern.check(heads, query_length, kv_length, query_offset)
-    pattern.warn_if_incomplete(num_heads, num_kv_heads, kv_length)
+    return _compiled(as_pattern(pattern), heads, int(query_length), int(kv_length), int(query_offset))
 
-    size = pattern.schedule_block_size()
-    compiler = _Compiler(
-        size,
-        rows=np.arange(query_offset // size, -(-(query_offset + query_length) // size)),
-        num_columns=-(-kv_length // size),
-    )
+
+def forget_schedules() -> None:
+    """Empties the cache of `compile_schedule`, for measurements."""
+    _compiled.cache_clear()
+    check_agreement.cache_clear()
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(pattern: Pattern, heads: Heads, query_length: int, kv_length: int, query_offset: int) -> BlockSchedule:
+    pattern.check(heads, query_length, kv_length, query_offset)
+    check_agreement(pattern, heads, query_offset, query_offset + query_length, kv_length)
+    statistics.warn_if_incomplete(pattern, heads, kv_length, (query_offset, query_offset + query_length))
+    return _schedule(pattern, heads, query_length, kv_length, query_offset)
+
+
+@outside_traces
+def _schedule(pattern: Pattern, heads: Heads, query_length: int, kv_length: int, query_offset: int) -> BlockSchedule:
+    compiler = _Compiler(pattern.schedule_block_size(), query_offset, query_offset + query_length, kv_length)
     walkers: dict[typing.Hashable, int] = {}
     head_index, parts = [], []
-    for head in range(num_heads):
+    for head in range(heads.num_heads):
         key = pattern.head_key(heads, head)
         if key not in walkers:
-            walkers[key] = len(parts)
-            bands = pattern.bands(heads, head, size, int(compiler.rows[-1]) + 1, compiler.num_columns)
-            if bands is None:
-                parts.append(compiler.list_per_row(*compiler.entries(pattern, heads, head)))
-            else:
+            bands = pattern.bands(heads, head, compiler.block_size, int(compiler.rows[-1]) + 1, compiler.num_columns)
+            if bands is not None:
+                walkers[key] = len(parts)
                 parts.append(compiler.closed_form(bands))
+            else:
+                entries = compiler.entries(pattern, heads, head)
+                # Heads that are found to read the same share a walker, too.
+                walkers[key] = walkers.setdefault(_digest(entries), len(parts))
+                if walkers[key] == len(parts):
+                    parts.append(compiler.list_per_row(*entries))
         head_index.append(walkers[key])
     return BlockSchedule(
-        size, num_heads, num_kv_heads, query_length, kv_length, query_offset,
+        compiler.block_size, heads.num_heads, heads.num_kv_heads, query_length, kv_length, query_offset,
         compiler.lists(parts), np.asarray(head_index, np.int32), compiler.token_masks(),
         functools.partial(heads_differ, pattern, heads, query_length, kv_length, query_offset),
     )  # fmt: skip
@@ -122,11 +138,21 @@ def heads_differ(
     return fits_more and len(keys) > 1
 
 
+def _digest(entries: list[Entries]) -> tuple[str, bytes]:
+    found = hashlib.blake2b(digest_size=16)
+    for array in itertools.chain.from_iterable(entries):
+        found.update(len(array).to_bytes(8))
+        found.update(np.ascontiguousarray(array))
+    return "entries", found.digest()
+
+
 class _Compiler:
     """The lists, token masks and slices of one schedule while it grows."""
 
-    def __init__(self, block_size: int, rows: np.ndarray, num_columns: int):
-        self.block_size, self.rows, self.num_columns = block_size, rows, num_columns
+    def __init__(self, block_size: int, query_start: int, query_stop: int, kv_stop: int):
+        self.block_size, self.query_stop, self.kv_stop = block_size, query_stop, kv_stop
+        self.rows = np.arange(query_start // block_size, -(-query_stop // block_size))
+        self.num_columns = -(-kv_stop // block_size)
         self._table = ListTable()
         self._masks: dict[bytes, int] = {}
         self.mask_id(np.ones((block_size, block_size), bool))
@@ -241,26 +267,34 @@ class _Compiler:
         """What a head reads whole and in part, known only by its block states and its rule."""
         groups = max(1, len(self.rows) * self.num_columns // PAIRS_AT_ONCE)
         found = [self._entries_of(pattern, heads, head, rows) for rows in np.array_split(self.rows, groups)]
-        return [
+        joined = [
             Entries(*(np.concatenate(arrays) for arrays in zip(*kind, strict=True)))
             for kind in zip(*found, strict=True)
         ]
+        for rows, columns, _ in joined if pattern.causal else ():
+            if (later := columns > rows).any():
+                at = int(np.argmax(later))
+                raise ValueError(
+                    f"{pattern!r} says that it is causal, but through head {head} query block {rows[at]} reads the "
+                    f"later key block {columns[at]} (blocks of {self.block_size} tokens)"
+                )
+        return joined
 
     def _entries_of(self, pattern: Pattern, heads: Heads, head: int, rows: np.ndarray) -> list[Entries]:
         states = pattern.block_states(heads, head, self.block_size, rows, self.num_columns)
         row, column = np.nonzero(states)
         partly = np.flatnonzero(states[row, column] != 2)
         row, ids = rows[row], np.zeros(len(row), np.int32)
-        for some in np.array_split(partly, max(1, len(partly) * self.block_size**2 // PAIRS_AT_ONCE)):
+        step = max(1, PAIRS_AT_ONCE // self.block_size**2)
+        for start in range(0, len(partly), step):
+            some = partly[start : start + step]
             ids[some] = self._mask_ids(pattern, heads, head, row[some], column[some])
         return [Entries(row[each], column[each], ids[each]) for each in (ids == WHOLE, ids > NOTHING)]
 
     def _mask_ids(self, pattern: Pattern, heads: Heads, head: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        token = np.arange(self.block_size)
-        query = rows[:, None, None] * self.block_size + token[:, None]
-        key = columns[:, None, None] * self.block_size + token
-        masks = np.broadcast_to(pattern.reads(heads, head, query, key), (len(rows), len(token), len(token)))
-        return np.array([self.mask_id(mask) for mask in masks], np.int32)
+        masks = pattern.token_tiles(heads, head, self.block_size, rows, columns, self.query_stop, self.kv_stop)
+        packed = np.packbits(masks.reshape(len(rows), -1), axis=1)
+        return np.array([self._masks.setdefault(mask.tobytes(), len(self._masks)) for mask in packed], np.int32)
 
     def list_per_row(self, *entries: Entries) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Full and partial parts, each int32 [rows, 2]."""

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.head_place import HeadAxis
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.functional import attention
+from s2jax.heads import as_layer_pattern
 
 
 @explains_unknown_arguments
@@ -44,6 +45,8 @@ def attention_fn(
         A function of query [..., t, h, d], key [..., s, k, d] and value [..., s, k, e], with any leading batch
         axes or none, to [..., t, h, e].
     """
+
+    pattern = as_layer_pattern(pattern)
 
     @explains_unknown_arguments  # which keeps the signature that Linen inspects
     # Linen inspects this signature and passes only what it names: a `**kwargs` would lose the mask silently.

@@ -14,7 +14,7 @@ from pallas_kernels.head_place import HeadAxis, HeadRange, all_heads, possible_h
 from pallas_kernels.op import Options
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.compiler import compile_schedule, refuse_unsaid_heads
-from s2jax.patterns import Pattern
+from s2jax.patterns import Pattern, PatternLike, TokenMask, as_pattern
 
 
 @typing.overload
@@ -22,7 +22,7 @@ def attention(
     query: Array,
     key: Array,
     value: Array,
-    pattern: Pattern | BlockSelection,
+    pattern: PatternLike | BlockSelection,
     *,
     return_lse: typing.Literal[False] = False,
     **options: typing.Unpack[Options],
@@ -32,7 +32,7 @@ def attention(
     query: Array,
     key: Array,
     value: Array,
-    pattern: Pattern | BlockSelection,
+    pattern: PatternLike | BlockSelection,
     *,
     return_lse: typing.Literal[True],
     **options: typing.Unpack[Options],
@@ -42,7 +42,7 @@ def attention(
     query: Array,
     key: Array,
     value: Array,
-    pattern: Pattern | BlockSelection,
+    pattern: PatternLike | BlockSelection,
     *,
     return_lse: bool,
     **options: typing.Unpack[Options],
@@ -52,7 +52,7 @@ def attention(
     query: Float[Array, "b t h d"],
     key: Float[Array, "b s k d"],
     value: Float[Array, "b s k e"],
-    pattern: Pattern | BlockSelection,
+    pattern: PatternLike | BlockSelection,
     *,
     scale: float | None = None,
     query_offset: int | Int32[Array, "#b"] = 0,
@@ -73,7 +73,9 @@ def attention(
 
     Args:
       query, key, value: one dtype, bfloat16, float16, float32 or float64.
-      pattern: who reads whom, such as `s2jax.LocalStride()`; or a `BlockSelection`, made under `jit`.
+      pattern: who reads whom, such as `s2jax.LocalStride()`; or its text; or a function mask_mod(head, query_position,
+        key_position) -> bool, causal besides, as in `s2jax.MaskMod`; or a concrete bool array [h or 1, t, s], True
+        where the query reads the key; or a `BlockSelection`, made under `jit`.
       scale: what the logits are multiplied with; d**-0.5 by default.
       query_offset: position of the first query among the keys. Known at run time only, it may be a scalar array or one
         position for each sequence, each between 0 and s; with a pattern, the result of others is NaN.
@@ -107,7 +109,7 @@ def attention(
             raise ValueError(f"query_offset must be an integer of at least 0, got {query_offset!r}")
         if not _is_static(query_offset) or query_offset:
             at_run_time = query_offset
-    elif isinstance(pattern, Pattern):
+    else:
         for name, array in (("query", query), ("key", key)):
             if getattr(array, "ndim", None) != 4:
                 came = getattr(array, "shape", type(array).__name__)
@@ -118,22 +120,20 @@ def attention(
         if _is_static(query_offset):
             offset = int(typing.cast(int, query_offset))
         else:
+            at_run_time = query_offset
+        static = _static_pattern(pattern, query_length, kv_length, None if at_run_time is not None else offset)
+        if at_run_time is not None:
             # Whatever position comes, its rows are there.
-            at_run_time, query_length = query_offset, kv_length + query_length
+            query_length += kv_length
         if head_axis is None and heads is None:
-            refuse_unsaid_heads(pattern, possible_head_axes(query), *counts, query_length, kv_length, offset)
+            refuse_unsaid_heads(static, possible_head_axes(query), *counts, query_length, kv_length, offset)
         schedule = compile_schedule(
-            pattern,
+            static,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             query_length=query_length,
             kv_length=kv_length,
             query_offset=offset,
-        )
-    else:
-        raise ValueError(
-            f"pattern must be an s2jax pattern or a BlockSelection, got {type(pattern).__name__}; "
-            "for any other mask there is s2jax.BlockMask"
         )
     return block_sparse_attention(
         query, key, value, schedule,
@@ -145,6 +145,23 @@ def attention(
 
 ATTENTION_OPTIONS = (*typing.get_type_hints(Options), "return_lse")
 """Names of the keyword arguments of `attention`."""
+
+
+def _static_pattern(given: PatternLike, query_length: int, kv_length: int, offset: int | None) -> Pattern:
+    """The pattern; a bool array is one for just these queries and keys. An `offset` of None is known at run time."""
+    if not isinstance(given, (np.ndarray, jax.Array)):
+        return as_pattern(given)
+    if offset is None:
+        raise ValueError(
+            "a bool array says what these very queries read, so their position means nothing: leave query_offset at 0"
+        )
+    mask = TokenMask(given, query_offset=offset)
+    if mask.mask.shape[1:] != (query_length, kv_length):
+        raise ValueError(
+            f"a bool array in the pattern's place must be [heads or 1, t, s] with t={query_length} queries, "
+            f"s={kv_length} keys, got {list(mask.mask.shape)}; s2jax.TokenMask may reach further than the input"
+        )
+    return mask
 
 
 def _is_static(query_offset) -> bool:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import BlockSelection
 from s2jax.cache import KVCache
+from s2jax.patterns import Pattern, PatternLike, as_pattern
 
 
 class RopeScaling(typing.NamedTuple):
@@ -165,6 +167,15 @@ def place(
         offset = jnp.asarray(offset, jnp.int32)
         positions = offset.reshape(-1, 1) + steps.reshape(1, -1) if offset.ndim else offset + steps
     return rotary(heads, positions, rope_theta, rope_scaling)
+
+
+def as_layer_pattern(given: PatternLike | BlockSelection) -> Pattern | BlockSelection:
+    """The pattern of a layer: what `s2jax.as_pattern` makes of it, or a selection as it is.
+
+    Raises:
+        ValueError: it makes no pattern.
+    """
+    return given if isinstance(given, BlockSelection) else as_pattern(given)
 
 
 def next_positions(

@@ -7,11 +7,12 @@ import typing
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels import BlockSelection
 from pallas_kernels.head_place import HeadAxis, possible_head_axes
 from pallas_kernels.sharding import Axes
 from s2jax.cache_sharding import head_shards
 from s2jax.compiler import refuse_unsaid_heads
-from s2jax.patterns import Pattern
+from s2jax.patterns import as_pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +48,9 @@ class LayerHeads:
                 f"the layer has {self.query} query heads{where}, and its projection gives {here}: where a shard_map "
                 "splits the projections by heads, num_heads counts all heads, and head_axis names the axis"
             )
-        if axes is None and isinstance(pattern, Pattern):
+        if axes is None and not isinstance(pattern, BlockSelection):
             possible = possible_head_axes(*jax.tree.leaves(parameters))
-            refuse_unsaid_heads(pattern, possible, self.query, self.kv, query.shape[1], query.shape[1])
+            refuse_unsaid_heads(as_pattern(pattern), possible, self.query, self.kv, query.shape[1], query.shape[1])
         return ()
 
     def here(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from pallas_kernels.unknown_arguments import explains_unknown_arguments, unknown
 from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
-from s2jax.heads import RopeScaling, head_counts, next_positions, place, refuse_key_arguments
+from s2jax.heads import RopeScaling, as_layer_pattern, head_counts, next_positions, place, refuse_key_arguments
 from s2jax.layer_heads import LayerHeads, sum_over
 
 __all__ = ["S2Attention", "attention_fn"]
@@ -57,6 +57,10 @@ class S2Attention(nn.Module):
     query_spec: PartitionSpec | None = None
     head_axis: HeadAxis = None
     implementation: str | tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "pattern", as_layer_pattern(self.pattern))
+        super().__post_init__()
 
     def __new__(cls, *args, **kwargs):
         """Raises TypeError with advice on an attribute that the layer does not have."""

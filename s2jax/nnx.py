@@ -16,7 +16,7 @@ from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
-from s2jax.heads import RopeScaling, head_counts, next_positions, place, refuse_key_arguments
+from s2jax.heads import RopeScaling, as_layer_pattern, head_counts, next_positions, place, refuse_key_arguments
 from s2jax.layer_heads import LayerHeads, sum_over
 
 __all__ = ["S2Attention", "attention_fn"]
@@ -38,7 +38,8 @@ class S2Attention(nnx.Module):
     Args:
         in_features: width `f` of the input.
         num_heads: query heads `h`.
-        pattern: which head reads which block: `s2jax.LocalStride(...)` or another of `s2jax.patterns`.
+        pattern: which head reads which key: `s2jax.LocalStride(...)`, another of `s2jax.patterns`, or what
+            `s2jax.as_pattern` takes: text, a function, a bool array [h or 1, t, s] as long as the longest input.
         num_kv_heads: KV heads `k`, a divisor of `h`; by default `h`.
         head_dim: `d`, by default `in_features / num_heads`.
         out_features: width of the output, by default `in_features`.
@@ -96,7 +97,7 @@ class S2Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         num_kv_heads, head_dim = head_counts(num_heads, num_kv_heads, head_dim, in_features, rope_theta)
-        self.pattern = pattern
+        self.pattern: Any = as_layer_pattern(pattern)
         self.heads = LayerHeads(num_heads, num_kv_heads, head_dim, head_axis)
         self.in_features = in_features
         self.use_bias = use_bias

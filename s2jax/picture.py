@@ -13,7 +13,8 @@ import warnings
 
 import numpy as np
 
-from s2jax.patterns import Heads, Pattern, PatternWarning, statistics
+from s2jax.patterns import Heads, Pattern, PatternWarning, parse_pattern, statistics
+from s2jax.patterns.evaluation import outside_traces
 
 MOST_PANELS = 8
 """Heads that are shown one by one; the union counts them all."""
@@ -30,6 +31,7 @@ class Panel(typing.NamedTuple):
     total: float  # how much of all that is visible
 
 
+@outside_traces
 def panels(pattern: Pattern, heads: Heads, length: int, cells: int) -> list[Panel]:
     """A panel for each kind of head, and one for all heads together."""
     n = statistics.num_blocks(pattern, length)
@@ -234,26 +236,10 @@ README_PATTERN = "LocalStride(block_size=64, local_blocks=2, vert_stride=4)"
 README_IMAGE = pathlib.Path("docs/images/pattern.png")
 
 
-def parse(expression: str) -> Pattern:
-    """Evaluates a pattern as it is written in Python, such as "Local(4) | FirstTokens(4)".
-
-    Raises:
-      ValueError: it is no pattern.
-    """
-    from s2jax import patterns
-
-    try:
-        pattern = eval(expression, {"__builtins__": {}}, {name: getattr(patterns, name) for name in patterns.__all__})
-    except (SyntaxError, NameError, TypeError) as error:
-        raise ValueError(f"expected a pattern such as {README_PATTERN!r}, got {expression!r}: {error}") from error
-    if not isinstance(pattern, Pattern):
-        raise ValueError(f"expected a pattern such as {README_PATTERN!r}, got {expression!r}")
-    return pattern
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m s2jax.picture", description="Draws who reads whom.")
-    parser.add_argument("pattern", nargs="?", default=README_PATTERN, help="as in Python (default: %(default)s)")
+    explained = "as Python writes it; nothing is executed (default: %(default)s)"
+    parser.add_argument("pattern", nargs="?", default=README_PATTERN, help=explained)
     parser.add_argument("--heads", type=int, default=4, help="query heads (default: 4)")
     parser.add_argument("--kv-heads", type=int, help="KV heads (default: as many as query heads)")
     parser.add_argument("--length", type=int, default=1536, help="tokens (default: 1536)")
@@ -262,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     counts = options.heads, options.heads if options.kv_heads is None else options.kv_heads, options.length
     try:
-        pattern = parse(options.pattern)
+        pattern = parse_pattern(options.pattern)
         with warnings.catch_warnings(record=True, action="always", category=PatternWarning) as caught:
             pattern.warn_if_incomplete(*counts)
         for each in caught:

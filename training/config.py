@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 import models
-from models.pattern_text import pattern_of
 from models.pretrained import open_checkpoint
+from s2jax.patterns import parse_pattern
 from training.left_out import shown
 
 # Attention backends, each with the platform that it needs.
@@ -155,7 +155,7 @@ class ModelOptions:
             ValueError: a value is out of range, or two do not fit together.
         """
         try:
-            pattern = pattern_of(self.pattern)
+            pattern = parse_pattern(self.pattern)
         except ValueError as error:
             raise ValueError(f"--pattern: {shown(error, 400)}") from error
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -20,6 +20,7 @@ from gpu.flex import prepare_flex
 from gpu.guard import Job, Teller
 from gpu.options import Budget, LeftOuts, Options
 from gpu.sides import PASSES, RESULTS, Limits, Prepared, make_arrays, prepare
+from s2jax.compiler import forget_schedules
 from s2jax.patterns import Pattern
 
 
@@ -160,7 +161,7 @@ def facts_of(point: Point, block: int) -> dict:
     """What a row says of the pattern before anything runs."""
     pattern = point.pattern(block)
     shape = {"num_heads": point.num_heads, "num_kv_heads": point.num_kv_heads}
-    s2jax.compile_schedule.cache_clear()
+    forget_schedules()
     start = time.perf_counter()
     schedule = s2jax.compile_schedule(pattern, **shape, query_length=point.tokens, kv_length=point.tokens)
     seconds = time.perf_counter() - start

@@ -4,14 +4,16 @@ import abc
 import dataclasses
 import functools
 import typing
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from s2jax.bands import Band, block_states, intersect_all, refine
 from s2jax.patterns import statistics
+from s2jax.patterns.agreement import check_agreement
 from s2jax.patterns.checks import check_count
+from s2jax.patterns.evaluation import evaluated, outside_traces, tile_positions
 from s2jax.patterns.heads import Heads
 
 DEFAULT_BLOCK_SIZE = 64
@@ -24,8 +26,10 @@ OPTIONS = {"head_step", "head_offset", "homo_head", "num_dense_heads", "residues
 class Pattern(abc.ABC):
     """Who reads whom. A small frozen, hashable value.
 
-    Two things define a family: `reads`, the rule itself, token by token; and `bands`, the same in closed form, from
-    which everything fast is compiled. Where there is no closed form, `bands` gives None and `block_states` serves.
+    `reads` is the definition, token by token. `bands` says the same in closed form, from which everything fast is
+    compiled; where it gives None, the rule is asked for every token. A closed form that differs from the rule raises
+    ValueError when the pattern is compiled, as far as a sample shows it: all tokens of small inputs, a few thousand
+    pairs of large ones.
 
     A family of your own is a frozen dataclass with these methods; `BlockPattern` is the easier base where the rule is
     one over blocks.
@@ -63,19 +67,37 @@ class Pattern(abc.ABC):
         """Raises ValueError where the pattern does not fit these heads or lengths."""
 
     def block_states(self, heads: Heads, head: int, block_size: int, rows: np.ndarray, num_columns: int) -> np.ndarray:
-        """The rule over pairs of blocks, for any pattern at any block size that divides its own.
+        """What is known of pairs of blocks without asking the rule, at any block size that divides the pattern's own.
 
         Args:
           rows: int [rows], absolute query blocks of `block_size` tokens.
 
         Returns:
-          uint8 [rows, num_columns]: 0 = surely unread, 1 = perhaps partly read, 2 = wholly read.
+          uint8 [rows, num_columns]: 0 = surely unread, 1 = perhaps partly read, 2 = wholly read. Without a closed form
+          nothing is known, and the rule decides token by token.
         """
         found = self.bands(heads, head, block_size, int(rows.max(initial=0)) + 1, num_columns)
         if found is None:
-            raise NotImplementedError(f"{type(self).__name__} has neither bands nor block states")
+            return np.ones((len(rows), num_columns), np.uint8)
         return block_states(found, block_size, rows, num_columns)
 
+    def token_tiles(
+        self, heads: Heads, head: int, block_size: int, rows: np.ndarray, columns: np.ndarray, query_stop: int,
+        kv_stop: int,
+    ) -> Bool[np.ndarray, "n block_size block_size"]:  # fmt: skip
+        """The rule over the tokens of pairs of blocks.
+
+        Args:
+          rows, columns: int [n], query and key blocks of `block_size` tokens, absolute.
+          query_stop, kv_stop: where the queries and the keys end. Padding beyond is given the last token's position.
+
+        Returns:
+          bool [n, block_size, block_size], query by key.
+        """
+        query, key = tile_positions(block_size, rows, columns, query_stop, kv_stop)
+        return evaluated(self, heads, head, query, key)
+
+    @outside_traces
     def token_mask(
         self, num_heads: int, num_kv_heads: int, query_length: int, kv_length: int, query_offset: int = 0
     ) -> Bool[np.ndarray, "h t s"]:
@@ -88,22 +110,21 @@ class Pattern(abc.ABC):
         self.check(heads, query_length, kv_length, query_offset)
         query_position = query_offset + np.arange(query_length)[:, None]
         key_position = np.arange(kv_length)[None, :]
-        shape = (query_length, kv_length)
-        masks = [
-            np.broadcast_to(self.reads(heads, head, query_position, key_position), shape) for head in range(num_heads)
-        ]
-        return np.stack(masks)
+        return np.stack([evaluated(self, heads, head, query_position, key_position) for head in range(num_heads)])
 
     # What follows from the rule, at one length; in closed form wherever there is one.
 
+    @outside_traces
     def block_mask(self, num_heads: int, num_kv_heads: int, length: int) -> Bool[np.ndarray, "h n n"]:
         """Which blocks are read: bool [h, n, n], n = ⌈length / block size⌉; a block is read if any token of it is."""
         return statistics.block_mask(self, self._heads(num_heads, num_kv_heads, length), length)
 
+    @outside_traces
     def density(self, num_heads: int, num_kv_heads: int, length: int) -> float:
         """Blocks read, over the blocks h·n·(n+1)/2 that a causal dense pattern reads (all h·n², if bidirectional)."""
         return statistics.density(self, self._heads(num_heads, num_kv_heads, length), length)
 
+    @outside_traces
     def coverage(self, num_heads: int, num_kv_heads: int, length: int) -> float:
         """The share of the far context that the heads together read.
 
@@ -113,6 +134,7 @@ class Pattern(abc.ABC):
         """
         return statistics.coverage(self, self._heads(num_heads, num_kv_heads, length), length)
 
+    @outside_traces
     def is_kv_efficient(self, num_heads: int, num_kv_heads: int, length: int) -> bool:
         """Whether a block once dropped is never read again: no KV head need keep a block that its heads do not read.
 
@@ -121,6 +143,7 @@ class Pattern(abc.ABC):
         """
         return statistics.is_kv_efficient(self, self._heads(num_heads, num_kv_heads, length), length)
 
+    @outside_traces
     def kv_blocks_kept(self, num_heads: int, num_kv_heads: int, length: int) -> Int[np.ndarray, "k"]:
         """The most blocks that each KV head must hold at any one time while `length` tokens are decoded: int [k].
 
@@ -153,13 +176,24 @@ class Pattern(abc.ABC):
         heads = Heads(num_heads, num_kv_heads)
         check_count("length", length, at_least=1)
         self.check(heads, length, length, 0)
+        check_agreement(self, heads, 0, length, length)
         return heads
 
-    def __or__(self, other: "Pattern") -> "Pattern":
+    # Functions, bool arrays and text compose with patterns, on either side.
+
+    __array_ufunc__ = None  # numpy's arrays leave `array | pattern` to the pattern
+
+    def __or__(self, other: typing.Any) -> "Pattern":
         return _compose(Union, self, other, "|")
 
-    def __and__(self, other: "Pattern") -> "Pattern":
+    def __ror__(self, other: typing.Any) -> "Pattern":
+        return _compose(Union, other, self, "|")
+
+    def __and__(self, other: typing.Any) -> "Pattern":
         return _compose(Intersection, self, other, "&")
+
+    def __rand__(self, other: typing.Any) -> "Pattern":
+        return _compose(Intersection, other, self, "&")
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(typing.cast(typing.Any, self))
@@ -191,31 +225,28 @@ class BlockPattern(Pattern):
             return coarse
         return tuple(fine for band in coarse for fine in refine(band, ratio, block_size, num_columns))
 
-    def block_states(self, heads, head, block_size, rows, num_columns):
-        if self.bands(heads, head, block_size, 1, 1) is not None:
-            return super().block_states(heads, head, block_size, rows, num_columns)
-        first_query, first_key = rows[:, None] * block_size, np.arange(num_columns)[None, :] * block_size
-        last_query, last_key = first_query + block_size - 1, first_key + block_size - 1
-        # Causality is all that can tell apart the pairs of tokens within a pair of blocks.
-        some = self.reads(heads, head, last_query, first_key)
-        whole = self.reads(heads, head, first_query, last_key)
-        return some.astype(np.uint8) + whole
-
     def _ratio(self, block_size: int) -> int:
         if self.block_size % block_size:
             raise ValueError(f"{self!r} does not split into blocks of {block_size} tokens")
         return self.block_size // block_size
 
 
-def _compose(kind: type["_Composition"], first: Pattern, second: Pattern, symbol: str) -> Pattern:
-    for operand in (first, second):
-        if not isinstance(operand, Pattern):
-            raise TypeError(f"`{symbol}` joins two patterns, got {type(operand).__name__}")
-    # Flat operands, each once, make equal compositions compare and hash equal, however they were bracketed.
-    parts = dict.fromkeys(
-        part for each in (first, second) for part in (each.parts if isinstance(each, kind) else (each,))
-    )
-    return kind(tuple(parts)) if len(parts) > 1 else first
+def _compose(kind: type["_Composition"], first: typing.Any, second: typing.Any, symbol: str) -> Pattern:
+    from s2jax.patterns.coercion import as_pattern  # makes families out of other things, and so knows of them
+
+    try:
+        return join(kind, [as_pattern(first), as_pattern(second)])
+    except ValueError as error:
+        raise TypeError(f"`{symbol}` joins two patterns: {error}") from None
+
+
+def join(kind: type["_Composition"], patterns: Iterable[Pattern]) -> Pattern:
+    """The union or intersection of at least one pattern.
+
+    Flat operands, each once, make equal compositions compare and hash equal, however they were bracketed.
+    """
+    parts = dict.fromkeys(part for each in patterns for part in (each.parts if isinstance(each, kind) else (each,)))
+    return kind(tuple(parts)) if len(parts) > 1 else next(iter(parts))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -239,6 +270,9 @@ class _Composition(Pattern):
 
     def _part_states(self, *arguments) -> list[np.ndarray]:
         return [part.block_states(*arguments) for part in self.parts]
+
+    def _part_tiles(self, *arguments) -> list[np.ndarray]:
+        return [part.token_tiles(*arguments) for part in self.parts]
 
     def _part_bands(self, *arguments) -> list[tuple[Band, ...]] | None:
         found = []
@@ -275,6 +309,10 @@ class Union(_Composition):
     def block_states(self, heads, head, block_size, rows, num_columns):
         return functools.reduce(np.maximum, self._part_states(heads, head, block_size, rows, num_columns))
 
+    def token_tiles(self, heads, head, block_size, rows, columns, query_stop, kv_stop):
+        tiles = self._part_tiles(heads, head, block_size, rows, columns, query_stop, kv_stop)
+        return functools.reduce(np.logical_or, tiles)
+
 
 class Intersection(_Composition):
     """What all of the parts read; written `a & b`."""
@@ -301,3 +339,7 @@ class Intersection(_Composition):
 
     def block_states(self, heads, head, block_size, rows, num_columns):
         return functools.reduce(np.minimum, self._part_states(heads, head, block_size, rows, num_columns))
+
+    def token_tiles(self, heads, head, block_size, rows, columns, query_stop, kv_stop):
+        tiles = self._part_tiles(heads, head, block_size, rows, columns, query_stop, kv_stop)
+        return functools.reduce(np.logical_and, tiles)

@@ -7,36 +7,52 @@ from s2jax.bands import UNBOUNDED
 Window = int | tuple[int, int]
 """The extent of a window: one number, or (left, right)."""
 
+MOST_SHOWN = 100
+"""Characters of a wrong value that an error quotes."""
+
+LARGEST_BLOCK = 4096
+"""A token mask has so many squared entries."""
+
 
 def is_integer(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
+def shown(value) -> str:
+    """The value as Python writes it, cut to part of a line."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}… ({len(text)} characters)"
+
+
 def check_count(name: str, value, *, at_least: int) -> None:
     """Raises ValueError unless `value` is an integer of at least `at_least`."""
     if not is_integer(value) or value < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {shown(value)}")
+    if value > UNBOUNDED:
+        raise ValueError(f"{name} must be an integer of at most 2**40, got {shown(value)}")
 
 
 def check_flag(name: str, value) -> None:
     """Raises ValueError unless `value` is True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
+        raise ValueError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_block_size(value) -> None:
-    """Raises ValueError unless `value` is a power of two from 16."""
-    if not is_integer(value) or value < 16 or value & (value - 1):
-        raise ValueError(f"block_size must be a power of two from 16 (16, 32, 64, 128, …), got {value!r}")
+    """Raises ValueError unless `value` is a power of two from 16 to 4096."""
+    if not is_integer(value) or not 16 <= value <= LARGEST_BLOCK or value & (value - 1):
+        raise ValueError(
+            f"block_size must be a power of two from 16 to {LARGEST_BLOCK} (16, 32, 64, 128, …), got {shown(value)}"
+        )
 
 
 def check_window(name: str, value, causal: bool) -> None:
     """Raises ValueError unless `value` is a count or, in a bidirectional pattern, a pair of counts (left, right)."""
     if isinstance(value, tuple):
         if causal:
-            raise ValueError(f"{name} of a causal pattern has a left side only: give one integer, got {value!r}")
+            raise ValueError(f"{name} of a causal pattern has a left side only: give one integer, got {shown(value)}")
         if len(value) != 2:
-            raise ValueError(f"{name} must be one integer or a pair (left, right), got {value!r}")
+            raise ValueError(f"{name} must be one integer or a pair (left, right), got {shown(value)}")
     for side in value if isinstance(value, tuple) else (value,):
         check_count(name, side, at_least=0)
 

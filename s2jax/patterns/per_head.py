@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from s2jax.patterns.base import Pattern
+from s2jax.patterns.checks import shown
 from s2jax.patterns.heads import Heads
 
 
@@ -19,9 +20,15 @@ class PerHead(Pattern):
     patterns: Sequence[Pattern]
 
     def __post_init__(self):
-        patterns = tuple(self.patterns) if isinstance(self.patterns, Sequence) else ()
-        if not patterns or not all(isinstance(each, Pattern) for each in patterns):
-            raise ValueError(f"PerHead takes a list of patterns, one for each head; got {self.patterns!r}")
+        from s2jax.patterns.coercion import as_pattern  # makes families out of other things, and so knows of them
+
+        given = self.patterns if isinstance(self.patterns, Sequence) and not isinstance(self.patterns, str) else ()
+        if not given:
+            raise ValueError(f"PerHead takes a list of patterns, one for each head; got {shown(self.patterns)}")
+        try:
+            patterns = tuple(as_pattern(each) for each in given)
+        except ValueError as error:
+            raise ValueError(f"PerHead takes a list of patterns, one for each head: {error}") from None
         object.__setattr__(self, "patterns", patterns)
 
     @property
@@ -58,3 +65,7 @@ class PerHead(Pattern):
 
     def block_states(self, heads, head, block_size, rows, num_columns):
         return self._of(heads, head).block_states(heads, head, block_size, rows, num_columns)
+
+    def token_tiles(self, heads, head, block_size, rows, columns, query_stop, kv_stop):
+        mine = self._of(heads, head)
+        return mine.token_tiles(heads, head, block_size, rows, columns, query_stop, kv_stop)

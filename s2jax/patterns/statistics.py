@@ -4,15 +4,21 @@ All of it is read off the *profile* of a head: intervals of the distance i - j, 
 read there. With bands this takes O(n) time and memory per distinct head, so that a million tokens are no trouble.
 """
 
+import functools
 import itertools
 import math
+import os
+import pathlib
+import sys
 import typing
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from s2jax.bands import Band, with_period
+from s2jax.patterns.evaluation import evaluated, outside_traces
 from s2jax.patterns.heads import Heads
 
 if typing.TYPE_CHECKING:
@@ -20,6 +26,13 @@ if typing.TYPE_CHECKING:
 
 PAIRS_AT_ONCE = 1 << 21
 """Pairs of blocks, or of tokens, looked at together."""
+
+
+_PACKAGES = pathlib.Path(jax.__file__).parents[1]
+LIBRARIES = tuple(
+    f"{folder}{os.sep}" for folder in (pathlib.Path(__file__).parents[1], _PACKAGES / "jax", _PACKAGES / "flax")
+)
+"""Folders of code that is passed over when a warning names the line that caused it."""
 
 
 class PatternWarning(UserWarning):
@@ -144,26 +157,40 @@ def rows_read(pattern: "Pattern", heads: Heads, head: int, rows: np.ndarray, len
     states = pattern.block_states(heads, head, size, rows, n)
     read = states == 2
     row, column = np.nonzero(states == 1)
-    # The last query and the first key tell most; only where they do not is every token looked at.
-    corner = pattern.reads(heads, head, np.minimum(rows[row] * size + size, length) - 1, column * size)
-    read[row, column] = corner
-    row, column = row[~corner], column[~corner]
-    token = np.arange(size)
-    for part in np.array_split(np.arange(len(row)), max(1, len(row) * size * size // PAIRS_AT_ONCE)):
-        query = rows[row[part], None, None] * size + token[:, None]
-        key = column[part, None, None] * size + token
-        some = pattern.reads(heads, head, query, key) & (query < length) & (key < length)
-        read[row[part], column[part]] = some.any((1, 2))
+    if pattern.bands(heads, head, size, 1, 1) is not None:
+        # The last query and the first key tell most; only where they do not is every token looked at.
+        corner = pattern.reads(heads, head, np.minimum(rows[row] * size + size, length) - 1, column * size)
+        read[row, column] = corner
+        row, column = row[~corner], column[~corner]
+    read[row, column] = tiles_read(pattern, heads, head, rows[row], column, length, length)
     return read
 
 
-def _group_mask(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) -> np.ndarray:
+def tiles_read(
+    pattern: "Pattern", heads: Heads, head: int, rows: np.ndarray, columns: np.ndarray, query_stop: int, kv_stop: int
+) -> np.ndarray:
+    """Whether any token of each pair of blocks is read: bool [pairs]."""
+    size = pattern.schedule_block_size()
+    read = np.zeros(len(rows), bool)
+    for part in _chunks(0, len(rows), max(1, PAIRS_AT_ONCE // size**2)):
+        tiles = pattern.token_tiles(heads, head, size, rows[part], columns[part], query_stop, kv_stop)
+        read[part] = tiles.any((1, 2))
+    return read
+
+
+@functools.lru_cache(maxsize=32)
+def _rule_mask(pattern: "Pattern", heads: Heads, head: int, length: int) -> np.ndarray:
+    """Which blocks a head without a closed form reads: bool [n, n], not to be written to."""
     n = num_blocks(pattern, length)
-    mask = np.zeros((n, n), bool)
-    for head in distinct(pattern, heads, group).values():
-        for rows in _chunks(0, n, max(1, PAIRS_AT_ONCE // n)):
-            mask[rows] |= rows_read(pattern, heads, head, rows, length)
+    chunks = _chunks(0, n, max(1, PAIRS_AT_ONCE // n))
+    mask = np.concatenate([rows_read(pattern, heads, head, rows, length) for rows in chunks])
+    mask.flags.writeable = False
     return mask
+
+
+def _group_mask(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) -> np.ndarray:
+    each = distinct(pattern, heads, group).values()
+    return functools.reduce(np.logical_or, (_rule_mask(pattern, heads, head, length) for head in each))
 
 
 def block_mask(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
@@ -263,13 +290,15 @@ def _window(pattern: "Pattern", heads: Heads, head: int, length: int) -> int:
     return n
 
 
-def _reads_own_blocks(pattern: "Pattern", heads: Heads, head: int, length: int) -> bool:
-    size, n = pattern.schedule_block_size(), num_blocks(pattern, length)
-    first = np.arange(n) * size
-    last = np.minimum(first + size, length) - 1
-    doubtful = np.flatnonzero(~pattern.reads(heads, head, last, first))
-    parts = (doubtful[part] for part in _chunks(0, len(doubtful), max(1, PAIRS_AT_ONCE // n)))
-    return all(rows_read(pattern, heads, head, rows, length)[np.arange(len(rows)), rows].all() for rows in parts)
+def _reads_own_blocks(pattern: "Pattern", heads: Heads, head: int, length: int, queries: tuple[int, int]) -> bool:
+    size, (start, stop) = pattern.schedule_block_size(), queries
+    stop = min(stop, length)
+    block = np.arange(start // size, -(-stop // size))
+    for query, key in ((size - 1, 0), (0, 0), (size - 1, size - 1)):  # mostly enough
+        query = np.clip(block * size + query, start, stop - 1)
+        block = block[~evaluated(pattern, heads, head, query, np.minimum(block * size + key, length - 1))]
+    parts = (block[part] for part in _chunks(0, len(block), max(1, PAIRS_AT_ONCE // size**2)))
+    return all(tiles_read(pattern, heads, head, some, some, stop, length).all() for some in parts)
 
 
 def _far_context(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
@@ -287,28 +316,31 @@ def coverage(pattern: "Pattern", heads: Heads, length: int) -> float:
     return float(far.mean()) if far.size else 1.0
 
 
-def warn_if_incomplete(pattern: "Pattern", heads: Heads, length: int) -> None:
+def warn_if_incomplete(
+    pattern: "Pattern", heads: Heads, length: int, queries: tuple[int, int] = (0, sys.maxsize)
+) -> None:
+    """Warns of what a pattern leaves out of a context, for some of its queries: those from `queries[0]` on."""
+    for message in shortcomings(pattern, heads, length, queries):
+        warnings.warn(message, PatternWarning, skip_file_prefixes=LIBRARIES)
+
+
+@outside_traces
+def shortcomings(pattern: "Pattern", heads: Heads, length: int, queries: tuple[int, int]) -> list[str]:
+    """What a pattern leaves out that it hardly means to."""
     representatives = distinct(pattern, heads, range(heads.num_heads)).values()
-    blind = (head for head in representatives if not _reads_own_blocks(pattern, heads, head, length))
-    if (head := next(blind, None)) is not None:
-        warnings.warn(
-            f"{pattern!r}: through head {head}, some queries do not read their own block. "
-            "Add a window to it: `pattern | Local(1)`.",
-            PatternWarning,
-            stacklevel=3,
-        )
-    if not pattern.is_strided():
-        return
-    far = _far_context(pattern, heads, length)
-    if not far.any():
-        return
+    blind = (head for head in representatives if not _reads_own_blocks(pattern, heads, head, length, queries))
+    found = [
+        f"{pattern!r}: through head {head}, some queries do not read their own block. "
+        "Add a window to it: `pattern | Local(1)`."
+        for head in itertools.islice(blind, 1)
+    ]
+    far = _far_context(pattern, heads, length) if pattern.is_strided() else np.zeros(0, bool)
     # A pattern of bounded reach means to leave out what lies beyond.
-    reached = far[int(np.argmax(far)) :]
-    if not reached.all():
-        warnings.warn(
+    reached = far[int(np.argmax(far)) :] if far.any() else far
+    if far.any() and not reached.all():
+        found.append(
             f"{pattern!r}: the {heads.num_heads} heads ({heads.num_kv_heads} KV heads) together read "
             f"{reached.mean():.0%} of the context beyond the window, and miss the rest. Take a stride of at most the "
-            'number of KV heads with head_step=None, residues="query_head", or a dense head (num_dense_heads=1).',
-            PatternWarning,
-            stacklevel=3,
+            'number of KV heads with head_step=None, residues="query_head", or a dense head (num_dense_heads=1).'
         )
+    return found

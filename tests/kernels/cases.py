@@ -4,11 +4,24 @@ import dataclasses
 import functools
 import zlib
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
-from s2jax import BlockMask, Dense, FirstBlocks, FirstTokens, Local, LocalStride, PerHead, Ranges, RelativeStride
+from s2jax import (
+    BlockMask,
+    Dense,
+    FirstBlocks,
+    FirstTokens,
+    Local,
+    LocalStride,
+    MaskMod,
+    PerHead,
+    Ranges,
+    RelativeStride,
+    TokenMask,
+)
 from s2jax.patterns import Pattern, Strided
 
 EPS = {name: float(ml_dtypes.finfo(name).eps) for name in ("float64", "float32", "float16", "bfloat16")}
@@ -180,6 +193,43 @@ FAMILIES = [
     Case("cut into stripes", LocalStride(32, 1, 3) & LocalStride(BLOCK, 1, 2, residues="query_head"), slow=True),
 ]
 
+DOCUMENTS = np.repeat(np.arange(4), [9, 31, 3, 57])  # of 100 tokens
+
+
+def dilated_by_head(head, query, key):
+    return (query - key) % (head + 1) == 0
+
+
+def prefix(head, query, key):
+    return (key < 23) | (key <= query)
+
+
+def same_document(head, query, key):
+    return jnp.asarray(DOCUMENTS)[query] == jnp.asarray(DOCUMENTS)[key]
+
+
+def near_in_the_picture(head, query, key):
+    """Pixels of a picture of rows of ten."""
+    return (abs(query // 10 - key // 10) <= 2) & (abs(query % 10 - key % 10) <= 1)
+
+
+def odd_queries(head, query, key):
+    return (query % 2 == 1) & (np.minimum(key, 60) != 60)
+
+
+FUNCTIONS = [
+    Case("dilated by head", MaskMod(dilated_by_head, BLOCK), "bfloat16", query_length=70, kv_length=70),
+    Case("prefix LM", MaskMod(prefix, BLOCK, causal=False), query_length=61, kv_length=70, sinks=True),
+    Case("documents by a function", MaskMod(same_document, BLOCK), query_length=40, offsets=37, kv_length=77),
+    Case("2-D neighbourhood", MaskMod(near_in_the_picture, BLOCK, causal=False), "bfloat16", tiling="small"),
+    Case("empty rows by a function", MaskMod(odd_queries, BLOCK), query_length=50, offsets=(30, 9), traced=True),
+    Case(
+        "mask of tokens", TokenMask(random_mask(4, 70, 0.1)[:, :50], BLOCK), query_length=50, kv_length=70, sinks=True
+    ),
+    Case("a function in a composition", MaskMod(prefix, 32) & Local(tokens=33) | Strided(BLOCK, 3), slow=True),
+    Case("functions by head", PerHead([MaskMod(dilated_by_head, BLOCK), WINDOW]), "float16", slow=True),
+]
+
 SHAPES = [
     Case("one query", WINDOW, query_length=1, kv_length=90, offsets=89, sinks=True),
     Case("one of each", WINDOW, "bfloat16", 1, 1, 1, 1, 1),
@@ -242,7 +292,7 @@ SELECTIONS = [
     Case("selection in float64", Selected(heads=4), "float64", sinks=True, slow=True),
 ]
 
-CASES = [*FAMILIES, *SHAPES, *OPTIONS, *OFFSETS, *SELECTIONS]
+CASES = [*FAMILIES, *FUNCTIONS, *SHAPES, *OPTIONS, *OFFSETS, *SELECTIONS]
 
 BY_NAME = {each.name: each for each in CASES}
 

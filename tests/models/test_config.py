@@ -23,7 +23,7 @@ TINY = presets["tiny"]
         ({"d_ff": True}, "d_ff must be a positive integer, got True"),
         ({"num_kv_heads": 3}, "num_heads=4, num_kv_heads=3"),
         ({"head_dim": 33}, "head_dim must be even for rotary positions, got 33"),
-        ({"pattern": "dense"}, "pattern must be one of s2jax.patterns.*got 'dense'"),
+        ({"pattern": "dense"}, "expected a pattern such as .*got 'dense'.*did you mean Dense"),
         ({"pattern": Dense(causal=False)}, "causal pattern, got the bidirectional Dense"),
         ({"dense_layers": (4,)}, r"indices from 0 to 3, got \(4,\)"),
         ({"dense_layers": (-1,)}, r"indices from 0 to 3, got \(-1,\)"),

@@ -163,5 +163,5 @@ def test_bad_input_says_what_was_expected_and_what_came(name):
 
 
 def test_only_patterns_compose():
-    with pytest.raises(TypeError, match="two patterns, got int"):
+    with pytest.raises(TypeError, match=r"joins two patterns: pattern must be .*got int 3"):
         p.Dense() | 3

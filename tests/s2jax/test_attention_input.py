@@ -115,9 +115,28 @@ OPTIONS = {
 }
 
 PATTERNS = {
-    "a dense mask": ({"pattern": np.ones((40, 50), bool)}, "pattern must be…a BlockSelection, got ndarray…BlockMask"),
-    "no pattern": ({"pattern": None}, "pattern must be an s2jax pattern or a BlockSelection, got NoneType"),
-    "a pattern's name": ({"pattern": "causal"}, "pattern must be an s2jax pattern…got str"),
+    "a mask without heads": (
+        {"pattern": np.ones((40, 50), bool)},
+        "got bool [40, 50]; pass mask[None]",
+    ),
+    "a mask for each sequence": ({"pattern": np.ones((2, 1, 40, 50), bool)}, "got bool [2, 1, 40, 50]…one mask serves"),
+    "a mask that is too long": ({"pattern": np.ones((1, 41, 50), bool)}, "t=40 queries, s=50 keys, got [1, 41, 50]"),
+    "a mask that is too short": (
+        {"pattern": np.ones((1, 40, 49), bool)},
+        "t=40 queries, s=50 keys, got [1, 40, 49]",
+    ),
+    "a token mask for other heads": (
+        {"pattern": np.ones((3, 40, 50), bool)},
+        "this mask is for 3 heads, got 4 query heads",
+    ),
+    "a bias": ({"pattern": np.zeros((1, 40, 50))}, "bool [heads or 1, t, s], got float64 [1, 40, 50]"),
+    "no pattern": ({"pattern": None}, "pattern must be one such as…got NoneType None"),
+    "a pattern's class": ({"pattern": Dense}, "got the class Dense: call it, as in Dense(...)"),
+    "a pattern's name": ({"pattern": "causal"}, "expected a pattern such as…got 'causal'"),
+    "FlexAttention's mask_mod": ({"pattern": lambda b, h, q, k: q >= k}, "(b, h, q, k)…takes the batch index first"),
+    "a function of scalars": ({"pattern": lambda h, q, k: k <= q and q < 9}, "no `if` on them"),
+    "a function that counts": ({"pattern": lambda h, q, k: q - k}, "expected bools…got int64"),
+    "a function that sums up": ({"pattern": lambda h, q, k: (q >= k).any()}, "expected bools…got bool []"),
     "another head count": ({"pattern": PerHead([Dense()] * 3)}, "expected one for each of 4 query heads or 2 KV heads"),
     "too many dense heads": ({"pattern": LocalStride(num_dense_heads=3)}, "expected at most 2, got 3"),
     "a short mask": ({"pattern": BlockMask(np.ones((1, 3, 3), bool), 16)}, "reaches 48 tokens…expected at least 50"),

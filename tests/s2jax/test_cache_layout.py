@@ -15,6 +15,7 @@ from s2jax import (
     Strided,
     compile_cache,
 )
+from s2jax.cache_layout import forget_layouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
@@ -100,7 +101,7 @@ def test_equal_arguments_make_equal_layouts():
     """Those that were compiled twice too."""
     given = {"num_heads": 4, "num_kv_heads": 2, "max_length": 100, "max_rollback": 1, "shards": 1}
     first = compile_cache(LocalStride(16, 1, 4), **given)
-    compile_cache.cache_clear()
+    forget_layouts()
     second = compile_cache(LocalStride(16, 1, 4), **given)
     assert first is not second
     assert (first, hash(first)) == (second, hash(second))
@@ -149,7 +150,7 @@ def test_others_need_a_length(pattern):
     ("change", "message"),
     [
         ({"pattern": Local(4, causal=False)}, "needs a causal s2jax pattern"),
-        ({"pattern": "dense"}, "needs a causal s2jax pattern.*got 'dense'"),
+        ({"pattern": "dense"}, "expected a pattern such as .*got 'dense'.*did you mean Dense"),
         ({"max_length": 0}, "max_length must be an integer of at least 1, got 0"),
         ({"max_rollback": -1}, "max_rollback must be an integer of at least 0, got -1"),
         ({"max_rollback": 1.5}, "max_rollback must be an integer of at least 0, got 1.5"),

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from s2jax import Dense, KVCache, Local, LocalStride, PerHead, attention, compile_cache
+from s2jax.cache_layout import forget_layouts
 from s2jax.nnx import S2Attention
 from tests.s2jax.cache_cases import check, cut
 
@@ -175,7 +176,7 @@ def test_the_layer_splits_its_cache():
 
 def test_equal_arguments_make_one_compilation():
     def cache():
-        compile_cache.cache_clear()
+        forget_layouts()
         return cache_for(LocalStride(16, 1, 4))
 
     first, second, step = cache(), cache(), jax.jit(lambda cache: cache.lengths + 1)

@@ -9,6 +9,7 @@ import pytest
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.tiles import alike, merge, neighbours
 from s2jax import Dense, LocalStride, compile_schedule
+from s2jax.compiler import forget_schedules
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
@@ -17,7 +18,8 @@ MILLION = 1 << 20
 
 def compiled(pattern, num_heads, num_kv_heads, length) -> BlockSchedule:
     """Compiled anew."""
-    return compile_schedule.__wrapped__(
+    forget_schedules()
+    return compile_schedule(
         pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, query_length=length, kv_length=length
     )
 

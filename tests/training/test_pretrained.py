@@ -17,9 +17,8 @@ from tokenizers import Tokenizer
 
 from models.gguf_tokenizer import tokenizer_from_gguf
 from models.huggingface import to_huggingface
-from models.pattern_text import pattern_of
 from models.pretrained import Pretrained, load, save
-from s2jax import Dense, FirstBlocks
+from s2jax import Dense, FirstBlocks, parse_pattern
 from tests.models.checkpoints import LLAMA, SCALED, TOKENIZER, UNTIED, transformer, write_gguf
 from train import main
 from training.command_line import parse
@@ -68,7 +67,7 @@ def test_a_run_starts_from_the_weights_and_leaves_a_model(checkpoint, text, tmp_
     assert len(losses) == 6
     assert losses[-1] < losses[0]
     tuned = load(tmp_path / "run" / "model", dtype="float32")
-    assert str(tuned.model.config.pattern) == str(pattern_of(pattern))
+    assert str(tuned.model.config.pattern) == str(parse_pattern(pattern))
     assert tuned.model.config.dense_layers == (1,)
     assert (tuned.max_context, tuned.eos_ids) == (128, (END, 91))
     assert tuned.tokenizer.to_str() == TOKENS.to_str()

@@ -1,0 +1,133 @@
+"""A function as a pattern."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+
+from s2jax.patterns.base import DEFAULT_BLOCK_SIZE, Pattern
+from s2jax.patterns.checks import check_block_size, check_flag, shown
+from s2jax.patterns.evaluation import outside_traces
+from s2jax.patterns.function_key import function_key
+from s2jax.patterns.mask_evaluation import MaskEvaluator
+from s2jax.patterns.simple import lowest_distance
+
+MaskFunction = Callable[[Any, Any, Any], Any]
+"""mask_mod(head, query_position, key_position) -> bool, over integer arrays that broadcast."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class MaskMod(Pattern):
+    """Reads where a function says so, token by token, as FlexAttention's `mask_mod` does.
+
+        MaskMod(lambda head, q, k: (q - k) % 2 == 0)  # every second token
+        MaskMod(lambda head, q, k: (k < 100) | (k <= q), causal=False)  # prefix LM
+
+    The function gets the query head (an integer scalar, 0 … h - 1) and integer arrays of absolute positions that
+    broadcast against each other, and returns bools of the broadcast shape. It is made of operators, jax.numpy or
+    numpy, and decides each pair by its head and positions alone. It may capture arrays, such as document ids. It is
+    evaluated while the pattern is compiled, in tiles, over int64: compiled where JAX can trace it, else by numpy.
+
+    Two MaskMods are equal if their functions have equal code and capture equal values, so that a lambda in a loop
+    compiles once. Arrays that it captures must not be changed in place afterwards.
+
+    Attributes:
+      mask_mod: the function.
+      block_size: tokens in a block of the compiled pattern, a power of two from 16. Blocks that read nothing cost
+        nothing; small blocks follow fine structure, large ones have less overhead.
+      causal: whether, besides, no query reads a token after its own.
+    """
+
+    mask_mod: MaskFunction
+    block_size: int = DEFAULT_BLOCK_SIZE
+    causal: bool = True
+
+    def __post_init__(self):
+        check_block_size(self.block_size)
+        check_flag("causal", self.causal)
+        _check_signature(self.mask_mod)
+        object.__setattr__(self, "_key", function_key(self.mask_mod))
+
+    def _identity(self) -> tuple:
+        return vars(self)["_key"], self.block_size, self.causal
+
+    def __eq__(self, other):
+        return self._identity() == other._identity() if isinstance(other, MaskMod) else NotImplemented
+
+    def __hash__(self):
+        return hash(self._identity())
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_evaluator"}
+
+    def __deepcopy__(self, memo) -> "MaskMod":
+        return self
+
+    def __repr__(self):
+        causal = "" if self.causal else ", causal=False"
+        return f"MaskMod({_name_of(self.mask_mod)}, block_size={self.block_size}{causal})"
+
+    @functools.cached_property
+    def _evaluator(self) -> MaskEvaluator:
+        return MaskEvaluator(self.mask_mod, repr(self))
+
+    def own_block_size(self) -> int | None:
+        return self.block_size
+
+    def check(self, heads, query_length, kv_length, query_offset):
+        if function_key(self.mask_mod) != vars(self)["_key"]:
+            raise ValueError(
+                f"{self!r}: what its function captures has changed since the pattern was made; make another MaskMod"
+            )
+
+    @outside_traces
+    def head_key(self, heads, head) -> Hashable:
+        return self._evaluator.head_key(head)
+
+    @outside_traces
+    def reads(self, heads, head, query_position, key_position):
+        found = self._evaluator.pairs(head, np.asarray(query_position), np.asarray(key_position))
+        return found & (query_position - key_position >= lowest_distance(self.causal))
+
+    def bands(self, heads, head, block_size, num_rows, num_columns):
+        return None
+
+    def block_states(self, heads, head, block_size, rows, num_columns):
+        """Perhaps read, wherever causality lets it be: the function is asked once, for the tokens."""
+        visible = (np.arange(num_columns) <= np.asarray(rows)[:, None]) | (not self.causal)
+        return visible.astype(np.uint8)
+
+    @outside_traces
+    def token_tiles(self, heads, head, block_size, rows, columns, query_stop, kv_stop):
+        return self._evaluator.tiles(head, block_size, rows, columns, query_stop, kv_stop, self.causal)
+
+
+def _name_of(function: MaskFunction) -> str:
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__qualname__", type(function).__name__).replace("<locals>.", "")
+    return f"<{name.strip('<>')}{f', line {code.co_firstlineno}' if code else ''}>"
+
+
+def _check_signature(function: MaskFunction) -> None:
+    expected = "a MaskMod takes a function mask_mod(head, query_position, key_position) -> bool"
+    if not callable(function) or isinstance(function, type):
+        raise ValueError(f"{expected}, got {shown(function)}")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in functions have none
+        return
+    try:
+        signature.bind(0, 0, 0)
+    except TypeError:
+        try:
+            signature.bind(0, 0, 0, 0)
+            batch = (
+                "; FlexAttention's mask_mod takes the batch index first, which no pattern depends on: pass "
+                "lambda head, q, k: mask_mod(0, head, q, k), and documents as query_segment_ids and kv_segment_ids"
+            )
+        except TypeError:
+            batch = ""
+        raise ValueError(f"{expected}, got one that takes {signature}{batch}") from None
