@@ -1,8 +1,10 @@
 """Checks of the op's arguments: one clear error each, that says what was expected, what came and how to mend it."""
 
+import functools
 import math
 import numbers
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
@@ -62,8 +64,8 @@ def check_tensors(query, key, value) -> None:
         if not hasattr(array, "dtype") or getattr(array, "ndim", None) != 4:
             shape = getattr(array, "shape", type(array).__name__)
             raise ValueError(f"{name} must be an array [batch, length, heads, features], got {shape}")
-        if 0 in array.shape:
-            raise ValueError(f"{name} has an axis of length 0: {array.shape}; every axis needs at least one element")
+        if 0 in array.shape[1:]:
+            raise ValueError(f"{name} has an axis of length 0: {array.shape}; only the batch may be empty")
     dtypes = {str(array.dtype) for array in named.values()}
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         came = ", ".join(f"{name} {array.dtype}" for name, array in named.items())
@@ -134,12 +136,21 @@ def _offsets(query_offset, batch: int):
     most = np.iinfo(np.int32).max // 2  # lengths are added
     if isinstance(query_offset, int | np.integer | np.ndarray):
         query_offset = np.clip(query_offset, -1, most)  # what JAX would cut off is out of range all the same
-    offset = jnp.clip(jnp.asarray(query_offset), -1, most)
-    if not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (batch,)):
+    dtype, shape = getattr(query_offset, "dtype", jnp.result_type(query_offset)), jnp.shape(query_offset)
+    if not jnp.issubdtype(dtype, jnp.integer) or shape not in ((), (batch,)):
         raise ValueError(
-            f"query_offset must be an integer or integers [{batch}], one for each sequence, got {offset.dtype} "
-            f"{offset.shape}"
+            f"query_offset must be an integer or integers [{batch}], one for each sequence, got {dtype} {shape}"
         )
+    return _clipped_offsets(query_offset, most, batch)
+
+
+# Compiled, as are all conversions here: under JAX's transfer guard, single operations may not bring their constants.
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _clipped_offsets(offset, most: int, batch: int):
+    if jnp.iinfo(offset.dtype).max > most:
+        offset = jnp.minimum(offset, most)
+    if jnp.iinfo(offset.dtype).min < 0:
+        offset = jnp.maximum(offset, -1)
     return jnp.broadcast_to(offset.astype(jnp.int32), (batch,))
 
 
@@ -154,9 +165,57 @@ def _segments(query_segment_ids, kv_segment_ids, query_shape, kv_shape):
         dtype = getattr(ids, "dtype", jnp.result_type(ids))
         if jnp.shape(ids) != shape or not jnp.issubdtype(dtype, jnp.integer):
             raise ValueError(f"{name} must be integers {shape}, got {dtype} {jnp.shape(ids)}")
-        if not np.can_cast(dtype, np.int32):
-            raise ValueError(f"{name} must fit int32, got {dtype}, which would be cut off; cast with .astype(np.int32)")
-    return [None if ids is None else jnp.asarray(ids).astype(jnp.int32) for ids, _ in given.values()]
+    if any(isinstance(ids, jax.Array) for ids in (query_segment_ids, kv_segment_ids)):
+        return _ids_on_device(query_segment_ids, kv_segment_ids)
+    return _ids_on_host(query_segment_ids, kv_segment_ids)
+
+
+def _ids_on_host(query_ids, kv_ids) -> tuple:
+    """int32 ids that are equal where the given ones are, in their order."""
+    if query_ids is None:
+        return None, None
+    arrays = [np.asarray(ids) for ids in (query_ids, kv_ids)]
+    if not all(np.can_cast(ids.dtype, np.int32) for ids in arrays):
+        limits, flat = np.iinfo(np.int32), [ids.reshape(-1).astype(object) for ids in arrays]
+        if any(ids.size and (ids.min() < limits.min or ids.max() > limits.max) for ids in arrays):
+            ranks = np.unique(np.concatenate(flat), return_inverse=True)[1]
+            arrays = [
+                each.reshape(ids.shape) for each, ids in zip(np.split(ranks, [flat[0].size]), arrays, strict=True)
+            ]
+    return tuple(jnp.asarray(ids.astype(np.int32)) for ids in arrays)
+
+
+def _ids_on_device(query_ids, kv_ids) -> tuple:
+    for name, ids in (("query_segment_ids", query_ids), ("kv_segment_ids", kv_ids)):
+        dtype = getattr(ids, "dtype", np.dtype(np.int32))
+        if dtype.itemsize > 4 and not jax.config.jax_enable_x64:
+            raise ValueError(f"{name} would be cut off to 32 bits, got {dtype}; cast with .astype(np.int32)")
+    if all(jnp.result_type(ids) == jnp.int32 for ids in (query_ids, kv_ids)):
+        return query_ids, kv_ids
+    return _as_int32(query_ids, kv_ids)
+
+
+@jax.jit
+def _as_int32(query_ids, kv_ids) -> tuple:
+    """int32 ids that are equal where the given ones are, in their order: ranks, where they may not fit."""
+    if all(np.can_cast(ids.dtype, np.int32) for ids in (query_ids, kv_ids)):
+        return query_ids.astype(jnp.int32), kv_ids.astype(jnp.int32)
+    wide = jnp.uint64 if jnp.uint64 in (query_ids.dtype, kv_ids.dtype) else jnp.int64
+    if not jax.config.jax_enable_x64:
+        wide = jnp.uint32
+    signed = [jnp.issubdtype(ids.dtype, jnp.signedinteger) for ids in (query_ids, kv_ids)]
+    # Negative numbers stand before the others, in an unsigned type as well.
+    half = wide(1 << (jnp.iinfo(wide).bits - 1)) if jnp.issubdtype(wide, jnp.unsignedinteger) else None
+    arrays = [
+        ids.astype(wide) if half is None else ids.astype(wide) ^ (half if is_signed else wide(0))
+        for ids, is_signed in zip((query_ids, kv_ids), signed, strict=True)
+    ]
+    if half is not None and signed[0] != signed[1]:
+        raise ValueError(
+            f"query_segment_ids and kv_segment_ids must have one dtype, got {query_ids.dtype} and {kv_ids.dtype}"
+        )
+    every = jnp.sort(jnp.concatenate(arrays, 1), axis=1)
+    return tuple(jax.vmap(jnp.searchsorted)(every, ids).astype(jnp.int32) for ids in arrays)
 
 
 def check_sinks(sinks, num_heads: int) -> Array | None:
@@ -168,4 +227,4 @@ def check_sinks(sinks, num_heads: int) -> Array | None:
             f"sinks must be floats ({num_heads},), one for each query head, "
             f"got {jnp.result_type(sinks)} {jnp.shape(sinks)}"
         )
-    return jnp.asarray(sinks)
+    return sinks if isinstance(sinks, jax.Array) else jnp.asarray(sinks)

@@ -13,7 +13,7 @@ from pallas_kernels.checks import check_number, check_operands
 from pallas_kernels.head_place import HeadAxis, HeadRange
 from pallas_kernels.passes import LSE_NAME, MODULES, OUT_NAME, Call, attention, with_infinities
 from pallas_kernels.platforms import PLATFORMS, interpreted
-from pallas_kernels.problem import Operands, Problem
+from pallas_kernels.problem import Operands, Problem, accumulation_dtype
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import equally_varying, find_sharding
@@ -194,7 +194,14 @@ def _log_once(message: str) -> None:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _attend(call: Call, return_lse: bool, operands: Operands, fits: Array | None):
     with jax.named_scope("s2jax_attention"):
-        out, lse = attention(call, operands)
+        out, lse = attention(call, operands) if operands.query.shape[0] != 0 else _of_no_sequences(operands)
         if fits is not None:
             out, lse = (jnp.where(fits, each, jnp.nan) for each in (out, lse))
         return (out, with_infinities(lse)) if return_lse else out
+
+
+def _of_no_sequences(operands: Operands) -> tuple[Array, Array]:
+    """out [0, t, h, e] and lse [0, h, t]: a batch of none."""
+    query, features = operands.query, operands.value.shape[3]
+    out = jnp.broadcast_to(query[..., :1], (*query.shape[:3], features))
+    return out, query[..., 0].swapaxes(1, 2).astype(accumulation_dtype(query.dtype))

@@ -165,7 +165,7 @@ def selection_mask(
     selection: BlockSelection, query_length: int, kv_length: int, num_heads: int, query_offset: Array | None = None
 ) -> Bool[Array, "#b h t s"]:
     """A selection written out, query by key."""
-    used = jnp.arange(selection.kv_blocks.shape[-1], dtype=jnp.int32) < selection.counts[..., None]
+    used = jnp.arange(selection.kv_blocks.shape[-1], dtype=jnp.int32)[None, None, None] < selection.counts[..., None]
     num_blocks = -(-kv_length // selection.block_size)
     blocks = jax.nn.one_hot(jnp.where(used, selection.kv_blocks, -1), num_blocks, dtype=bool).any(-2)
     mask = jnp.repeat(jnp.repeat(blocks, selection.query_block, 2), selection.block_size, 3)
@@ -173,6 +173,6 @@ def selection_mask(
     mask = jnp.repeat(mask, num_heads // mask.shape[1], 1)
     if selection.causal:
         first = jnp.zeros(1, jnp.int32) if query_offset is None else query_offset
-        position = first[:, None, None, None] + jnp.arange(query_length, dtype=jnp.int32)[:, None]
-        mask = mask & (jnp.arange(kv_length, dtype=jnp.int32) <= position)
+        position = first[:, None, None, None] + jnp.arange(query_length, dtype=jnp.int32)[None, None, :, None]
+        mask = mask & (jnp.arange(kv_length, dtype=jnp.int32)[None, None, None] <= position)
     return mask

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -55,26 +56,41 @@ def _walks(lists: BlockLists, slices: np.ndarray, block: np.ndarray) -> Bool[np.
     return (low < slices[..., 1]) & (lists.blocks[np.minimum(low, last)] == block)
 
 
-def without_unread(
-    problem: Problem, operands: Operands, array: Array, unread: Bool[Array, "k s"] | None, walks
-) -> Array:
-    """Keys or values [b, s, k, f], zero where no query of the KV head's group reads them.
+def on_read_arrays[T](
+    problem: Problem,
+    operands: Operands,
+    names: tuple[str, ...],
+    unread: Bool[Array, "k s"] | None,
+    walks,
+    run: typing.Callable[[Operands], T],
+) -> T:
+    """`run(operands)`, with keys or values [b, s, k, f] that are zero where no query of the KV head's group reads them.
 
     Where a schedule alone says what is read, this is known beforehand, and mostly there is nothing to do: blocks that
     nobody reads are not loaded anyway. Where segments, offsets or a selection have a say, it is computed when needed,
-    that is if a number is not finite.
+    that is if a number is not finite. The choice stands around `run`: around the arrays, it would copy them.
 
     Args:
+      names: of the arrays among the operands.
       unread: what the schedule leaves unread within blocks that are loaded; None where it is nothing.
       walks: XLA's tables of the schedule, where more than it says what is read.
     """
+    arrays = {name: getattr(operands, name) for name in names}
     if not depends_on_arrays(problem, operands):
-        return array if unread is None else jnp.where(unread.T[None, :, :, None], 0, array)
-    return jax.lax.cond(
-        jnp.isfinite(array).all(),
-        lambda: array,
-        lambda: jnp.where(_read(problem, operands, walks)[..., None], array, 0),
-    )
+        return run(dataclasses.replace(operands, **_zeroed(arrays, None if unread is None else ~unread.T[None])))
+    # Both branches compute the same, traced once.
+    run = jax.jit(run)
+    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(array).all() for array in arrays.values()])
+
+    def on_zeroed(operands: Operands) -> T:
+        read = _read(problem, operands, walks)
+        return run(dataclasses.replace(operands, **_zeroed(arrays, read)))
+
+    return jax.lax.cond(finite, run, on_zeroed, operands)
+
+
+def _zeroed(arrays: dict[str, Array], read: Bool[Array, "#b s k"] | None) -> dict[str, Array]:
+    return arrays if read is None else {name: jnp.where(read[..., None], each, 0) for name, each in arrays.items()}
 
 
 def _read(problem: Problem, operands: Operands, walks) -> Bool[Array, "b s k"]:

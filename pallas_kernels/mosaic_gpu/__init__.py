@@ -1,6 +1,7 @@
 """Block-sparse attention on NVIDIA Hopper GPUs, in Pallas Mosaic GPU."""
 
 import dataclasses
+import functools
 import typing
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from pallas_kernels import xla
+from pallas_kernels.batching import over_sequences
 from pallas_kernels.mosaic_gpu.arrange import arrange, arrange_query_gradient
 from pallas_kernels.mosaic_gpu.arrange_keys import arrange_key_gradients
 from pallas_kernels.mosaic_gpu.chip import refuse_chip
@@ -29,7 +31,7 @@ from pallas_kernels.mosaic_gpu.tiles import (
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.sharding import Sharding
-from pallas_kernels.unread import depends_on_arrays, unread_keys, without_unread
+from pallas_kernels.unread import depends_on_arrays, on_read_arrays, unread_keys
 
 TILES = HopperTiles
 DTYPES = ("bfloat16", "float16")
@@ -54,6 +56,8 @@ class BackwardTables:
 def refuse(problem: Problem, operands: Operands) -> str | None:
     """Why this backend cannot do it."""
     query, value = operands.query, operands.value
+    if not isinstance(query.shape[0], int):
+        return f"needs a batch known while tracing, got {query.shape[0]}"
     if str(query.dtype) not in DTYPES:
         return f"needs dtype {' or '.join(DTYPES)}, got {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > MOST_FEATURES:
@@ -152,11 +156,18 @@ def _split(tables: typing.Any, **split: PartitionSpec) -> typing.Any:
 
 def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     """out [b, t, h, e] in the query's dtype and lse [b, h, t] in float32, sinks included."""
+    return over_sequences(functools.partial(_forward, problem))(operands)
+
+
+def _forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     tiles = _tiles(problem, operands)
-    walked = _walked(operands, operands.tables, tiles)
-    operands = dataclasses.replace(operands, value=_without_unread(problem, operands, operands.value))
-    plan, inputs, finish = arrange(problem, operands, walked, tiles)
-    return finish(*attend(plan, inputs))
+
+    def run(operands: Operands) -> tuple[Array, Array]:
+        walked = _walked(operands, operands.tables, tiles)
+        plan, inputs, finish = arrange(problem, operands, walked, tiles)
+        return finish(*attend(plan, inputs))
+
+    return _on_read_arrays(problem, operands, ("value",), run)
 
 
 def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
@@ -167,23 +178,32 @@ def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delt
       lse: [b, h, t], sinks included.
       delta: [b, h, t], Σ out · dout - dlse.
     """
+    return over_sequences(functools.partial(_backward, problem))(operands, dout, lse, delta)
+
+
+def _backward(
+    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array
+) -> tuple[Array, Array, Array]:
     tables: BackwardTables | None = operands.tables
-    over_keys = None if tables is None else tables.queries
-    tiles, key_tiles = _gradient_tiles(problem, operands), _key_tiles(problem, operands)
-    operands = dataclasses.replace(operands, tables=over_keys)
     # Queries that do not exist seem to read, too: what nobody else reads must not be a NaN.
-    key, value = (_without_unread(problem, operands, array) for array in (operands.key, operands.value))
-    operands = dataclasses.replace(operands, key=key, value=value)
+    run = functools.partial(_gradients, problem, dout, lse, delta, None if tables is None else tables.keys)
+    operands = dataclasses.replace(operands, tables=None if tables is None else tables.queries)
+    return _on_read_arrays(problem, operands, ("key", "value"), run)
+
+
+def _gradients(
+    problem: Problem, dout: Array, lse: Array, delta: Array, packs: KeyTables | None, operands: Operands
+) -> tuple[Array, Array, Array]:
+    over_keys: ForwardTables | None = operands.tables
+    tiles, key_tiles = _gradient_tiles(problem, operands), _key_tiles(problem, operands)
     of_rows = dout, lse, delta
     walked = _walked(operands, over_keys, tiles)
     plan, inputs, finish = arrange_query_gradient(problem, operands, *of_rows, walked, tiles)
     dquery = finish(query_gradient(plan, inputs, problem.scale))
-    if tables is None:
+    if packs is None:
         assert operands.selection is not None  # all else has tables
         width = key_tiles.word_bits(operands.selection.query_block)
         packs = selection_key_tables(operands.selection, operands, width)
-    else:
-        packs = tables.keys
     plan, inputs, finish = arrange_key_gradients(problem, operands, *of_rows, packs, key_tiles)
     return dquery, *finish(*key_gradients(plan, inputs))
 
@@ -192,9 +212,9 @@ def _walked(operands: Operands, tables: ForwardTables | None, tiles: HopperTiles
     return selection_tables(operands, tiles) if tables is None else tables.walked
 
 
-def _without_unread(problem: Problem, operands: Operands, array: Array) -> Array:
+def _on_read_arrays(problem: Problem, operands: Operands, names: tuple[str, ...], run: typing.Callable) -> typing.Any:
     tables: ForwardTables | None = operands.tables
     if tables is None:
-        return without_unread(problem, operands, array, None, None)
+        return on_read_arrays(problem, operands, names, None, None, run)
     unread = None if tables.unread is None else jnp.asarray(tables.unread)
-    return without_unread(problem, operands, array, unread, tables.walks)
+    return on_read_arrays(problem, operands, names, unread, tables.walks, run)

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool
 
 from pallas_kernels import xla
+from pallas_kernels.batching import over_sequences
 from pallas_kernels.mosaic_tpu.arrange import arrange, arrange_query_gradient, rows_back
 from pallas_kernels.mosaic_tpu.arrange_keys import arrange_key_gradients, from_packs
-from pallas_kernels.mosaic_tpu.batching import over_sequences
 from pallas_kernels.mosaic_tpu.forward import attend
 from pallas_kernels.mosaic_tpu.key_gradient import key_gradients
 from pallas_kernels.mosaic_tpu.query_gradient import query_gradient
@@ -38,7 +38,7 @@ from pallas_kernels.mosaic_tpu.tiles import (
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import Sharding
-from pallas_kernels.unread import depends_on_arrays, unread_keys, without_unread
+from pallas_kernels.unread import depends_on_arrays, on_read_arrays, unread_keys
 
 LOG = logging.getLogger("s2jax")
 
@@ -85,6 +85,8 @@ class BackwardTables:
 def refuse(problem: Problem, operands: Operands) -> str | None:
     """Why this backend cannot do it."""
     query, key, value = operands.query, operands.key, operands.value
+    if not isinstance(query.shape[0], int):
+        return f"needs a batch known while tracing, got {query.shape[0]}"
     if str(query.dtype) not in DTYPES:
         return f"needs dtype {' or '.join(DTYPES)}, got {query.dtype}"
     if max(query.shape[-1], value.shape[-1]) > MOST_FEATURES:
@@ -228,13 +230,16 @@ def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
 
 
 def _forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
-    tiles, tables = _tiles(problem, operands), operands.tables
-    operands = dataclasses.replace(operands, value=_without_unread(problem, operands, operands.value))
-    walked = _walked(operands, tables, tiles)
-    plan, inputs, grid = arrange(problem, operands, walked, tiles)
-    out, lse = attend(plan, inputs)
-    out = grid.take_back(out.swapaxes(1, 2), 1)[..., : operands.value.shape[3]]
-    return out, rows_back(grid, lse, tiles.heads)
+    tiles = _tiles(problem, operands)
+
+    def run(operands: Operands) -> tuple[Array, Array]:
+        walked = _walked(operands, operands.tables, tiles)
+        plan, inputs, grid = arrange(problem, operands, walked, tiles)
+        out, lse = attend(plan, inputs)
+        out = grid.take_back(out.swapaxes(1, 2), 1)[..., : operands.value.shape[3]]
+        return out, rows_back(grid, lse, tiles.heads)
+
+    return _on_read_arrays(problem, operands, ("value",), run)
 
 
 def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
@@ -252,23 +257,26 @@ def _backward(
     problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array
 ) -> tuple[Array, Array, Array]:
     tables: BackwardTables | None = operands.tables
-    tiles, key_tiles, selection = _tiles(problem, operands), _key_tiles(problem, operands), operands.selection
+    key_tiles, selection = _key_tiles(problem, operands), operands.selection
     too_large = selection is not None and _selection_too_large(operands, selection, key_tiles)
     if too_large or not (tables is None or isinstance(tables, BackwardTables)):
         return xla.backward(dataclasses.replace(problem, tiles=None), operands, dout, lse, delta)
-    over_keys = None if tables is None else tables.queries
-    operands = dataclasses.replace(operands, tables=over_keys)
     # Queries that do not exist seem to read, too: what nobody else reads must not be a NaN.
-    key, value = (_without_unread(problem, operands, array) for array in (operands.key, operands.value))
-    operands = dataclasses.replace(operands, key=key, value=value)
-    of_rows = dout, lse, delta
+    run = functools.partial(_gradients, problem, dout, lse, delta, None if tables is None else tables.keys)
+    operands = dataclasses.replace(operands, tables=None if tables is None else tables.queries)
+    return _on_read_arrays(problem, operands, ("key", "value"), run)
+
+
+def _gradients(
+    problem: Problem, dout: Array, lse: Array, delta: Array, packs: KeyTables | None, operands: Operands
+) -> tuple[Array, Array, Array]:
+    tiles, key_tiles, over_keys = _tiles(problem, operands), _key_tiles(problem, operands), operands.tables
+    key, value, of_rows = operands.key, operands.value, (dout, lse, delta)
     plan, inputs, grid = arrange_query_gradient(problem, operands, *of_rows, _walked(operands, over_keys, tiles), tiles)
     dquery = grid.take_back(query_gradient(plan, inputs).swapaxes(1, 2), 1)[..., : operands.query.shape[3]]
-    if tables is None:
+    if packs is None:
         assert operands.selection is not None  # all else has tables
         packs = selection_key_tables(operands, operands.selection, key_tiles)
-    else:
-        packs = tables.keys
     plan, inputs = arrange_key_gradients(problem, operands, *of_rows, packs, key_tiles)
     reads = problem.schedule or operands.selection
     assert reads is not None  # one of the two says what is read
@@ -284,9 +292,9 @@ def _walked(operands: Operands, tables: ForwardTables | None, tiles: TpuTiles) -
     return selection_tables(operands, operands.selection, tiles)
 
 
-def _without_unread(problem: Problem, operands: Operands, array: Array) -> Array:
+def _on_read_arrays(problem: Problem, operands: Operands, names: tuple[str, ...], run: typing.Callable) -> typing.Any:
     tables: ForwardTables | None = operands.tables
     if tables is None:
-        return without_unread(problem, operands, array, None, None)
+        return on_read_arrays(problem, operands, names, None, None, run)
     unread = None if tables.unread is None else jnp.asarray(tables.unread)
-    return without_unread(problem, operands, array, unread, tables.walks)
+    return on_read_arrays(problem, operands, names, unread, tables.walks, run)

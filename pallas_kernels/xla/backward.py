@@ -95,7 +95,7 @@ def key_value_gradients(
 
     pairs = walks.rows_per_tile * layout.block_size * max(walks.per_step) * layout.group * layout.row_size
     unit_bytes = pairs * layout.accumulate.itemsize
-    gradients = in_chunks(tile, lengths(layout.slices(layout.units(tiles), tiles)), unit_bytes)
+    gradients = in_chunks(tile, lengths(layout.slices(layout.units(tiles), tiles)), unit_bytes, layout.chunk_bytes)
     return _in_place(layout, gradients[0]), _in_place(layout, gradients[1])
 
 

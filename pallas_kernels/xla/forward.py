@@ -6,6 +6,7 @@ from jaxtyping import Array
 
 from pallas_kernels.xla.layout import Grid, Layout
 from pallas_kernels.xla.walking import Step, fold_chunks, lengths, walk
+from pallas_kernels.xla.walks import along
 
 
 class RowPass:
@@ -35,7 +36,9 @@ class RowPass:
 
         keys = max(layout.walks.per_step) * layout.block_size
         unit_bytes = grid.size * layout.group * keys * layout.accumulate.itemsize
-        return fold_chunks(chunk, carry, lengths(layout.query_slices(grid, layout.units(grid.rows))), unit_bytes)
+        return fold_chunks(
+            chunk, carry, lengths(layout.query_slices(grid, layout.units(grid.rows))), unit_bytes, layout.chunk_bytes
+        )
 
     def places(self, units: Array, step: Step) -> tuple[Array, Array, Array]:
         """Batch element and KV head, [units, 1], and block, [units, entries], of a step's entries.
@@ -87,7 +90,7 @@ class RowPass:
         if step.kinds is not None:
             # Row by row, in the order in which they are used: a CPU takes thrice as long to transpose what it gathered.
             kinds = jax.lax.optimization_barrier(layout.walks.kinds[step.kinds].swapaxes(1, 2))
-            masks = layout.walks.token_masks[kinds[:, :, None], jnp.arange(row_size)[:, None]]
+            masks = layout.walks.token_masks[kinds[:, :, None], along(row_size, 3)[..., None]]
             allowed &= jax.lax.optimization_barrier(masks)[:, :, None]
         return jnp.broadcast_to(allowed, (units, rows, layout.group, row_size, entries, block_size))
 

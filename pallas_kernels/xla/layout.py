@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.problem import Operands, Problem, accumulation_dtype
-from pallas_kernels.xla.walks import Walks
+from pallas_kernels.xla.walks import Walks, along
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,22 @@ class Tokens(typing.NamedTuple):
         return jax.tree.map(lambda array: array.reshape(shape), self)
 
 
+CACHE_BYTES = 2 << 20
+"""Logits computed at a time on a CPU: large enough to keep the cores busy, small enough to stay in a cache."""
+
+LEAST_BYTES, MOST_BYTES = 32 << 20, 512 << 20
+"""The same on GPUs and TPUs, where every operation of a chunk is a launch, and the arrays stay in the main memory."""
+
+
+def chunk_bytes(platform: str | None, arrays: tuple[Array, ...]) -> int:
+    """Bytes of logits that are computed at a time: on GPUs and TPUs as many as the arrays have, between two bounds."""
+    if (platform or jax.default_backend()) == "cpu":
+        return CACHE_BYTES
+    if any(not isinstance(size, int) for array in arrays for size in array.shape):
+        return LEAST_BYTES
+    return min(max(LEAST_BYTES, sum(array.size * array.dtype.itemsize for array in arrays)), MOST_BYTES)
+
+
 class Layout:
     """The arrays of a call, arranged in blocks and rows; a unit is one tile of one walker of one batch element.
 
@@ -54,6 +70,7 @@ class Layout:
         self.group = self.num_heads // self.walkers
         self.num_blocks = -(-self.kv_length // block_size)
         self.accumulate = accumulation_dtype(operands.query.dtype)
+        self.chunk_bytes = chunk_bytes(problem.platform, (operands.query, operands.key, operands.value))
 
     def grid(self, rows_per_tile: int) -> Grid:
         size = self.row_size * rows_per_tile
@@ -93,7 +110,7 @@ class Layout:
     def tiles_of(self, rows: Array, units: Array) -> Array:
         """Tiles of an array in rows: [units, size · group, f]."""
         batch, walker, tile = (index[:, None] for index in self.split(units, rows.shape[1]))
-        heads = walker * self.group + jnp.arange(self.group, dtype=jnp.int32)
+        heads = walker * self.group + along(self.group, 2)
         tiles = rows.at[batch, tile, :, heads].get(mode="promise_in_bounds")
         tiles = tiles.reshape(len(units), self.group, -1, self.row_size, rows.shape[-1])
         return tiles.swapaxes(1, 2).reshape(len(units), -1, rows.shape[-1])
@@ -159,14 +176,14 @@ class Layout:
     def query_tokens(self, grid: Grid, batch: Array, tile: Array) -> "Tokens":
         """The queries of some tiles; `batch` and `tile` broadcast, tokens come as one more axis."""
         shift = grid.shift if isinstance(grid.shift, int) else grid.shift[batch][..., None]
-        index = tile[..., None] * grid.size + jnp.arange(grid.size, dtype=jnp.int32) - shift
+        index = tile[..., None] * grid.size + along(grid.size, tile.ndim + 1) - shift
         offset = self.operands.query_offset
         position = index if offset is None else index + offset[batch][..., None]
         return self._tokens(batch, index, position, self.query_length, self.operands.query_segment_ids)
 
     def key_tokens(self, batch: Array, block: Array) -> "Tokens":
         """The keys of some blocks; `batch` and `block` broadcast, tokens come as one more axis."""
-        index = block[..., None] * self.block_size + jnp.arange(self.block_size, dtype=jnp.int32)
+        index = block[..., None] * self.block_size + along(self.block_size, block.ndim + 1)
         return self._tokens(batch, index, index, self.kv_length, self.operands.kv_segment_ids)
 
     @staticmethod

@@ -8,9 +8,6 @@ from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.xla.walks import Walks, entries
 
-CHUNK_BYTES = 2 << 20
-"""Logits computed at a time: large enough to keep the cores busy, small enough to stay in a cache."""
-
 
 class Step(typing.NamedTuple):
     """Some entries of every unit of a chunk.
@@ -40,7 +37,7 @@ def walk(walks: Walks, slices: Int32[Array, "units parts 2"], body, carry, *, bo
         masked = not full and walks.kinds is not None
 
         def fold(index, carry, parts=parts, masked=masked, count=count):
-            position, valid = entries(parts, index * count, count)
+            position, valid = entries(parts, index.astype(jnp.int32) * count, count)
             kinds = walks.masks[position] if masked else None
             return body(carry, Step(walks.blocks[position], kinds, valid))
 
@@ -57,26 +54,28 @@ def lengths(slices: Int32[Array, "units parts 2"]) -> Int32[Array, " units"]:
     return jnp.maximum(slices[..., 1] - slices[..., 0], 0).sum(-1, dtype=jnp.int32)
 
 
-def in_chunks(function, lengths: Int32[Array, " units"], unit_bytes: int):
+def in_chunks(function, lengths: Int32[Array, " units"], unit_bytes: int, chunk_bytes: int):
     """`function(unit numbers [chunk])` for all units, results [units, ...] in their order.
 
     Units of like length are put in one chunk, so that none waits for a longer one.
     """
-    return fold_chunks(lambda carry, units, _: (carry, function(units)), (), lengths, unit_bytes)[1]
+    return fold_chunks(lambda carry, units, _: (carry, function(units)), (), lengths, unit_bytes, chunk_bytes)[1]
 
 
-def fold_chunks(function, carry, lengths: Int32[Array, " units"], unit_bytes: int):
+def fold_chunks(function, carry, lengths: Int32[Array, " units"], unit_bytes: int, chunk_bytes: int):
     """`carry, results = function(carry, unit numbers [chunk], counts [chunk])` for all units, as in `in_chunks`.
 
     `counts` is False where a unit came before: the last chunk is filled up with the shortest one.
     """
     units = lengths.shape[0]
-    size = max(1, min(units, CHUNK_BYTES // unit_bytes))
+    size = max(1, chunk_bytes // unit_bytes)
+    size = min(units, size) if isinstance(units, int) else size
     chunks = -(-units // size)
     order = jnp.argsort(-jax.lax.optimization_barrier(lengths), stable=True).astype(jnp.int32)
-    padded = jnp.concatenate([order, jnp.broadcast_to(order[-1:], (chunks * size - units,))])
-    counts = jnp.arange(chunks * size) < units
+    place = jnp.arange(chunks * size, dtype=jnp.int32)
+    last = jnp.asarray(units - 1, jnp.int32)
+    padded, counts = order[jnp.minimum(place, last)], place <= last
     chunked = padded.reshape(chunks, size), counts.reshape(chunks, size)
     carry, results = jax.lax.scan(lambda carry, chunk: function(carry, *chunk), carry, chunked)
-    back = jnp.argsort(order)
+    back = jnp.argsort(order).astype(jnp.int32)
     return carry, jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:])[back], results)

@@ -48,6 +48,11 @@ class Walks:
         return 1 if self.kinds is None else self.kinds.shape[1]
 
 
+def along(count: int, ndim: int) -> Array:
+    """0 to count - 1 along the last of so many axes."""
+    return jnp.arange(count, dtype=jnp.int32).reshape(*[1] * (ndim - 1), count)
+
+
 def walkers_per_kv_head(schedule: BlockSchedule) -> int:
     """1 where the query heads of a group walk as one, else as many as there are in a group."""
     return 1 if schedule.shares_groups else schedule.num_heads // schedule.num_kv_heads
@@ -107,10 +112,10 @@ def entries(slices: Int32[Array, "units parts 2"], first: Array, count: int) -> 
     """
     lengths = jnp.maximum(slices[..., 1] - slices[..., 0], 0)
     ends = jnp.cumsum(lengths, -1, dtype=jnp.int32)
-    entry = first + jnp.arange(count, dtype=jnp.int32)
-    part = (entry[None, :, None] >= ends[:, None, :]).sum(-1, dtype=jnp.int32)
+    entry = first + along(count, 2)
+    part = (entry[:, :, None] >= ends[:, None, :]).sum(-1, dtype=jnp.int32)
     shifts = slices[..., 0] - (ends - lengths)
-    valid = entry[None, :] < ends[:, -1:]
+    valid = entry < ends[:, -1:]
     part = jnp.minimum(part, slices.shape[1] - 1)
     return jnp.where(valid, jnp.take_along_axis(shifts, part, 1) + entry, 0), valid
 
@@ -128,7 +133,7 @@ def transposed_selection_walks(selection: BlockSelection, num_kv_heads: int, num
     """Who reads each key block of a traced selection: one stable sort of its entries by head and block."""
     batch, heads, rows, most = selection.kv_blocks.shape
     blocks = selection.kv_blocks.reshape(batch * heads, rows * most)
-    used = jnp.arange(most, dtype=jnp.int32) < selection.counts[..., None]
+    used = along(most, 4) < selection.counts[..., None]
     used = used.reshape(blocks.shape) & (blocks >= 0) & (blocks < num_blocks)
     readers = jnp.broadcast_to((jnp.arange(rows * most, dtype=jnp.int32) // most)[None], blocks.shape)
     blocks, readers = jax.lax.sort((jnp.where(used, blocks, num_blocks), readers), num_keys=1, is_stable=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import XlaTiles, xla
-from pallas_kernels.xla import walking
+from pallas_kernels.xla import layout
 from pallas_kernels.xla.walks import entries_per_step
 from tests.kernels.cases import BY_NAME, Case, arrays, parameters
 from tests.kernels.contract import AttentionContract, arguments
@@ -25,7 +25,7 @@ class TestXla(AttentionContract):
     @pytest.fixture(autouse=True)
     def many_chunks(self, monkeypatch):
         """So little at a time that units come in many chunks, the last of which is not full."""
-        monkeypatch.setattr(walking, "CHUNK_BYTES", 1 << 16)
+        monkeypatch.setattr(layout, "CACHE_BYTES", 1 << 16)
 
     @pytest.fixture
     def two_passes(self, monkeypatch):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.xla import walking
+from pallas_kernels.xla import layout
 from s2jax import LocalStride, attention
 
 HEADS, FEATURES = 8, 64
@@ -39,5 +39,5 @@ def test_temporaries_are_a_few_tensors_and_a_few_chunks():
     length = 1 << 13
     tensor = length * HEADS * FEATURES * 4
     needed = temporaries(length)
-    assert needed <= 8 * tensor + 8 * walking.CHUNK_BYTES
+    assert needed <= 8 * tensor + 8 * layout.CACHE_BYTES
     assert temporaries(2 * length) <= 2 * needed

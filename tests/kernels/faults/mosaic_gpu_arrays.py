@@ -171,12 +171,12 @@ LISTS = [
     # What nobody reads.
     Fault(
         "unread values not zeroed", UNREAD,
-        "return array if unread is None else", "return array if True else",
+        "return arrays if read is None else", "return arrays if True else",
         interpreted("first tokens both ways"),
     ),
     Fault(
         "unread values not zeroed where segments have a say", UNREAD,
-        "lambda: jnp.where(_read(problem, operands, walks)[..., None], array, 0)", "lambda: array",
+        "read = _read(problem, operands, walks)", "read = None",
         interpreted("strangers"),
     ),
     Fault(

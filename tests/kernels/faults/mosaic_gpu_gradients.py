@@ -212,8 +212,8 @@ COMPUTED = [
     Fault(
         "unread keys not zeroed",
         BACKEND,
-        "(_without_unread(problem, operands, array) for array in (operands.key, operands.value))",
-        "(operands.key, operands.value)",
+        '_on_read_arrays(problem, operands, ("key", "value"), run)',
+        "run(operands)",
         STRANGERS,
     ),
     Fault(

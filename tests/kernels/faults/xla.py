@@ -165,7 +165,7 @@ FAULTS = [
     ),
     Fault(
         "a step beyond the end of a list", WALKS,
-        "valid = entry[None, :] < ends[:, -1:]", "valid = entry[None, :] <= ends[:, -1:]",
+        "valid = entry < ends[:, -1:]", "valid = entry <= ends[:, -1:]",
         case("local stride"),
     ),
     # Transformations and merging.
