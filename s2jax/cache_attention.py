@@ -93,7 +93,7 @@ class Rows:
         """
         lists = self.layout.schedule.lists
         row, shift = self._listed(rows)
-        listed, masks = (np.append(array, NOTHING) for array in (lists.blocks, lists.masks))  # never empty
+        listed, masks = (np.append(array, np.int32(NOTHING)) for array in (lists.blocks, lists.masks))  # never empty
         slices = jnp.asarray(lists.slices)[self.walkers[None, :, :, None], row[:, None, None]]  # [b, k, w, r, parts, 2]
         number = jnp.arange(self.most, dtype=jnp.int32).reshape(1, 1, 1, 1, -1)
         position = jnp.zeros((*slices.shape[:4], self.most), jnp.int32)
@@ -108,7 +108,8 @@ class Rows:
         slots = held.shape[2]
         slot = jnp.where(there & (number < before) & (slot >= 0) & (slot < slots), slot, slots)
         kinds = jnp.full((*slices.shape[:4], slots), NOTHING, jnp.int32)
-        at = jnp.meshgrid(*map(jnp.arange, kinds.shape[:4]), indexing="ij", sparse=True)
+        numbers = (jnp.arange(size, dtype=jnp.int32) for size in kinds.shape[:4])
+        at = jnp.meshgrid(*numbers, indexing="ij", sparse=True)
         return kinds.at[(*(each[..., None] for each in at), slot)].set(jnp.asarray(masks)[position], mode="drop")
 
     def _listed(self, rows: Array) -> tuple[Array, Array]:
@@ -148,7 +149,7 @@ class Keys(typing.NamedTuple):
         def cut(array, axis) -> typing.Any:
             return None if array is None else jax.lax.dynamic_slice_in_dim(array, first, slots, axis)
 
-        fresh = first + jnp.arange(slots) >= start
+        fresh = first + jnp.arange(slots, dtype=jnp.int32) >= start
         kinds = jnp.where(fresh.reshape(1, 1, 1, 1, -1), cut(self.kinds, 4), NOTHING)
         key, value, key_scale, value_scale, held = (cut(array, 2) for array in self[:5])
         return Keys(key, value, key_scale, value_scale, held, kinds, self.since, self.until)

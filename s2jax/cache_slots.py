@@ -111,7 +111,7 @@ class Space:
 
     def _look_up(self, table: np.ndarray | Array, block: Array) -> Array:
         """Of a table [k, blocks]; -1 beyond it."""
-        head = jnp.arange(len(self.heads)).reshape(1, -1, *[1] * (block.ndim - 2))
+        head = jnp.arange(len(self.heads), dtype=jnp.int32).reshape(1, -1, *[1] * (block.ndim - 2))
         most = table.shape[1] - 1
         return jnp.where(block <= most, jnp.asarray(table)[head, jnp.clip(block, 0, most)], -1)
 
@@ -172,7 +172,8 @@ class Space:
     def _at(self, block: Array, kept: Array, first: Array | None) -> tuple:
         """Indices of slots [b, k, n] for `.at`, beyond all of them for what is not kept."""
         slot = self.place(block, first)
-        b, k, _ = jnp.meshgrid(*map(jnp.arange, slot.shape), indexing="ij", sparse=True)
+        numbers = (jnp.arange(size, dtype=jnp.int32) for size in slot.shape)
+        b, k, _ = jnp.meshgrid(*numbers, indexing="ij", sparse=True)
         return b, k, jnp.where(kept & (slot >= 0), slot, self.slots)
 
 
