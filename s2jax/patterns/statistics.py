@@ -17,6 +17,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import jax
 import numpy as np
 
+import pallas_kernels
 from s2jax.bands import Band, with_period
 from s2jax.patterns.evaluation import evaluated, outside_traces
 from s2jax.patterns.heads import Heads
@@ -29,9 +30,8 @@ PAIRS_AT_ONCE = 1 << 21
 
 
 _PACKAGES = pathlib.Path(jax.__file__).parents[1]
-LIBRARIES = tuple(
-    f"{folder}{os.sep}" for folder in (pathlib.Path(__file__).parents[1], _PACKAGES / "jax", _PACKAGES / "flax")
-)
+_OWN = pathlib.Path(__file__).parents[1], pathlib.Path(pallas_kernels.__file__).parent
+LIBRARIES = tuple(f"{folder}{os.sep}" for folder in (*_OWN, _PACKAGES / "jax", _PACKAGES / "flax"))
 """Folders of code that is passed over when a warning names the line that caused it."""
 
 

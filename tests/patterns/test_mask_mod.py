@@ -367,3 +367,12 @@ def test_a_function_warns_where_a_query_does_not_read_its_own_block():
         (MaskMod(lambda head, q, k: k < 4) | Local(1) | FirstTokens(3)).warn_if_incomplete(2, 1, 300)
     assert ["own block" in str(each.message) for each in caught] == [True]
     assert caught[0].filename == __file__
+
+
+def test_a_warning_names_the_line_of_the_caller():
+    query = jnp.ones((1, 130, 2, 8))
+    with warnings.catch_warnings(record=True, action="always", category=PatternWarning) as caught:
+        attention(query, query, query, "Strided(64, 9)", implementation="reference")
+        KVCache.create("Strided(64, 10)", batch=1, num_heads=1, num_kv_heads=1, head_dim=8, max_length=130)
+        compiled("Strided(64, 11)")
+    assert {each.filename for each in caught} == {__file__}
