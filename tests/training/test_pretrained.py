@@ -32,7 +32,8 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOKENS = tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in TOKENIZER.items()})
 END, ROOT = 90, Path(__file__).parents[2]
 # Eight devices, a row each.
-FLAGS = ["--seq-len", "32", "--dtype", "float32", "--implementation", "reference", "--log-every", "1"]
+COMMON = ["--dtype", "float32", "--implementation", "reference", "--log-every", "1"]
+FLAGS = ["--seq-len", "32", *COMMON]
 
 
 @pytest.fixture
@@ -130,11 +131,12 @@ def test_weights_lie_over_the_mesh_and_are_gathered(checkpoint, tmp_path):
         ("--preset tiny", "--pretrained: expected no --preset beside it, got tiny"),
         ("--pattern Window(3)", "--pattern: expected a pattern such as"),
         ("--pattern BlockMask()", "--pattern: expected a pattern such as"),
-        ("--pretrained nowhere", "nowhere"),
+        ("--pretrained=nowhere", "nowhere is missing: expected a GGUF file"),
     ],
 )
 def test_what_does_not_fit_is_one_line(checkpoint, text, flags, message, capsys):
-    assert run("--pretrained", checkpoint, "--data", text, *flags.split()) == 2
+    source = () if "--pretrained=" in flags else ("--pretrained", checkpoint)
+    assert run(*source, "--data", text, *flags.split()) == 2
     said = capsys.readouterr().err.strip()
     assert "\n" not in said
     assert re.search(message, said), said
@@ -188,7 +190,7 @@ def test_token_files_are_taken_as_they_are(checkpoint, tmp_path):
 
 def test_rotary_positions_are_kept_or_changed(tmp_path, text):
     save(tmp_path / "scaled", Pretrained(model=transformer(SCALED), max_context=128, tokenizer=TOKENS, eos_ids=(END,)))
-    flags = ["--pretrained", tmp_path / "scaled", "--data", text, *FLAGS, "--steps", 1, "--seq-len", 160]
+    flags = ["--pretrained", tmp_path / "scaled", "--data", text, *COMMON, "--steps", 1, "--seq-len", 160]
     changes = ["--rope-theta", 900.0, "--rope-scaling", 4.0, 1.0, 4.0, 64]
     for name, changed, expected in (
         ("kept", [], (SCALED.rope_theta, SCALED.rope_scaling)),
