@@ -5,16 +5,13 @@ Read top to bottom: config → mesh → data → state → loop → report. The 
 
 from __future__ import annotations
 
-from training.stopping import Stopped, StopRequest, end_at_once_on_signals, ignore_signals
+from training.stopping import StopRequest, end_at_once_on_signals, ignore_signals
 
 if __name__ == "__main__":
     end_at_once_on_signals()  # the imports below take seconds
 
 import contextlib
-import dataclasses
 import functools
-import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,13 +28,14 @@ try:
     import s2jax
     from models.compilation_cache import keep_compilations
     from models.pretrained import Checkpoint, Pretrained
-    from training.checkpoint import Checkpoints, SaveFailed, written_steps
-    from training.cluster import Failed, agreeing, wait_for_all
+    from training.checkpoint import Checkpoints
+    from training.cluster import agreeing, say, wait_for_all
     from training.command_line import parse
     from training.config import Config, require
     from training.config_file import read_config
     from training.corpus import BYTE_VOCAB, Corpus, load_corpus, standard_library
     from training.data import process_share, to_devices, training_batches
+    from training.ending import ended_by
     from training.evaluation_line import score_heldout, watched
     from training.files import write_whole
     from training.held_out import split
@@ -45,23 +43,18 @@ try:
     from training.memory import check_memory
     from training.mesh import batch_sharding, join_cluster, make_mesh, with_batch_size
     from training.optimizer import schedule_change
-    from training.output import show, tolerate_any_text, warn
+    from training.output import tolerate_any_text
     from training.packing import PackedRows, arrays, empty_row
     from training.pretrained import checkpoint_of, export, exported, from_scratch, in_tokens, pretrained_state
     from training.profile import Profile
     from training.recorder import Diverged, Recorder
     from training.report import final_report, resume_command
+    from training.run_dir import CONFIG, run_dir, with_run_dir
     from training.run_lock import RunLock
     from training.step import Trainer, TrainState
     from training.trackers import check_packages
 except ModuleNotFoundError as missing:
     exit_for_missing(missing, "train.py", "train")
-
-
-def say(line: str) -> None:
-    """Prints once, whatever the number of processes."""
-    if jax.process_index() == 0:
-        show(line)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,65 +78,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         except BaseException as error:  # those that are no end of a run are raised again
             stop.over()
-            return _ended_by(error, config, run)
-
-
-def _ended_by(error: BaseException, config: Config | None, run: Run | None) -> int:
-    """Says in one line why a run ended, and what is left to go on from; the exit code."""
-    if isinstance(error, Stopped):
-        if run is None:
-            warn(f"train.py: {error}: stopped before the first step")
-        else:
-            say(_left_by_stopping(run))
-        return 0
-    if isinstance(error, KeyboardInterrupt):
-        warn("train.py: ended at once; the same --run-dir goes on from the last checkpoint")
-        return 130
-    more = ""
-    if isinstance(error, Diverged) and run is not None:
-        more = _good_before(error.step, run)
-    elif isinstance(error, (OSError, SaveFailed)) and config is not None and config.run_dir is not None:
-        more = _good_in(run.config if run else config)
-    elif not isinstance(error, (OSError, Failed) if run else (OSError, Failed, ValueError)):
-        raise error
-    warn(f"train.py: {' '.join(str(error).split())}{more}")
-    if run and jax.process_count() > 1 and not isinstance(error, Diverged):
-        # Letting go would wait within Orbax for a checkpoint that not all processes can write.
-        time.sleep(2 if jax.process_index() == 0 else 0)  # the coordinator leaves last
-        os._exit(1)
-    return 1 if run else 2
-
-
-def _left_by_stopping(run: Run) -> str:
-    return (
-        f"Stopped after the last step; checkpoint {run.checkpoints.written[-1]} and {exported(run.config)} are "
-        f"written. The report comes with\n  {resume_command(run.config)}"
-    )
-
-
-def _good_in(config: Config, how: str = "") -> str:
-    """The last good checkpoint of a run that ended, and the command that goes on from it."""
-    directory = run_dir(config) / "checkpoints"
-    if not (steps := written_steps(directory)):
-        return "; stopped. There is no good checkpoint"
-    return f"; stopped. Checkpoint {steps[-1]} in {directory} is good; go on{how} by: {resume_command(config)}"
-
-
-def _good_before(spoiled: int, run: Run) -> str:
-    """The same for a run that diverged; moves aside what it had better not go on from.
-
-    Args:
-        spoiled: the first step whose loss, gradient or state is no number; the state before it gave that.
-        run: has diverged.
-    """
-    with contextlib.suppress(SaveFailed):
-        run.checkpoints.wait()
-    steps = run.checkpoints.written
-    bad = [step for step in steps if step >= spoiled - 1]
-    if bad == steps:
-        return "; stopped. There is no good checkpoint"
-    run.checkpoints.discard(bad, "diverged")
-    return _good_in(run.config, " with lower rates (--learning-rate, --rest-learning-rate)")
+            return ended_by(error, *((run.config, run.checkpoints) if run else (config, None)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,7 +135,7 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Run:
     held.callback(checkpoints.close)
     data_name = f"{train_set.fingerprint()} seq_len {config.input.seq_len} seed {config.seed}"
     state, first_step, first_row = start_state(trainer, checkpoints, data_name, checkpoint)
-    saved = run_dir(config) / "config.json"
+    saved = run_dir(config) / CONFIG
     if first_step and saved.exists() and (line := schedule_change(read_config(saved), config, first_step)):
         say(line)
 
@@ -221,33 +156,6 @@ def layers_of(trainer: Trainer) -> str:
     config = trainer.model_config
     sparse = sum(config.layer_pattern(layer) != s2jax.Dense() for layer in range(config.num_layers))
     return f"{config.num_layers} layers, {f'{sparse} of them sparse: {config.pattern}' if sparse else 'all dense'}"
-
-
-def with_run_dir(config: Config) -> Config:
-    """Makes the run's directory; without --run-dir a new one, named after the model and the time.
-
-    Raises:
-        ValueError: it cannot be made.
-    """
-    try:
-        if config.run_dir is not None:
-            run_dir(config).mkdir(parents=True, exist_ok=True)
-            return config
-        if jax.process_count() > 1:
-            raise ValueError("--run-dir: expected a directory that all processes share, got none")
-        name = f"runs/{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        for count in itertools.count(1):
-            path = Path(name if count == 1 else f"{name}-{count}")
-            with contextlib.suppress(FileExistsError):  # of a run that began in the same second
-                path.mkdir(parents=True)
-                return dataclasses.replace(config, run_dir=str(path))
-    except OSError as error:
-        raise ValueError(f"--run-dir: expected a directory that can be made, got {error}") from error
-    raise AssertionError("unreachable")
-
-
-def run_dir(config: Config) -> Path:
-    return Path(config.run_dir or "")
 
 
 def load_data(config: Config, checkpoint: Checkpoint | None) -> tuple[Corpus, Corpus]:

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from training.output import show
+
 _LONGEST = 1000  # bytes of an error that the other processes hear of
 
 
@@ -55,3 +57,9 @@ def wait_for_all(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def say(line: str) -> None:
+    """Prints once, whatever the number of processes."""
+    if jax.process_index() == 0:
+        show(line)

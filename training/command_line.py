@@ -22,19 +22,30 @@ from training.left_out import shown
 _SEE_HELP = "(--help lists the flags)"
 # Names from other programs, too far from ours to be recognised by their letters.
 _ELSEWHERE = {
-    "lr": "learning-rate",
-    "bs": "batch-size",
-    "wd": "weight-decay",
-    "max-steps": "steps",
-    "output-dir": "run-dir",
-    "out-dir": "run-dir",
-    "resume": "run-dir",
-    "model": "preset",
-    "dataset": "data",
-    "block-size": "seq-len",
-    "context-length": "seq-len",
-    "grad-clip": "clip-norm",
-    "gradient-accumulation-steps": "accumulate",
+    other: ours
+    for ours, others in {
+        "accumulate": "gradient-accumulation-steps",
+        "batch-size": "bs per-device-train-batch-size per-device-batch-size",
+        "checkpoint-every": "save-steps save-every save-interval",
+        "clip-norm": "grad-clip max-grad-norm",
+        "d-ff": "intermediate-size ffn-dim mlp-size",
+        "d-model": "hidden-size n-embd embed-dim dim",
+        "data": "dataset train-data train-file",
+        "dtype": "bf16 precision",
+        "eval-every": "eval-steps eval-interval",
+        "learning-rate": "lr",
+        "log-every": "logging-steps log-interval",
+        "pattern": "window-size sliding-window attention",
+        "preset": "model",
+        "pretrained": "model-name-or-path tokenizer",
+        "remat": "gradient-checkpointing",
+        "run-dir": "output-dir out-dir out resume resume-from resume-from-checkpoint",
+        "seq-len": "block-size context-length max-seq-length",
+        "steps": "max-steps epochs num-train-epochs",
+        "wandb": "wandb-project",
+        "weight-decay": "wd",
+    }.items()
+    for other in others.split()
 }
 
 
@@ -108,7 +119,7 @@ def _defaults(given: dict[str, str]) -> Config:
     if file is not None:
         require_path("--config", file)
     values = {} if file is None else read_values(Path(file))
-    named = {name: _first(given.get(f"--{name.replace('_', '-')}"), values.get(name), file) for name in _SOURCES}
+    named = {name: _first(name, given, values, file) for name in _SOURCES}
     run_dir, preset, pretrained = (named[name] for name in _SOURCES)
     saved = Path(run_dir, "config.json") if run_dir else None
     if saved is not None and _exists(saved):
@@ -136,12 +147,11 @@ def _exists(saved: Path) -> bool:
 _SOURCES = ("run_dir", "preset", "pretrained")
 
 
-def _first(flag: str | None, value: object, file: str | None) -> str | None:
+def _first(name: str, given: dict[str, str], values: dict[str, Any], file: str | None) -> str | None:
     """The value of an option that other options' defaults depend on: the flag's, else the file's."""
-    if flag is not None or value is None:
-        return flag
-    if not isinstance(value, str):
-        raise ValueError(f"{shown(file)}: expected a string, got {shown(repr(value))}")
+    value = given.get(f"--{name.replace('_', '-')}", values.get(name))
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{shown(file)}: {name}: expected a string, got {shown(repr(value))}")
     return value
 
 
@@ -207,8 +217,8 @@ def _require_known(flag: str) -> None:
     if flag in known:
         return
     bare = flag[2:].rpartition(".")[2]
-    near = f"--{_ELSEWHERE[bare]}" if bare in _ELSEWHERE else nearest(f"--{bare}", known)
-    hint = f"; did you mean {near}?" if near else ""
+    near = _ELSEWHERE.get(bare) or nearest(bare, [name[2:] for name in known])
+    hint = f"; did you mean --{near}?" if near else ""
     raise ValueError(f"{shown(flag, 60)}: there is no such flag{hint} {_SEE_HELP}")
 
 

@@ -40,6 +40,14 @@ def read_values(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read, is neither JSON nor YAML by its suffix and content, or names something twice.
     """
     try:
+        return _content(path)
+    except ValueError as error:
+        raise ValueError(f"expected a config in JSON or YAML in {shown_path(path)}, got {error}") from error
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What `read_values` returns; its errors say in a few words what there is instead."""
+    try:
         if not path.is_file():
             raise ValueError("no such file" if not path.exists() else "no regular file")
         if path.suffix.lower() not in (".json", ".yaml", ".yml"):
@@ -53,13 +61,10 @@ def read_values(path: Path) -> dict[str, Any]:
             values = yaml.load(text, _Loader)
         if not isinstance(values, dict):
             raise ValueError("no object with the names of options")
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        said = (
-            "lists or objects nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        )
-        raise ValueError(
-            f"expected a config in JSON or YAML in {shown_path(path)}, got {shown(said, 200) or 'nothing'}"
-        ) from error
+    except RecursionError as error:
+        raise ValueError("lists or objects nested too deeply") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(shown(" ".join(str(error).split()), 200) or "nothing") from error
     return values
 
 
@@ -72,7 +77,11 @@ def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number, nothing is named twice, and no alias lets a file grow."""
+    """YAML as people write it.
+
+    1e-4 is a number, while 017 and 1:30 are none (15 and 90 in YAML 1.1). Nothing is named twice, and no alias lets a
+    file grow.
+    """
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -91,10 +100,14 @@ class _Loader(yaml.SafeLoader):
 
 # The default constructor fills a mapping after it gave it away, and so cannot refuse it.
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
-# YAML 1.1 takes 1e-4 for a string.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag not in (_INT, _FLOAT)]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBER = r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(0|[1-9]\d*(_\d+)*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(_FLOAT, re.compile(_NUMBER), list("-+0123456789."))
 
 
 def overlaid(base: Config, values: dict[str, Any], where: str) -> Config:
@@ -129,7 +142,7 @@ def read_config(path: Path) -> Config:
     """
     where = f"expected the config of a run of this version in {shown_path(path)}, got"
     try:
-        values = read_values(path)
+        values = _content(path)
         for kind, given in [(Config, values), *((kind, values.get(name)) for name, kind in PARTS.items())]:
             names = {field.name for field in dataclasses.fields(kind)}
             if missing := names - set(given if isinstance(given, dict) else ()):
@@ -147,7 +160,8 @@ def _checked(kind: type, name: str, value: Any, where: str) -> Any:
     if name not in hints or name not in {field.name for field in dataclasses.fields(kind)}:
         raise ValueError(f"{where}: {_unknown(kind, name)}")
     value = tuple(value) if isinstance(value, list) else value
-    wrong = isinstance(value, bool) and hints[name] is not bool  # a bool is an int to Python
+    scalars = value if isinstance(value, tuple) else (value,)
+    wrong = hints[name] is not bool and any(isinstance(scalar, bool) for scalar in scalars)  # an int to Python
     try:
         typeguard.check_type(value, hints[name])
     except typeguard.TypeCheckError:

@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 
 from training.left_out import LeftOut
+from training.run_dir import LOCK, is_output
 
 _SEEN_ALREADY = "link(s) to what was read already"
 
@@ -19,7 +20,7 @@ def suffix_of(path: Path) -> str:
 
 
 def files_under(directory: Path, left_out: LeftOut) -> list[Path]:
-    """Regular files in a directory and all below it, sorted by path; hidden ones are left out.
+    """Regular files in a directory and all below it, sorted by path; hidden ones, and what runs wrote, are left out.
 
     Links are followed, after everything that is no link, and a file or a directory with several names is taken once:
     no cycle of links is endless, and no document counts twice.
@@ -50,9 +51,12 @@ def _list(folder: Path, root: Path, folders: deque, links: deque, found: list, s
     except OSError as error:
         left_out.add(f"unreadable: {error.strerror}", f"{folder.relative_to(root).as_posix()}/")
         return
+    of_run = any(entry.name == LOCK for entry in entries)
     for entry in entries:
         path = folder / entry.name
-        if entry.name.startswith("."):
+        if of_run and is_output(entry.name):
+            left_out.add("of a run", path.relative_to(root).as_posix())
+        elif entry.name.startswith("."):
             left_out.add("hidden", path.relative_to(root).as_posix())
         elif entry.is_symlink():
             links.append(path)

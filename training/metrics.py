@@ -112,11 +112,12 @@ class MetricsLog:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; a line cut short by a crash is beyond all."""
+    """The step of a line of metrics; a line cut short by a crash, or no such line, is beyond all."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
+    return step if isinstance(step, int) else float("inf")
 
 
 class Progress:

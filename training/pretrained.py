@@ -172,7 +172,7 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: it could not be written; `target` is as it was.
     """
-    new, old = (target.with_name(f"{target.name}.{word}") for word in ("new", "old"))
+    new, old = (target.with_name(f".{target.name}.{word}") for word in ("new", "old"))
     for leftover in (new, old):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     try:

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from training.left_out import shown
+
 
 class Profile:
     """Traces the steps from the first to the last, on the first process.
@@ -36,9 +38,12 @@ class Profile:
             self.close()
 
     def close(self) -> None:
-        """Writes what was traced."""
+        """Writes what was traced, or says that it cannot be: a run goes on without."""
         if self._running:
-            self._running = False
-            jax.profiler.stop_trace()
-            self._say(f"Profile written to {self._directory}")
-            self._steps = None
+            self._running, self._steps = False, None
+            try:
+                jax.profiler.stop_trace()
+            except (jax.errors.JaxRuntimeError, OSError) as error:
+                self._say(f"The profile could not be written to {self._directory}: {shown(error, 300)}")
+            else:
+                self._say(f"Profile written to {self._directory}")

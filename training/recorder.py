@@ -97,8 +97,10 @@ class Recorder:
         """Writes a held-out score down, and shows it.
 
         Raises:
+            Diverged: the score is no finite number.
             OSError: see `flush`.
         """
+        require_finite(bits, step)
         with agreeing(OSError):
             self._write(step, **{f"{HELDOUT}{self._unit}": bits})
         self.progress.note(f"step {step}  held out {bits:.4f} bits per {self._unit}")
@@ -117,6 +119,12 @@ class Recorder:
         if self._trackers is not None:
             self._trackers.close()
             self._trackers = None
+
+
+def require_finite(bits: float, step: int) -> None:
+    """Raises `Diverged` where a state of finite numbers gives the held-out text no finite bits."""
+    if not math.isfinite(bits):
+        raise Diverged(f"the model of step {step} scores {bits} bits on the held-out text", step + 1)
 
 
 def _count_before_gap(records: list[tuple[int, float, float, float]]) -> int:

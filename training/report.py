@@ -20,6 +20,7 @@ from training.corpus import Corpus
 from training.evaluate import ContextScore, Tick, far_context, gzip_bits, heldout_bits, sample_text, unigram_bits
 from training.files import write_whole
 from training.metrics import HELDOUT, describe_speed, mfu, plot_loss
+from training.recorder import require_finite
 from training.step import Trainer
 
 
@@ -65,12 +66,16 @@ def final_report(
 
     Returns:
         The page to print, and the error of a file that could not be written.
+
+    Raises:
+        Diverged: the model gives the held-out text no finite bits.
     """
     config, flops = trainer.config, models.flops_per_token(trainer.model_config, trainer.config.input.seq_len)
     results = Results(Path(config.run_dir or ""))
     unit = "byte" if heldout.byte_level else "token"
     overlap = config.input.seq_len // 2
     bits = heldout_bits(trainer, params, heldout, overlap=overlap, tick=tick)
+    require_finite(bits, step)
     baselines = {}
     if heldout.byte_level:
         baselines = {"byte_unigram": unigram_bits(heldout), "gzip_9_per_file": gzip_bits(heldout)}

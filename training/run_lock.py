@@ -20,6 +20,8 @@ from typing import Any
 
 import filelock
 
+from training.run_dir import LOCK
+
 _BEAT = 4.0  # seconds between renewals of the time stamp
 _PATIENCE = 3 * _BEAT  # without a renewal, a run on another machine counts as dead
 
@@ -40,7 +42,7 @@ class RunLock:
     def __init__(self, run_dir: Path, *, say: Callable[[str], None] = print, machine: str | None = None):
         self._path, self._token = run_dir / "running.json", uuid.uuid4().hex
         machine = machine or _this_machine()
-        self._lock = filelock.FileLock(run_dir / "run.lock", timeout=0, thread_local=False)
+        self._lock = filelock.FileLock(run_dir / LOCK, timeout=0, thread_local=False)
         try:
             self._lock.acquire()
         except filelock.Timeout:

@@ -57,3 +57,17 @@ def test_a_folder_that_cannot_be_listed_is_counted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert listed(tmp_path) == ([], {"unreadable: Permission denied": (1, "locked/")})
+
+
+def test_what_runs_wrote_is_no_data(tmp_path):
+    run = tmp_path / "runs/x"
+    for folder in ("checkpoints/3", "checkpoints-torn-1", "model", "texts"):
+        (run / folder).mkdir(parents=True)
+        (run / folder / "config.json").write_text("{}")
+    for name in ("run.lock", "config.json", "metrics.jsonl", "results.json", "loss.png", "note.txt"):
+        (run / name).write_text("{}")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")  # beside no run
+    found, left_out = listed(tmp_path)
+    assert found == ["model/config.json", "runs/x/note.txt", "runs/x/texts/config.json"]
+    assert left_out == {"of a run": (8, "runs/x/checkpoints")}

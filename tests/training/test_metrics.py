@@ -11,6 +11,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from training import metrics
 from training.metrics import MetricsLog, Progress, describe_speed, mfu, peak_flops, plot_loss
+from training.profile import Profile
 from training.trackers import Trackers, check_packages
 
 
@@ -27,6 +28,25 @@ def test_a_run_that_goes_on_drops_the_lines_beyond_its_checkpoint(tmp_path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(record["step"], record["loss"]) for record in records] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 9.0)]
     assert "mfu" not in records[0]
+
+
+@pytest.mark.parametrize("line", ['{"step": "1"}', '{"step": null}', "[1]", "1", "", "[" * 100_000, '{"step": 1.5}'])
+def test_lines_that_are_no_metrics_are_dropped(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    MetricsLog(tmp_path / "metrics.jsonl", from_step=1).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_profile_that_cannot_be_written_ends_nothing(tmp_path):
+    (tmp_path / "profile").write_text("a file")
+    said = []
+    profile = Profile((1, 1), tmp_path / "profile", said.append)
+    profile.before(1)
+    profile.after(1, None)
+    profile.before(2)
+    profile.close()
+    assert len(said) == 1
+    assert "The profile could not be written to" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -182,8 +182,12 @@ def test_a_gradient_that_is_no_number_stops_the_run_too(small_config, tmp_path, 
     recorder.add(2, Metrics(loss, grad_norm, 0.1))
     with pytest.raises(Diverged, match=f"the loss is {loss} and the gradient's norm {grad_norm} at step 2"):
         recorder.flush()
+    with pytest.raises(Diverged, match="the model of step 1 scores nan bits on the held-out text") as raised:
+        recorder.heldout(1, np.nan)
+    assert raised.value.step == 2  # so that the checkpoint of step 1 is none to go on from
     recorder.close()
     assert losses(tmp_path) == [(1, 2.0)]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
