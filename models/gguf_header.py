@@ -154,10 +154,14 @@ def _contents(reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         raise ValueError(f"general.alignment is {alignment!r}, which is no power of two")
     reader.at += -reader.at % alignment
     tensors: dict[str, GgufTensor] = {}
+    end = 0  # of the tensors so far: they lie one after the other, none over another
     for name, shape, kind, offset in entries:
         if name in tensors:
             raise ValueError(f"it has the tensor {name} twice")
+        if offset != end:
+            raise ValueError(f"the tensor {name} has the offset {offset}, where the one before it ends at {end}")
         tensors[name] = _tensor(reader, name, shape, kind, offset)
+        end += -(-tensors[name].rows.size // alignment) * alignment
     return metadata, tensors
 
 

@@ -14,12 +14,17 @@ from models.untrusted import quoted, shortened
 from s2jax.heads import RopeScaling
 
 # What the architectures are called elsewhere in config.json, and the defaults in which they differ. Mistral's window is
-# on unless config.json turns it off.
+# on unless config.json turns it off, Qwen3's where it has use_sliding_window.
 _MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"max_position_embeddings": 2048},
     "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096},
-    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32_768},
+    "Qwen3ForCausalLM": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 4096,
+    },
 }
 # The only values under which `Transformer` computes what the checkpoint's own model does. Of those after the first
 # group transformers' three classes know nothing; where they are set, the weights were trained by another class.

@@ -3,6 +3,7 @@
 What they change, and in which order, is what the package transformers (5.23, `TokenizersBackend`) makes of them.
 """
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -80,11 +81,29 @@ def _growth(part: Any) -> float:
 def of_tokenizers[T](action: Callable[[], T], message: str) -> T:
     """What an action of the package tokenizers gives; its errors, whose class is none of theirs, as a ValueError."""
     try:
-        return action()
+        with _unreported_panics():
+            return action()
     except BaseException as error:  # their panics are no Exception
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ValueError(f"{message}: {shortened(error)}") from error
         raise
+
+
+@contextlib.contextmanager
+def _unreported_panics() -> Iterator[None]:
+    """Keeps Rust's own report of a panic, which goes to file descriptor 2 past Python, off the screen."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def read_tokenizer_files(directory: pathlib.Path, tokenizer: Tokenizer | None = None) -> TokenizerFiles:
@@ -213,7 +232,7 @@ def _follow_flags(tokenizer: Tokenizer, special: Mapping[str, AddedToken], confi
     }
     first, last = ([around[name]] if name in around else [] for name in ("bos", "eos"))
     ids = [(token, tokenizer.token_to_id(token)) for token in {*first, *last}]
-    before = tokenizer.encode("").ids
+    before = of_tokenizers(lambda: tokenizer.encode("").ids, "tokenizer.json cannot encode a text")
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[*first, "$A", *last], pair=[*first, "$A", *last, *first, "$B:1", *last], special_tokens=ids
     )

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
+from models.huggingface_tokenizer import of_tokenizers
+
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _MOST_PENDING = 8
 """Tokens of one character, at most: what is still no character then is none."""
@@ -19,6 +21,9 @@ class TextStream:
     Attributes:
         text: all that was given out.
         stopped: True if a stop string was found.
+
+    Raises:
+        ValueError: in `push` and `finish`, if the tokenizer, which may be a stranger's, cannot decode its own tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
@@ -40,8 +45,7 @@ class TextStream:
 
     def _decoded(self, *, whole: bool) -> str:
         """The characters that the tokens since `_read` add."""
-        known = self._tokenizer.decode(self._ids[self._before : self._read])
-        text = self._tokenizer.decode(self._ids[self._before :])
+        known, text = self._text(self._ids[self._before : self._read]), self._text(self._ids[self._before :])
         pending = len(self._ids) - self._read
         if not whole and pending < _MOST_PENDING and (len(text) <= len(known) or text.endswith(_UNFINISHED)):
             return ""
@@ -51,13 +55,16 @@ class TextStream:
         )
         return text[same:]
 
+    def _text(self, ids: list[int]) -> str:
+        return of_tokenizers(lambda: self._tokenizer.decode(ids), "the tokenizer cannot decode its tokens")
+
     def _released(self, piece: str, *, last: bool) -> str:
         """What can be given out: not the beginning of a stop string, nor anything after one."""
         text = "" if self.stopped else self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:  # the first that is complete, however many characters come at once
             self.stopped = True
-            text = text[: min(found)]
+            text = text[: min(found)[1]]
         kept = 0 if last or self.stopped else max((_overlap(text, stop) for stop in self._stops), default=0)
         text, self._held = text[: len(text) - kept], text[len(text) - kept :]
         self.text += text

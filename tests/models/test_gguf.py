@@ -129,6 +129,15 @@ def test_a_quantisation_of_the_future_is_refused(whole, tmp_path):
     refused(tmp_path / "new.gguf", r"of a newer kind than is known here: 99 is not a valid GGML")
 
 
+@pytest.mark.parametrize("offset", [0, 4, 1 << 20, (1 << 64) - 32])
+def test_tensors_that_lie_over_others_or_leave_gaps_are_refused(whole, tmp_path, offset):
+    contents = bytearray(whole.read_bytes())
+    place = contents.index(b"blk.0.attn_q.weight") + len("blk.0.attn_q.weight") + 4 + 2 * 8 + 4  # after the type
+    contents[place : place + 8] = offset.to_bytes(8, "little")
+    (tmp_path / "moved.gguf").write_bytes(contents)
+    refused(tmp_path / "moved.gguf", rf"attn_q.weight has the offset {offset}, where the one before it ends at ")
+
+
 def test_a_quantisation_that_cannot_be_undone_is_refused(tmp_path):
     match = r"output\.weight has the quantisation I8, which the package gguf .* cannot undo; take a file with another"
     refused(tmp_path / "integers.gguf", match, tensors={"output.weight": np.zeros((96, 64), np.int8)})

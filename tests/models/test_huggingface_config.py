@@ -53,6 +53,8 @@ def test_qwen3_normalises_queries_and_keys():
     assert config(**qwen3, sliding_window=512, use_sliding_window=False) == QWEN3
     with pytest.raises(ValueError, match="sliding_window=512"):
         config(**qwen3, sliding_window=512, use_sliding_window=True)
+    with pytest.raises(ValueError, match="sliding_window=4096"):  # transformers' default, from layer 28 on
+        config(**qwen3, use_sliding_window=True, max_window_layers=0)
 
 
 def test_the_rotary_base_of_transformers_5():

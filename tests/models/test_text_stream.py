@@ -26,12 +26,26 @@ def streamed(tokens, stops=(), tokenizer=TOKENIZER) -> tuple[list[str], TextStre
 @hypothesis.example("aab€b", ["ab€", "b€b"])
 def test_the_text_ends_before_the_first_stop(text, stops):
     pieces, stream = streamed(text.encode(), stops)
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    # A stop that ends sooner is found first, though another one begins before it.
-    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
-    begins = [text.find(stop) for stop in stops if stop in text[: min(ends, default=0)]]
-    assert stream.text == "".join(pieces) == (text[: min(begins)] if found else text)
+    # Of stops that overlap, the one that is complete first counts, and of those the longest.
+    found = sorted((text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text)
+    assert stream.text == "".join(pieces) == (text[: found[0][1]] if found else text)
     assert stream.stopped == bool(found)
+
+
+@pytest.mark.parametrize(("stops", "text"), [(["bcd", "c"], "ab"), (["bcd", "d"], "a"), (["ab", "abc"], "")])
+def test_how_tokens_cut_a_text_decides_nothing(stops, text):
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "d": 3, "bcd": 4, "abcd": 5}, "a"))
+    words.decoder = decoders.Fuse()
+    for tokens in ([0, 1, 2, 3], [0, 4], [5]):
+        assert streamed(tokens, stops, words)[1].text == text
+
+
+def test_a_decoder_that_panics_is_one_line(capfd):
+    tokenizer = Tokenizer.from_str(TOKENIZER.to_str())
+    tokenizer.decoder = decoders.Strip("a", 3, 3)
+    with pytest.raises(ValueError, match="the tokenizer cannot decode its tokens: index out of bounds"):
+        streamed(b"aa", tokenizer=tokenizer)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_characters_come_whole_and_nothing_is_kept_longer_than_needed():
