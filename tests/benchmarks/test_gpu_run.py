@@ -138,6 +138,7 @@ def test_a_point_is_begun_only_if_it_would_end_in_time():
     assert "50 s of 100 s" in Budget(100, now - 50, longest_s=60).skips()
 
 
+@pytest.mark.slow
 def test_what_the_clock_does_not_see_is_timed_by_the_host_and_not_compared():
     def cheap(point, block):
         return lambda q, k, v: q * k + v
@@ -153,6 +154,7 @@ def test_what_the_clock_does_not_see_is_timed_by_the_host_and_not_compared():
     assert "backward over best dense" not in mine
 
 
+@pytest.mark.slow
 def test_the_dense_pattern_is_measured_at_one_block_size():
     sides = Side("s2jax", ours), Side("s2jax block 16", ours, block=16)
     found = measured(options(DENSE, sides=sides))
@@ -168,6 +170,7 @@ def hanging(point, block):
     return lambda q, k, v: jax.pure_callback(never, jax.ShapeDtypeStruct(q.shape, q.dtype), q)
 
 
+@pytest.mark.slow
 def test_a_side_that_hangs_costs_no_other_its_results(tmp_path):
     sides = Side("s2jax", ours), Side("hangs", hanging, dense=True), Side("cudnn", dense, dense=True)
     found = run.run(options(DENSE, sides=sides, repeats=1, folder=tmp_path, stalled_s=4))
@@ -231,6 +234,7 @@ def by_xla(point, block):
     return lambda q, k, v: s2jax.attention(q, k, v, point.pattern(block), implementation="xla")
 
 
+@pytest.mark.slow
 def test_a_training_step():
     point = TrainStep("step", 1, 2, 2, 16, 1, 4, 256)
     sides = Side("s2jax", by_xla), Side("cudnn", dense, dense=True)
@@ -249,6 +253,7 @@ def test_a_training_step():
     assert measured(options(point, sides=sides), left).rows[2]["left out"] == "it hung"
 
 
+@pytest.mark.slow
 def test_a_training_step_moves_the_weights_downhill():
     point = TrainStep("step", 1, 2, 2, 16, 1, 4, 256)
     weights = train_step.make_weights(point, "float32")
@@ -291,6 +296,7 @@ def test_the_backward_pass_alone_gives_the_same():
         assert jnp.abs(one.astype(jnp.float32) - other.astype(jnp.float32)).max() < 2**-6
 
 
+@pytest.mark.slow
 def test_the_timed_executable_is_the_checked_one(monkeypatch):
     """Residuals that are mixed up are seen, though the passes together are right."""
     original = Functions.backward
@@ -339,6 +345,7 @@ def test_cudnn_is_called_as_it_wants_to_be(monkeypatch):
         assert "CAUSAL" in code
 
 
+@pytest.mark.slow
 def test_the_hopper_kernel_as_a_side():
     point = Point("tiny", 1, 2, 1, 16, 2, 4, 128)
     arrays = make_arrays(point)

@@ -41,21 +41,19 @@ SHAPES = [
 ]  # fmt: skip
 """What this backend alone has."""
 
-ELSEWHERE = (
-    # The gradients' tests check the forward pass too.
-    "local stride", "soft cap, low precision", "selection by KV head",
-    # Others are like them, and these take long.
-    "documents", "offset at run time", "offsets in step", "an offset both ways", "block by block",
-    "one query of each, at run time", "documents both ways", "local stride both ways", "window of tokens both ways",
-    "blocks of 64",
+QUICK = (
+    "dense", "stripes by query head", "window of tokens", "first tokens and a window", "patterns by query head",
+    "mixed block sizes", "dilated by head", "mask of tokens", "t > s", "offset within a block", "groups of four",
+    "sinks", "empty rows", "strangers", "an offset for each", "selection for each",
 )  # fmt: skip
-"""Cases of the table that are left to the slow tests."""
+"""Cases of the table that are not left to the slow tests; the gradients' tests check the forward pass too."""
 
 
 def less(cases: list) -> list:
+    """The cases, marked slow where they are not quick."""
     slow = pytest.mark.slow
     return [
-        pytest.param(*each.values, id=each.id, marks=(*each.marks, *([slow] if each.id in ELSEWHERE else [])))
+        pytest.param(*each.values, id=each.id, marks=(*each.marks, *([] if each.id in QUICK else [slow])))
         for each in cases
     ]
 

@@ -48,6 +48,17 @@ def inputs(dtype: str = "float32") -> tuple:
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_gradients_under_all_modes(implementation: str):
+    given = inputs()
+    gradients = jax.jit(jax.grad(functools.partial(total, implementation=implementation), (0, 1, 2)))
+    with strict_modes.on():
+        found = jax.block_until_ready(gradients(*given))
+    assert all(np.isfinite(each).all() and each.dtype == jnp.float32 for each in found)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
 @strict_modes.EACH
 def test_gradients(mode: str, implementation: str):
     given = inputs()
@@ -132,6 +143,25 @@ def test_export_with_a_symbolic_batch():
         np.testing.assert_allclose(exported.call(*given), attention(*given, PATTERN), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("quick_compilation")
+def test_tangents():
+    """Tangents of out and lse by gathered blocks, against those of the definition."""
+    query, key, sinks, rest = inputs()
+    ids = {"query_segment_ids": rest["segments"], "kv_segment_ids": rest["segments"]}
+
+    def tangents(implementation: str | None):
+        def function(query, key, sinks):
+            options = {"sinks": sinks, "logits_soft_cap": 2.0, "return_lse": True, "implementation": implementation}
+            return attention(query, key, key, PATTERN, **ids, **options)
+
+        primals = query, key, sinks
+        return jax.jvp(function, primals, tuple(jnp.cos(each) for each in primals))[1]
+
+    for one, other in zip(tangents(None), tangents("reference"), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("implementation", ["xla", None])
 def test_forward_mode(implementation: str | None):

@@ -16,6 +16,7 @@ from tests.kernels.transformations import TransformationContract
 
 class TestXla(AttentionContract):
     implementation = "xla"
+    random_share = 5
     tilings: typing.ClassVar = {
         # Three rows a tile, packs of three blocks, a few steps; numbers that divide nothing.
         "merged": XlaTiles(queries=100, keys=40, packed_keys=50, walked_queries=70),
