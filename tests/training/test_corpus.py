@@ -156,7 +156,7 @@ def test_an_unreadable_file_is_counted_and_alone_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (gzip.compress(b"a text"), "compressed by gzip, to be unpacked first"),
+        (gzip.compress(b"a text", mtime=0), "compressed by gzip, to be unpacked first"),
         ("a text".encode("utf-16"), "in UTF-16 instead of UTF-8"),
         (b"%PDF-1.7 a text", "binary"),
     ],
