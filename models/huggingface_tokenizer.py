@@ -51,7 +51,8 @@ def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
             raise ValueError(
                 f"{path}: its {part} may make a text {growth:.0g} times as long, at most {_MOST_GROWTH} is done"
             )
-    tokenizer = of_tokenizers(lambda: Tokenizer.from_file(str(path)), f"{path} is no tokenizer")
+    content = pathlib.Path(path).read_bytes()  # `from_file` takes no path but one in UTF-8
+    tokenizer = of_tokenizers(lambda: Tokenizer.from_buffer(content), f"{path} is no tokenizer")
     # Left over from someone's training: texts are neither cut nor filled up.
     tokenizer.no_truncation()
     tokenizer.no_padding()

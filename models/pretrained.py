@@ -226,7 +226,8 @@ def save(directory: str | os.PathLike, pretrained: Pretrained) -> None:
     save_safetensors(directory / "model.safetensors", to_huggingface(pretrained.model))
     special = {"bos_token_id": pretrained.bos_id, "eos_token_id": list(pretrained.eos_ids) or None}
     if pretrained.tokenizer is not None:
-        pretrained.tokenizer.save(str(directory / "tokenizer.json"))
+        # Its own `save` takes no path but one in UTF-8.
+        (directory / "tokenizer.json").write_text(pretrained.tokenizer.to_str(pretty=True), "utf-8")
         _write_json(directory / "tokenizer_config.json", _tokenizer_config(pretrained, pretrained.tokenizer))
     _write_json(directory / "generation_config.json", special | _generation_config(pretrained))
     config = config_to_huggingface(pretrained.model.config, pretrained.max_context)
