@@ -48,12 +48,12 @@ format: .venv/.dev ## let ruff rewrite what it can
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench: .venv/.train ## the benchmarks into benchmarks/results/, and the tables from them into the README
+bench: .venv/.train ## the benchmarks into benchmarks/results/, and their tables into docs/results.md
 	$(PY) benchmarks/schedules.py
 	$(PY) benchmarks/attention.py $(ARGS)
 	@$(PY) benchmarks/report.py
 
-docs: .venv/.train ## what is generated: pictures, the README's tables
+docs: .venv/.train ## what is generated: pictures, the tables of docs/results.md
 	@$(PY) -m s2jax.picture
 	@$(PY) benchmarks/report.py
 

@@ -1,4 +1,4 @@
-"""Writes the README's tables from benchmarks/results/*.json, between its `results` marks.
+"""Writes the tables of docs/results.md from benchmarks/results/*.json, between its `results` marks.
 
 python benchmarks/report.py
 """
@@ -8,27 +8,27 @@ import pathlib
 import re
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-README = RESULTS.parent.parent / "README.md"
+PAGE = RESULTS.parent.parent / "docs" / "results.md"
 
 
 def main() -> None:
-    text = README.read_text()
+    text = PAGE.read_text()
     for name, make in TABLES.items():
         path = RESULTS / f"{name}.json"
         if not path.exists():
             continue
         mark = re.compile(rf"(<!-- results: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not mark.search(text):
-            raise SystemExit(f"README.md has no place for {path.name}: expected `<!-- results: {name} -->`")
+            raise SystemExit(f"docs/results.md has no place for {path.name}: expected `<!-- results: {name} -->`")
         text = mark.sub(
             lambda found, path=path, make=make: f"{found[1]}{make(json.loads(path.read_text()))}\n{found[2]}", text
         )
-    README.write_text(text)
+    PAGE.write_text(text)
 
 
 def origin(record: dict, name: str, device: str | None = None) -> str:
     device = device or record["processor"]
-    return f"[{name}.json](benchmarks/results/{name}.json): {record['date']}, jax {record['jax']}, {device}."
+    return f"[{name}.json](../benchmarks/results/{name}.json): {record['date']}, jax {record['jax']}, {device}."
 
 
 def tpu_schedule(record: dict) -> str:
