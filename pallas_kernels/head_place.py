@@ -78,6 +78,8 @@ def all_heads(head_axis: HeadAxis, heads: HeadRange, num_heads: int, num_kv_head
         raise ValueError("head_axis and heads both say which heads these are: give one of them")
     if not isinstance(heads, tuple | list) or len(heads) != 2:
         raise ValueError(f"heads must be (first_head, num_heads), got {heads!r}")
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"query heads must be a multiple of KV heads, got {num_heads} and {num_kv_heads}")
     first, total = heads
     group = num_heads // num_kv_heads
     if not isinstance(total, int | np.integer) or isinstance(total, bool) or total < num_heads or total % group:

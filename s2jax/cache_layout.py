@@ -136,6 +136,7 @@ def compile_cache(
         raise ValueError(
             f"{num_kv_heads} KV heads cannot be split over {shards} shards: take a number that divides them"
         )
+    pattern.check(heads, 1, 1, 0)
     return _compiled(pattern, heads, max_length, max_rollback, shards)
 
 
@@ -198,7 +199,6 @@ def _slots(last: np.ndarray) -> np.ndarray:
 
 def _recurrence(pattern: Pattern, heads: Heads, size: int) -> tuple[int, int]:
     """How many blocks back a row may read, itself included, and after how many rows what it reads repeats itself."""
-    pattern.check(heads, 1, 1, 0)
     blocks = TRIAL_BLOCKS
     while True:
         bands = [_bands(pattern, heads, head, size, blocks) for head in range(heads.num_heads)]

@@ -51,7 +51,9 @@ def compile_schedule(
     ):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    return _compiled(as_pattern(pattern), heads, int(query_length), int(kv_length), int(query_offset))
+    pattern, lengths = as_pattern(pattern), (int(query_length), int(kv_length), int(query_offset))
+    pattern.check(heads, *lengths)  # of functions, that they are what they were when they were compiled
+    return _compiled(pattern, heads, *lengths)
 
 
 def forget_schedules() -> None:
@@ -62,7 +64,6 @@ def forget_schedules() -> None:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(pattern: Pattern, heads: Heads, query_length: int, kv_length: int, query_offset: int) -> BlockSchedule:
-    pattern.check(heads, query_length, kv_length, query_offset)
     check_agreement(pattern, heads, query_offset, query_offset + query_length, kv_length)
     statistics.warn_if_incomplete(pattern, heads, kv_length, (query_offset, query_offset + query_length))
     return _schedule(pattern, heads, query_length, kv_length, query_offset)

@@ -28,11 +28,12 @@ class MaskMod(Pattern):
 
     The function gets the query head (an integer scalar, 0 … h - 1) and integer arrays of absolute positions that
     broadcast against each other, and returns bools of the broadcast shape. It is made of operators, jax.numpy or
-    numpy, and decides each pair by its head and positions alone. It may capture arrays, such as document ids. It is
-    evaluated while the pattern is compiled, in tiles, over int64: compiled where JAX can trace it, else by numpy.
+    numpy, and decides each pair by its head and positions alone. It may capture arrays, such as document ids, which
+    have to reach as far as the positions: JAX clamps indices beyond an array's end. It is evaluated while the pattern
+    is compiled, in tiles, over int64: compiled where JAX can trace it, else by numpy.
 
     Two MaskMods are equal if their functions have equal code and capture equal values, so that a lambda in a loop
-    compiles once. Arrays that it captures must not be changed in place afterwards.
+    compiles once. What it captures must not change afterwards.
 
     Attributes:
       mask_mod: the function.
