@@ -83,8 +83,14 @@ class RunLock:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             raise ValueError(_in_use(run_dir, self._read())) from None
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file)
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(content, file)
+        except OSError as error:  # that of a full disk names no file
+            error.filename = str(self._path)
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            raise
 
     def _read(self) -> dict[str, Any] | None:
         """The record of the run that holds the directory, {} if it is torn, None if there is none."""

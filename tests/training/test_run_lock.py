@@ -1,8 +1,10 @@
 """The lock of a run's directory: two runs at once, runs that were killed, runs on other machines."""
 
+import errno
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -85,6 +87,21 @@ def test_a_dead_run_on_another_machine_is_not(tmp_path, monkeypatch):
 def test_a_torn_record_does_not_block(tmp_path, content):
     (tmp_path / "running.json").write_text(content)
     RunLock(tmp_path, say=lambda _: None).release()
+
+
+def test_a_full_disk_is_named_and_leaves_no_record(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"running\.json") as raised:
+            RunLock(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG
+    assert not (tmp_path / "running.json").exists()
+    lines = []
+    RunLock(tmp_path, say=lines.append).release()
+    assert lines == []  # without a wait
 
 
 def _try(run_dir, start, results):
