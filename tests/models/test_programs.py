@@ -235,46 +235,49 @@ def as_process(*command, **settings) -> subprocess.CompletedProcess:
     )
 
 
-def test_an_output_that_lacks_characters_and_one_that_is_closed(directory):
+def test_starts_of_a_program(directory, tmp_path):
+    """Programs are compiled once; an output may lack characters, or be closed."""
     # One process for all: starting one takes seconds.
     script = """
-import os, sys
+import os, pathlib, sys
 from models import generate
-flags = ["--model", sys.argv[1], "--max-new-tokens", "3", "--prompt"]
-assert generate.main([*flags, "a"]) == 0
+flags = ["--model", sys.argv[1], "--max-new-tokens", "3", "--prompt", "a"]
+kept = lambda: {path.name for path in pathlib.Path(sys.argv[2]).glob("s2jax/xla/jit_step*-cache")}
+assert generate.main(flags) == 0
+first = kept()
+assert len(first) == 2, first  # the prompt's step, and a token's
 read, write = os.pipe()
 os.close(read)
 os.dup2(write, 1)
-assert generate.main([*flags, "a"]) == 0
+assert generate.main(flags) == 0
+assert kept() == first
 """
-    ran = as_process("-c", script, directory, env={"PYTHONIOENCODING": "ascii"})
-    assert (ran.returncode, b"Traceback" in ran.stderr) == (0, False)
+    settings = {"JAX_ENABLE_COMPILATION_CACHE": "1", "XDG_CACHE_HOME": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+    ran = as_process("-c", script, directory, tmp_path, env=settings)
+    assert (ran.returncode, b"Traceback" in ran.stderr) == (0, False), ran.stderr
     assert ran.stdout.endswith(b"\n")
 
 
 def test_a_missing_extra_is_one_line(tmp_path):
-    for program in ("generate", "chat", "convert"):
-        (tmp_path / "tokenizers.py").write_text(
-            "raise ModuleNotFoundError(\"No module named 'x'\", name='tokenizers')\n"
-        )
-        ran = as_process("-m", f"models.{program}", "--help", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
-        assert ran.returncode == 2
-        assert ran.stderr.decode().splitlines() == [
-            f"models.{program}: the package tokenizers is missing; from the checkout, this installs what is needed: "
-            "python -m pip install -c constraints.txt -e '.[generate]'"
-        ]
+    (tmp_path / "tokenizers.py").write_text("raise ModuleNotFoundError(\"No module named 'x'\", name='tokenizers')\n")
+    script = """
+import runpy
+for program in ("generate", "chat", "convert"):
+    try:
+        runpy.run_module(f"models.{program}", run_name="__main__")
+    except SystemExit as stop:
+        assert stop.code == 2
+"""
+    ran = as_process("-c", script, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert ran.returncode == 0
+    assert ran.stderr.decode().splitlines() == [
+        f"models.{program}: the package tokenizers is missing; from the checkout, this installs what is needed: "
+        "python -m pip install -c constraints.txt -e '.[generate]'"
+        for program in ("generate", "chat", "convert")
+    ]
 
 
-def test_compiled_programs_are_kept(directory, tmp_path):
-    settings = {"JAX_ENABLE_COMPILATION_CACHE": "1", "XDG_CACHE_HOME": str(tmp_path)}
-    flags = "-m", "models.generate", "--model", directory, "--prompt", "a", "--max-new-tokens", "2"
-    assert as_process(*flags, env=settings).returncode == 0
-    kept = {path.name for path in (tmp_path / "s2jax" / "xla").glob("jit_step*-cache")}
-    assert len(kept) == 2  # the prompt's step, and a token's
-    assert as_process(*flags, env=settings).returncode == 0
-    assert {path.name for path in (tmp_path / "s2jax" / "xla").glob("jit_step*-cache")} == kept
-
-
+@pytest.mark.slow
 def test_a_real_model_goes_on(smollm2_path):
     flags = "--model", smollm2_path, "--prompt", "The capital of Italy is", "--max-new-tokens", "4"
     code, out, err = ran(generate, *flags)
