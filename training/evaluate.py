@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from models.sampling import Sampling
 from training.corpus import BOUNDARY, Corpus, Document, content_bytes
 from training.data import Share, evaluation_batches, process_share, to_devices
 from training.mesh import batch_sharding, replicated
@@ -169,7 +170,9 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def sample_text(trainer: Trainer, params: Any, *, prompt: str, length: int, temperature: float, seed: int) -> str:
-    """Goes on from `prompt` for up to `length` bytes, by a whole forward pass for each; stops where a document ends.
+    """Goes on from `prompt` for up to `length` bytes, by a whole forward pass for each.
+
+    It stops where a document ends, or where the logits define no distribution.
 
     Args:
         trainer: of a byte-level model.
@@ -182,6 +185,7 @@ def sample_text(trainer: Trainer, params: Any, *, prompt: str, length: int, temp
     context = trainer.config.input.seq_len
     opening = np.array([BOUNDARY, *prompt.encode()[-(context // 2) :]], np.int32)
     total = min(context, len(opening) + length)
+    sampling = Sampling(temperature)
     rows = trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"]  # one row for each group of devices, all alike
 
     # The parameters are an argument: on several processes a function may not close over arrays that span them.
@@ -193,14 +197,12 @@ def sample_text(trainer: Trainer, params: Any, *, prompt: str, length: int, temp
         }
         logits = trainer.logits(params, batch)[0, i - 1, : BOUNDARY + 1]
         key = jax.random.fold_in(jax.random.key(seed), i)
-        likeliest = jnp.argmax(logits)
-        token = jax.random.categorical(key, logits / temperature) if temperature else likeliest
-        return tokens.at[:, i].set(token.astype(jnp.int32))
+        return tokens.at[:, i].set(sampling(logits[None], key)[0])
 
     def sample(params):
         tokens = jnp.zeros((rows, total), jnp.int32).at[:, : len(opening)].set(opening)
         return jax.lax.fori_loop(len(opening), total, lambda i, tokens: add_one(params, i, tokens), tokens)[0]
 
     stream = np.asarray(jax.jit(sample, out_shardings=replicated(trainer.mesh))(params))[1:].tolist()
-    end = stream.index(BOUNDARY, len(opening) - 1) if BOUNDARY in stream[len(opening) - 1 :] else len(stream)
+    end = next((i for i in range(len(opening) - 1, len(stream)) if not 0 <= stream[i] < 256), len(stream))
     return bytes(stream[:end]).decode(errors="replace")

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -137,6 +138,8 @@ def test_samples_are_the_seed_s(trainer, params):
     first, again, other = (sample_text(trainer, params, seed=seed, **options) for seed in (0, 0, 1))
     assert first == again != other
     assert first.startswith("def ")
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, params)
+    assert sample_text(trainer, broken, seed=0, **options) == "def "
 
 
 def test_a_long_prompt_leaves_room(trainer, params):
