@@ -151,9 +151,16 @@ def test_four_gpus_have_nothing_to_tell_each_other(implementation: str | None):
         assert collective not in text
 
 
-@pytest.mark.parametrize(("platform", "kernel"), [("cpu", False), ("cuda", True), ("tpu", False)])
-def test_exported_for(platform: str, kernel: bool):
-    """The kernel on a GPU, XLA's loops elsewhere; a platform at a time, as JAX lowers kernels for one only."""
-    function = jax.jit(functools.partial(attention, pattern=PATTERN))
-    exported = jax.export.export(function, platforms=(platform,))(*inputs())
-    assert (KERNEL in exported.mlir_module()) == kernel
+@pytest.mark.parametrize(
+    ("platforms", "kernels"),
+    [(["cpu"], set()), (["cpu", "cuda", "tpu"], {KERNEL, "tpu_custom_call"})],
+    ids=["cpu", "all"],
+)
+def test_exported_for(platforms: list[str], kernels: set[str]):
+    """Each platform's kernel, XLA's loops where there is none; what is exported for several runs here."""
+    function, given = jax.jit(functools.partial(attention, pattern=PATTERN)), inputs()
+    exported = jax.export.export(function, platforms=platforms)(*given)
+    text = exported.mlir_module()
+    assert {name for name in (KERNEL, "tpu_custom_call") if name in text} == kernels
+    if len(platforms) > 1:
+        np.testing.assert_array_equal(exported.call(*given), function(*given))

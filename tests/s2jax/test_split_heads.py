@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+import s2jax
 from s2jax import (
     BlockMask,
     BlockSelection,
@@ -239,3 +241,55 @@ def test_arguments_that_do_not_fit():
     }.items():
         with pytest.raises(ValueError, match=message):
             attention(*inputs, PATTERN, **options)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+def test_vmap_over_an_axis_that_a_mesh_splits(kind: AxisType):
+    """By `spmd_axis_name` where axes are Auto; Explicit axes say it themselves."""
+    inputs = arrays(length=20)
+    how = ({"query_spec": P()}, {"spmd_axis_name": "data"}) if kind is AxisType.Auto else ({}, {})
+
+    def loss(implementation: str, *each, **options):
+        out = attention(*(array[None] for array in each), PATTERN, implementation=implementation, **options)
+        return (out**2).sum(), out[0]
+
+    def found(implementation: str, options: dict, mapping: dict):
+        function = functools.partial(loss, implementation, **options)
+        return jax.vmap(jax.grad(function, (0, 1, 2), has_aux=True), **mapping)
+
+    expected = jax.jit(found("reference", {}, {}))(*inputs)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        sharded = [jax.device_put(each, jax.NamedSharding(mesh, P("data"))) for each in inputs]
+        jax.tree.map(near, jax.jit(found("xla", *how))(*sharded), expected)
+
+
+def every_other_block_by_head(head, query_position, key_position):
+    return (query_position // 16 + key_position // 16 + head) % 2 == 0
+
+
+BY_HEAD = np.tril(np.ones((8, 50, 50), bool)) & (np.arange(50) % 8 != np.arange(8)[:, None])[:, None]
+UNTYPED = {"function": every_other_block_by_head, "array": BY_HEAD, "text": "LocalStride(16, 1, 4)"}
+
+
+@pytest.mark.parametrize("pattern", UNTYPED.values(), ids=UNTYPED)
+def test_what_becomes_a_pattern_is_refused_too(pattern):
+    """A function, an array of more heads, or text: in the op, the layers and the cache."""
+    inputs, mesh = arrays(), mesh_of(2)
+    x = jnp.ones((2, 50, 16))
+    layer = s2jax.nnx.S2Attention(16, 4, pattern, rngs=nnx.Rngs(0))
+    other = s2jax.nnx.S2Attention(16, 4, Dense(), rngs=nnx.Rngs(0))
+    twin = s2jax.linen.S2Attention(4, pattern)
+    settings = {"batch": 1, "num_heads": 4, "num_kv_heads": 4, "head_dim": 4, "max_length": 50}
+    calls = {
+        "op": lambda x, *each: attention(*(array[:, :, :4] for array in each), pattern),
+        "nnx": lambda x, *each: layer(x),
+        "nnx, given in the call": lambda x, *each: other(x, pattern=pattern),
+        "linen": lambda x, *each: twin.init_with_output(jax.random.key(0), x)[0],
+        "cache": lambda x, *each: s2jax.KVCache.create(pattern, **settings).lengths,
+        "attention_fn": lambda x, *each: s2jax.nnx.attention_fn(pattern)(*(array[:, :, :4] for array in each)),
+    }
+    for call in calls.values():
+        local = jax.shard_map(call, mesh=mesh, in_specs=P("tensor"), out_specs=P("tensor"), check_vma=False)
+        with pytest.raises(ValueError, match="over tensor, these may be all heads or a part of them"):
+            jax.eval_shape(local, x, *inputs)

@@ -1,11 +1,13 @@
-"""`combine` under JAX's strict modes: all of them at once in the quick suite, each alone besides."""
+"""Layers, caches and `combine` under JAX's strict modes: all of them at once in the quick suite, each alone besides."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from s2jax import combine
+import s2jax
+from s2jax import KVCache, LocalStride, combine
 from tests import strict_modes
 
 pytestmark = [
@@ -13,15 +15,25 @@ pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
 ]
 
+PATTERN, SLOW = LocalStride(16, 1, 2), pytest.mark.slow
 ALL = list(strict_modes.MODES)
+NARROW = [mode for mode in ALL if mode != "x64"]
 SETS = pytest.mark.parametrize(
     "modes",
     [
-        pytest.param([mode for mode in ALL if mode != "x64"], id="all but x64"),
         pytest.param(ALL, id="all"),
-        *(pytest.param([mode], id=mode, marks=pytest.mark.slow) for mode in ALL),
+        pytest.param(NARROW, id="all but x64", marks=SLOW),
+        *(pytest.param([mode], id=mode, marks=SLOW) for mode in ALL),
     ],
 )
+SETTINGS = {
+    "num_kv_heads": 2, "rope_theta": 1e4, "qk_norm": True, "use_bias": True, "use_sinks": True, "logits_soft_cap": 9.0,
+}  # fmt: skip
+
+
+def tokens(length: int = 40, dtype="float32") -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=(2, length, heads, 8)), dtype) for heads in (4, 2, 2)]
 
 
 def run(modes: list[str], function, *arrays):
@@ -44,3 +56,57 @@ def test_combine(modes: list[str]):
         return out.sum() + lse.sum()
 
     run(modes, jax.value_and_grad(total, (0, 1)), outs, lses)
+
+
+@pytest.mark.parametrize("library", ["nnx", pytest.param("linen", marks=SLOW)])
+@SETS
+def test_layers(library: str, modes: list[str]):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40, 16)), "float32")
+    if library == "nnx":
+        layer = s2jax.nnx.S2Attention(16, 4, PATTERN, **SETTINGS, rngs=nnx.Rngs(0))
+        graph, params = nnx.split(layer)
+
+        def apply(params, method, *arguments):
+            return getattr(nnx.merge(graph, params), method)(*arguments)
+    else:
+        layer = s2jax.linen.S2Attention(4, PATTERN, **SETTINGS)
+        params = jax.jit(layer.init)(jax.random.key(0), x)
+
+        def apply(params, method, *arguments):
+            return layer.apply(params, *arguments, method=method)
+
+    def everything(params, x):
+        def loss(params, x):
+            return (apply(params, "__call__", x) ** 2).sum()
+
+        cache = KVCache.create(
+            PATTERN, batch=2, num_heads=4, num_kv_heads=2, head_dim=4, max_length=40, dtype=jnp.float32
+        )
+        first, cache = apply(params, "prefill", x[:, :30], cache)
+        second, cache = apply(params, "extend", x[:, 30:32], cache)
+        return jax.value_and_grad(loss, (0, 1))(params, x), first, second
+
+    run(modes, everything, params, x)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=SLOW), pytest.param("int8", marks=SLOW)])
+@SETS
+def test_caches(dtype: str, modes: list[str]):
+    given = tokens(dtype="float32" if dtype == "int8" else dtype)
+    counts, which, sinks = jnp.array([1, 3]), jnp.array([True, False]), jnp.ones(4)
+
+    def everything(counts, which, sinks, *tokens):
+        def cut(start, stop, repeats=1):
+            return [jnp.repeat(each[:, start:stop], repeats, 0) for each in tokens]
+
+        cache = KVCache.create(
+            PATTERN, batch=2, num_heads=4, num_kv_heads=2, head_dim=8, max_length=40, max_rollback=3, dtype=dtype
+        )
+        prompt, cache = cache.prefill(*cut(0, 20), counts=jnp.full_like(counts, 19))
+        chunk, cache = cache.extend(*cut(20, 23), counts=counts, sinks=sinks, logits_soft_cap=5.0, return_lse=True)
+        one, cache = cache.rollback(1).extend(*cut(23, 24))
+        cache = cache.reset(which).fork(2, 4)
+        forked, cache = cache.extend(*cut(24, 25, repeats=2))
+        return prompt, chunk, one, forked, cache
+
+    run(modes, everything, counts, which, sinks, *given)
