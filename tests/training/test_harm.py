@@ -19,7 +19,7 @@ import pytest
 from tests.training.programs import TINY, cluster, losses, running, train, write_text
 
 pytestmark = pytest.mark.slow
-STEPS = 40
+STEPS, DISK_BYTES = 40, 8 << 20
 FLAGS = [*TINY, "--steps", STEPS, "--checkpoint-every", 4, "--log-every", 2, "--eval-every", 10]
 # Phases of a run: what it says where each begins, and the seconds after it within which the harm is done.
 LATE = {
@@ -94,7 +94,7 @@ class Disk:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
             return
         with contextlib.suppress(OSError), (self.path / "filler").open("ab", buffering=0) as file:
-            while True:
+            for _ in range(2 * DISK_BYTES // 4096):  # bounded, so that it fills no other disk if this one is gone
                 file.write(bytes(4096))
 
     def empty(self) -> None:
@@ -105,7 +105,7 @@ class Disk:
 def disk(tmp_path) -> Iterator[Disk]:
     path = tmp_path / "disk"
     path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(path)]
     mounted = os.name == "posix" and subprocess.run(mount, capture_output=True, check=False).returncode == 0
     yield Disk(path, mounted)
     if mounted:
