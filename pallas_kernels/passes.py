@@ -328,7 +328,9 @@ def _finite(lse: Array) -> Array:
 
 
 def with_infinities(lse: Array) -> Array:
-    return jnp.where(_is_empty(lse), -jnp.inf, lse)
+    """lse with -inf where a row reads nothing, from its finite stand-in."""
+    # Added rather than selected: the derivative keeps nothing.
+    return lse + jax.lax.stop_gradient(jnp.where(_is_empty(lse), -jnp.inf, jnp.zeros_like(lse)))
 
 
 def _nan_beyond(problem: Problem, operands: Operands, out: Array, lse: Array) -> tuple[Array, Array]:

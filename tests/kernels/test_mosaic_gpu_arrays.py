@@ -111,7 +111,7 @@ def test_a_scale_that_is_not_positive():
         np.testing.assert_array_equal(turned * positive, query * scale)
 
 
-def test_copies_of_lse_have_room(monkeypatch):
+def test_copies_of_lse_have_room(interpreted, monkeypatch):
     """A copy is cut off at the end of the whole array alone: a tile's last rows must not be another head's first."""
     found = []
 
@@ -134,7 +134,7 @@ def test_copies_of_lse_have_room(monkeypatch):
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-def test_tables_over_a_mesh(monkeypatch, heads: int):
+def test_tables_over_a_mesh(interpreted, monkeypatch, heads: int):
     """Every shard has the lists of its own heads, and zeroes the values that its own KV heads do not read."""
 
     def attend(plan, given):

@@ -142,7 +142,7 @@ def between(mine: set[int], query_ids) -> set[int]:
     return {row for row in rows if min(mine) <= query_ids[row].min() and query_ids[row].max() <= max(mine)}
 
 
-def test_copies_have_room(monkeypatch):
+def test_copies_have_room(interpreted, monkeypatch):
     """A copy is cut off at the end of the whole array alone: what belongs to rows is as long as whole blocks."""
     found = {}
 
