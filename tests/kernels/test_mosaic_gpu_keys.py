@@ -64,6 +64,7 @@ def test_packs_are_walked_by_what_reads_them(data, heads, query_length: int, kv_
     assert each_once(tables.members, schedule.num_columns)
 
 
+@pytest.mark.slow
 @hypothesis.given(
     st.integers(0, 1 << 20), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2]), st.sampled_from([16, 64, 128]),
     st.sampled_from([16, 48, 256]), st.sampled_from([0, 1, 5]),

@@ -19,7 +19,7 @@ COPIES = 500
     ("backend", "name"),
     [
         (test_mosaic_gpu.TestInterpreted(), "block by block"),
-        (test_mosaic_gpu_gradients.TestGradients(), "selection by KV head"),
+        pytest.param(test_mosaic_gpu_gradients.TestGradients(), "selection by KV head", marks=pytest.mark.slow),
     ],
     ids=["forward", "gradients"],
 )

@@ -24,7 +24,11 @@ CASES = [
 
 @pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(each, marks=[] if each.name == "both ways" else [pytest.mark.slow]) for each in CASES],
+    ids=[each.name for each in CASES],
+)
 def test_selection(case: Case):
     with plgpu.force_gpu_interpret_mode(test_mosaic_gpu.INTERPRETER):
         test_mosaic_gpu.TestInterpreted().check(case)

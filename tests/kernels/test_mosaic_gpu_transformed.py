@@ -63,6 +63,7 @@ class TestVmap:
         query, key, value = (array[0] for array in inputs(1))
         self.assert_maps(lambda at: self.attention(query[:, :40], key, value, query_offset=at), jnp.asarray([3, 50]))
 
+    @pytest.mark.slow
     def test_over_selections(self):
         query, key, value = (array[0] for array in inputs(1))
         random = np.random.default_rng(0)
