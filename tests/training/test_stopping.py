@@ -15,6 +15,15 @@ ROOT = Path(__file__).parents[2]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """The signals are not ignored, as they are by what runs under `nohup`."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS if number != signal.SIGINT}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def ask(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
