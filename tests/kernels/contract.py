@@ -158,7 +158,14 @@ class AttentionContract:
         check = hypothesis.given(random_cases())(self.check)
         hypothesis.settings(max_examples=few, phases=phases)(check)()
 
-    @pytest.mark.parametrize("name", ["blocks of 64", "soft cap, low precision", "an offset for each"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param("blocks of 64", marks=pytest.mark.slow),
+            "soft cap, low precision",
+            pytest.param("an offset for each", marks=pytest.mark.slow),
+        ],
+    )
     def test_optimised(self, name: str):
         """What XLA's optimisations might spoil: twice compiled, the same bits; what is unread reaches nothing."""
         case = self.adapted(BY_NAME[name])

@@ -107,7 +107,9 @@ def test_every_case(mode: str, case: Case):
         jax.block_until_ready(jax.jit(traced(case, "xla"))(*given))
 
 
-@pytest.mark.parametrize("dtype", ["int64", "uint64", "uint32", "int16"])
+@pytest.mark.parametrize(
+    "dtype", ["int64", *(pytest.param(name, marks=pytest.mark.slow) for name in ("uint64", "uint32", "int16"))]
+)
 def test_segment_ids_of_other_types(dtype: str):
     """Ids of any integers are told apart, those beyond 32 bits too."""
     query, key, *_ = inputs()

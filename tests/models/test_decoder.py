@@ -38,7 +38,7 @@ RUN = jax.jit(lambda graph, state, tokens: nnx.merge(graph, state)(tokens), stat
 @pytest.mark.usefixtures("quick_compilation", "kept_compilations")
 class TestModel:
     @pytest.mark.parametrize("pattern", [LocalStride(16, 1, 2), FirstTokens(4) | Local(tokens=20), Dense()], ids=str)
-    @pytest.mark.parametrize("chunk", [None, 7])
+    @pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.slow), 7])
     def test_greedy_tokens_are_those_of_the_model_without_a_cache(self, pattern, chunk):
         ours = pretrained(pattern=pattern)
         spent = Spent()

@@ -104,7 +104,10 @@ OPTIONS = {
         {"implementation": []},
         "implementation must name at least one of xla, mosaic_gpu, mosaic_tpu, reference, got []",
     ),
-    "no features": ({"query": QUERY[..., :0], "key": KEY[..., :0]}, "query…length 0: (2, 40, 4, 0)…at least one"),
+    "no features": (
+        {"query": QUERY[..., :0], "key": KEY[..., :0]},
+        "query…length 0: (2, 40, 4, 0)…only the batch may be empty",
+    ),
     "tiles of another backend": (
         {"implementation": "reference", "tiles": XlaTiles()},
         "tiles for 'reference' must be NoneType, got XlaTiles",

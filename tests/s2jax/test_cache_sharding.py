@@ -66,7 +66,7 @@ def extend(cache, *tokens, **options):
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("spec", "pattern", "max_length"),
-    [(BOTH, RAGGED, 100), (SEQUENCES, Local(2, block_size=16), None)],
+    [pytest.param(BOTH, RAGGED, 100, marks=pytest.mark.slow), (SEQUENCES, Local(2, block_size=16), None)],
     ids=["both", "sequences, streaming"],
 )
 def test_as_on_one_device(spec, pattern, max_length):
@@ -109,6 +109,7 @@ def test_every_device_keeps_its_share():
             assert {shard.data.shape for shard in each.addressable_shards} == {(2, 1, *each.shape[2:])}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_explicit_axes_int8_in_parts(monkeypatch):
     """Heads over both axes, so that every device has one; walked in parts; one value is a NaN, and stays alone."""

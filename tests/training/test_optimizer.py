@@ -57,6 +57,7 @@ def test_rates_are_of_their_groups_and_only_matrices_decay(params, optimizer):
         np.testing.assert_allclose(update, -rate * 0.5 * leaf if matrix else 0 * leaf, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 def test_muon_s_updates_are_nearly_orthogonal_and_adam_s_are_signs(params):
     options = OptimizerOptions(learning_rate=1.0, rest_learning_rate=0.25, weight_decay=0, warmup_steps=0)
     rule = make_optimizer(options, steps=1_000_000)

@@ -188,6 +188,7 @@ def test_token_files_are_taken_as_they_are(checkpoint, tmp_path):
     assert in_tokens(corpus, checkpoint_of(parse(["--pretrained", str(checkpoint)]))) is corpus
 
 
+@pytest.mark.slow
 def test_rotary_positions_are_kept_or_changed(tmp_path, text):
     save(tmp_path / "scaled", Pretrained(model=transformer(SCALED), max_context=128, tokenizer=TOKENS, eos_ids=(END,)))
     flags = ["--pretrained", tmp_path / "scaled", "--data", text, *COMMON, "--steps", 1, "--seq-len", 160]
@@ -202,6 +203,7 @@ def test_rotary_positions_are_kept_or_changed(tmp_path, text):
         assert tuned.max_context == 160  # longer than it was
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_moved(checkpoint, text, tmp_path, capsys):
     flags = [*FLAGS, "--run-dir", tmp_path / "run"]
     assert run("--pretrained", checkpoint, "--data", text, *flags, "--steps", 1) == 0

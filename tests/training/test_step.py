@@ -45,6 +45,7 @@ def adam_losses(small_config, one_device, batches):
     return losses(Trainer(changed(small_config, optimizer="adamw"), one_device), batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_eight_devices_give_the_losses_of_one(small_config, eight_devices, batches, adam_losses, parts):
     config = changed(small_config, optimizer="adamw", accumulate=parts)
@@ -79,6 +80,7 @@ def test_the_state_lies_split_over_the_mesh(small_config, eight_devices, optimiz
         assert array.sharding.is_equivalent_to(sharding, array.ndim)
 
 
+@pytest.mark.slow
 def test_initial_weights_do_not_depend_on_the_mesh(small_config, one_device, eight_devices):
     single, sharded = (Trainer(small_config, mesh).init(7).params for mesh in (one_device, eight_devices))
     for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(sharded), strict=True):
@@ -104,6 +106,7 @@ def test_a_batch_that_counts_nothing_has_no_gradient(random_batch):
     assert (float(loss), float(gradient)) == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [pytest.param("attention", marks=pytest.mark.slow), "full"])
 def test_what_is_computed_anew_changes_nothing(small_config, one_device, batches, adam_losses, remat):
     config = changed(small_config, optimizer="adamw")
