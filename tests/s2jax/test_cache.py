@@ -78,6 +78,7 @@ class TestEqualsTheOp:
             out, cache = jax.jit(KVCache.extend)(cache, *cut(tokens, start, start + 40))
             check(out, expected[:, start : start + 40])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_low_precision(self, dtype):
         """FlashAttention's rule: at most twice the error of the op itself in that precision."""
@@ -91,6 +92,7 @@ class TestEqualsTheOp:
             assert out.dtype == dtype
             assert np.abs(out.astype(jnp.float32) - exact[:, start:stop]).max() <= 2 * plain
 
+    @pytest.mark.slow
     def test_int8_is_attention_over_rounded_keys_and_values(self):
         query, *kept = arrays()
         rounded = []
@@ -161,6 +163,7 @@ class TestSequences:
             check(out, expected[:, at : at + 1])
             at += 1
 
+    @pytest.mark.slow
     def test_rollback_of_what_is_gone(self):
         tokens, cache = arrays(), cache_for(STRIDE, max_rollback=8)
         _, cache = cache.prefill(*cut(tokens, 0, 100), implementation="xla")
@@ -174,6 +177,7 @@ class TestSequences:
         check(out[0], reference(tokens, STRIDE)[0, 97:98])
         assert jnp.isnan(out[1]).all()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "prompt", "new"),
         [

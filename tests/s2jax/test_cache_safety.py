@@ -167,6 +167,7 @@ def test_counts_that_cannot_be_give_nan_and_harm_nobody(count):
     assert jnp.isnan(step(cache, *cut(tokens, 0, 3))[0][1]).all()
 
 
+@pytest.mark.slow
 def test_lost_sequences_stay_lost_until_they_begin_anew():
     tokens, cache = arrays(), cache_for(BOUNDED["blocks"], max_length=None, max_rollback=8)
     _, cache = extend(cache, *cut(tokens, 0, 20))
@@ -199,6 +200,7 @@ def test_rollback_of_a_fork_ends_where_the_prefix_does():
     assert jnp.isnan(extend(lost, *cut(tokens, 31, 32))[0]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_donation(dtype):
     """From wherever a cache comes: XLA takes no array that is given twice."""
@@ -217,6 +219,7 @@ def test_donation(dtype):
     assert counts.tolist() == [20, 20]
 
 
+@pytest.mark.slow
 def test_chunks_take_memory_of_the_cache_and_themselves():
     """Not of their product: four times the chunk takes no more than four times the memory."""
 

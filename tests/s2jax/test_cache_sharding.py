@@ -127,6 +127,7 @@ def test_explicit_axes_int8_in_parts(monkeypatch):
     check(out, expected[:, 36:], 5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_explicit_axes_tell_how_an_unsharded_cache_is_split():
     tokens = arrays(34)

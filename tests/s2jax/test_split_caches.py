@@ -53,6 +53,7 @@ def test_created_inside(pattern, check_vma: bool):
     near(jax.jit(function)(*tokens), attention(*tokens, pattern, implementation="reference"))
 
 
+@pytest.mark.slow
 def test_created_outside_and_used_on_both_sides():
     """Of all heads outside; inside, of those of a shard."""
     tokens = arrays()
