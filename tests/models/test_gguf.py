@@ -116,7 +116,7 @@ def test_a_torn_file_is_refused_wherever_it_ends(whole, tmp_path):
 def test_what_is_no_gguf_file_is_refused(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04 a zip file")
     refused(tmp_path / "x.gguf", r"x\.gguf is no GGUF file: it begins with b'PK.*' where b'GGUF' stands")
-    refused(tmp_path / "nowhere.gguf", r"nowhere\.gguf cannot be read: No such file")
+    refused(tmp_path / "nowhere.gguf", r"nowhere\.gguf is missing: expected a GGUF file")
     write_gguf(tmp_path / "big.gguf", transformer(LLAMA), endianess=gguf.GGUFEndian.BIG)
     refused(tmp_path / "big.gguf", r"big-endian")
 
