@@ -207,7 +207,7 @@ def test_settings_may_not_contradict_the_checkpoint(tmp_path, name):
 
 
 def test_no_directory_and_no_file(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere cannot be read: No such file or directory"):
+    with pytest.raises(ValueError, match=r"nowhere is missing: expected a GGUF file"):
         load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"config\.json is missing"):
         load(tmp_path)

@@ -41,7 +41,9 @@ def check_what_comes_with_it(pretrained):
     config = pretrained.model.config
     assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (30, 9, 3, 64)
     assert (config.rope_theta, config.tie_embeddings, pretrained.max_context) == (100_000.0, True, 8192)
-    assert [pretrained.tokenizer.id_to_token(i) for i in pretrained.eos_ids] == ["<|im_end|>"]
+    # llama.cpp ends at these, by their texts; the file names the first alone.
+    ends = ["<|im_end|>", "<|endoftext|>", "<reponame>"]
+    assert [pretrained.tokenizer.id_to_token(i) for i in pretrained.eos_ids] == ends
     assert "You are a helpful AI assistant named SmolLM" in pretrained.chat_template
 
 
