@@ -10,7 +10,6 @@ ends the program, as Ctrl-D does. Answers go to stdout, all else to stderr.
 """
 
 import contextlib
-import dataclasses
 import sys
 from collections.abc import Iterator
 
@@ -23,13 +22,13 @@ try:
         add_sampling_flags,
         check_sampling,
         check_text,
-        end_ids,
         load_model,
         run,
         sampling_of,
         say,
     )
     from models.conversation import Conversation
+    from models.interruption import noted
 except ModuleNotFoundError as error:
     exit_for_missing(error, "models.chat", "generate")
 
@@ -48,9 +47,8 @@ def _chat(argv: list[str] | None) -> None:
     if pretrained.chat_template is None:
         raise ValueError("the checkpoint has no chat template: it lays out no conversation; see models.generate")
     conversation = Conversation(
-        dataclasses.replace(pretrained, eos_ids=end_ids(pretrained, given.stop)), system=given.system,
-        max_new_tokens=given.max_new_tokens, sampling=sampling_of(given, pretrained), seed=given.seed, stops=given.stop,
-        cache_dtype=given.cache_dtype, say=say,
+        pretrained, system=given.system, max_new_tokens=given.max_new_tokens, sampling=sampling_of(given, pretrained),
+        seed=given.seed, stops=given.stop, cache_dtype=given.cache_dtype, say=say,
     )  # fmt: skip
     typed = sys.stdin is not None and sys.stdin.isatty()
     try:
@@ -62,13 +60,17 @@ def _chat(argv: list[str] | None) -> None:
                     raise
                 say(str(error))
     except KeyboardInterrupt:
-        print(flush=True)
+        if not typed:
+            raise
+        _show("\n")
 
 
 def _answer(conversation: Conversation, text: str, typed: bool) -> None:
     try:
-        for piece in conversation.answer(text):
-            print(piece, end="", flush=True)
+        with noted() as check, contextlib.closing(conversation.answer(text)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                check()
     except KeyboardInterrupt:
         if not typed:
             raise
@@ -83,29 +85,44 @@ def _lines(typed: bool) -> Iterator[str]:
             import readline  # noqa: F401 - lets input() edit the line and recall earlier ones
     while True:
         try:
-            line = input("> ") if typed else _piped_line()
+            line = _line(typed)
         except EOFError:
             if typed:
-                print(flush=True)
+                _show("\n")
             return
         if line.strip():
             yield line
 
 
-def _piped_line() -> str:
-    """A line of stdin.
+def _line(typed: bool) -> str:
+    """A line of stdin; one that is typed is asked for.
 
     Raises:
         EOFError: there is none.
         ValueError: stdin is no text of its encoding.
     """
     try:
+        if typed and _on_screen():
+            return input("> ")
+        if typed:  # input() would write its prompt to stdout, among the answers
+            _show("> ")
         line = "" if sys.stdin is None else sys.stdin.readline()
     except UnicodeDecodeError as error:
         raise ValueError(f"stdin must be {error.encoding} text: {error.reason} at byte {error.start}") from error
     if not line:
         raise EOFError
     return line.rstrip("\r\n")
+
+
+def _show(text: str) -> None:
+    """Prints what is no answer but read beside them: to stdout only if it is a terminal."""
+    stream = sys.stdout if _on_screen() else sys.stderr
+    if stream is not None:
+        print(text, end="", file=stream, flush=True)
+
+
+def _on_screen() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def _parser() -> Parser:

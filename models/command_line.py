@@ -14,9 +14,10 @@ import jax
 
 from models import smollm2
 from models.compilation_cache import keep_compilations
+from models.interruption import none_lost
 from models.pretrained import Pretrained, load
 from models.sampling import Sampling
-from s2jax import PatternWarning
+from s2jax import Pattern, PatternWarning
 from s2jax.patterns import parse_pattern
 
 MODEL_HELP = (
@@ -119,30 +120,38 @@ def _asked(given: argparse.Namespace) -> dict[str, typing.Any]:
 
 
 def load_model(given: argparse.Namespace) -> Pretrained:
-    """The model of the flags of `add_model_flags`, with a tokenizer; says on stderr what it is doing.
+    """The model of the flags of `add_model_flags`, as `load_named` gives it, that ends a text at --stop, too.
+
+    Special tokens are no text, in which a stop string could be found: those that are stop strings end it themselves.
 
     Raises:
         ValueError: in one line, if it cannot be found or read, or the flags do not fit it.
     """
     pattern = None if given.pattern is None else parse_pattern(given.pattern)
     settings = {} if given.dense_layers is None else {"dense_layers": tuple(given.dense_layers)}
-    name = smollm2.fetch(say=say) if given.model is None else given.model
-    say(f"loading {name} …")
-    pretrained = load(name, pattern, dtype=given.dtype, implementation=given.implementation, **settings)
-    if pretrained.tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer: put a tokenizer.json beside its weights")
-    return pretrained
-
-
-def end_ids(pretrained: Pretrained, stops: list[str]) -> tuple[int, ...]:
-    """The tokens that end a text: the model's, and those of the stop strings that are special tokens.
-
-    Special tokens are no text, so a stop string could not be found in it.
-    """
+    pretrained = load_named(given.model, pattern, dtype=given.dtype, implementation=given.implementation, **settings)
     assert pretrained.tokenizer is not None
     added = pretrained.tokenizer.get_added_tokens_decoder()
-    special = [token for token, entry in added.items() if entry.special and entry.content in stops]
-    return tuple(dict.fromkeys([*pretrained.eos_ids, *special]))
+    special = [token for token, entry in added.items() if entry.special and entry.content in given.stop]
+    return dataclasses.replace(pretrained, eos_ids=tuple(dict.fromkeys([*pretrained.eos_ids, *special])))
+
+
+def load_named(name: str | None, *pattern: Pattern | None, **settings: typing.Any) -> Pretrained:
+    """The model of --model, with a tokenizer; says on stderr what it is doing.
+
+    Args:
+        name: see `MODEL_HELP`; None for the default.
+        pattern: see `models.pretrained.load`, as are the settings.
+
+    Raises:
+        ValueError: in one line, if it cannot be found or read.
+    """
+    found = smollm2.fetch(say=say) if name is None else name
+    say(f"loading {found} …")
+    pretrained = load(found, *pattern, **settings)
+    if pretrained.tokenizer is None:
+        raise ValueError(f"{found} has no tokenizer: put a tokenizer.json beside its weights")
+    return pretrained
 
 
 def check_text(name: str, text: str) -> str:
@@ -177,7 +186,8 @@ def run(program: str, body: Callable[[list[str] | None], None], argv: list[str] 
     warnings.filterwarnings("ignore", category=PatternWarning)
     keep_compilations()
     try:
-        body(argv)
+        with none_lost():
+            body(argv)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -185,7 +195,7 @@ def run(program: str, body: Callable[[list[str] | None], None], argv: list[str] 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer has no reader
         return 0
     except KeyboardInterrupt:
-        say("")
+        say(f"{program}: ended by Ctrl-C")
         return 130
     except (FloatingPointError, MemoryError, jax.errors.JaxRuntimeError) as error:
         say(f"{program}: {_one_line(str(error) or 'out of memory')}")

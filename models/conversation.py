@@ -1,6 +1,6 @@
 """A conversation with a chat model that keeps its cache from turn to turn."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from models.chat_template import chat_tokens
 from models.decoder import Decoder
@@ -52,8 +52,8 @@ class Conversation:
         self._held: list[int] = []
         self.fed = 0
 
-    def answer(self, text: str) -> Iterator[str]:
-        """The model's answer, in pieces; it is remembered as far as it was taken.
+    def answer(self, text: str) -> Generator[str, None, None]:
+        """The model's answer, a piece for each token, which may be empty; it is remembered as far as it was taken.
 
         Where the model's context is full, the oldest turns are forgotten, which is said.
 
@@ -71,6 +71,8 @@ class Conversation:
         stream = TextStream(self._pretrained.tokenizer, self._stops)
         try:
             yield from self._drawn(tokens, stream)
+        except GeneratorExit:  # between tokens, so that the caches are whole
+            raise
         except BaseException:  # an interrupted step leaves no caches behind
             self._decoder, self._held = None, []
             raise
@@ -104,8 +106,7 @@ class Conversation:
         self._feed(decoder, tokens)
         for _ in range(limit):
             [token] = decoder.draw()
-            if piece := stream.push(token):
-                yield piece
+            yield stream.push(token)
             if token in self._pretrained.eos_ids or stream.stopped:
                 break
             decoder.feed([[token]])

@@ -24,9 +24,7 @@ from s2jax import Dense, Pattern, attention, compile_cache
 from s2jax.patterns import parse_pattern
 
 try:
-    from models import smollm2
-    from models.command_line import MODEL_HELP, Parser, check_text, run, say
-    from models.pretrained import load
+    from models.command_line import MODEL_HELP, Parser, check_text, load_named, run, say
 except ModuleNotFoundError as error:
     exit_for_missing(error, "models.convert", "generate")
 
@@ -94,11 +92,7 @@ def _convert(argv: list[str] | None) -> None:
         if count is not None and count < 1:
             raise ValueError(f"{flag} must be at least 1, got {count}")
     text = _text(given.text)
-    name = smollm2.fetch(say=say) if given.model is None else given.model
-    say(f"loading {name} …")
-    pretrained = load(name)
-    if pretrained.tokenizer is None:
-        raise ValueError(f"{name} has no tokenizer: put a tokenizer.json beside its weights")
+    pretrained = load_named(given.model)
     config, length = pretrained.model.config, pretrained.max_context if given.length is None else given.length
     ids = pretrained.encode(text)[: given.tokens]
     if len(ids) < given.tokens:

@@ -11,7 +11,6 @@ Progress and measurements go to stderr.
 """
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import sys
@@ -26,13 +25,13 @@ try:
         add_sampling_flags,
         check_sampling,
         check_text,
-        end_ids,
         load_model,
         run,
         sampling_of,
         say,
     )
     from models.decoder import Spent, generate_batch
+    from models.interruption import noted
     from models.pretrained import Pretrained
     from models.text_stream import TextStream
 except ModuleNotFoundError as error:
@@ -53,31 +52,37 @@ def _generate(argv: list[str] | None) -> None:
     if given.chunk is not None and given.chunk < 1:
         raise ValueError(f"--chunk must be at least 1, got {given.chunk}")
     pretrained = load_model(given)
-    pretrained = dataclasses.replace(pretrained, eos_ids=end_ids(pretrained, given.stop))
     tokens = [_tokens(pretrained, prompt, given) for prompt in prompts]
     assert pretrained.tokenizer is not None
-    streams = [TextStream(pretrained.tokenizer, given.stop) for _ in prompts]
+    alone, streams = len(prompts) == 1, [TextStream(pretrained.tokenizer, given.stop) for _ in prompts]
     spent, ended, ends = Spent(), set[int](), ["length"] * len(prompts)
     steps = generate_batch(
         pretrained, tokens, given.max_new_tokens, sampling=sampling_of(given, pretrained), seed=given.seed,
         chunk=given.chunk, cache_dtype=given.cache_dtype, spent=spent, ended=ended, say=say,
     )  # fmt: skip
-    for step in steps:
-        for row, token in step.items():
-            piece = streams[row].push(token)
-            if streams[row].stopped:
-                ended.add(row)
-                ends[row] = "stop"
-            elif token in pretrained.eos_ids:
-                ends[row] = "token"
-            if len(prompts) == 1:
-                print(piece, end="", flush=True)
+    try:
+        with noted() as check:
+            for step in steps:
+                for row, token in step.items():
+                    piece = streams[row].push(token)
+                    if streams[row].stopped:
+                        ended.add(row)
+                    elif token in pretrained.eos_ids:
+                        ends[row] = "token"
+                    if alone:
+                        print(piece, end="", flush=True)
+                check()
+    except KeyboardInterrupt:
+        if alone and streams[0].text:
+            print(flush=True)
+        raise
     for row, stream in enumerate(streams):
         rest = stream.finish()
-        if len(prompts) == 1:
+        end = "stop" if stream.stopped else ends[row]  # `finish`, too, may complete a stop string
+        if alone:
             print(rest, flush=True)
         else:
-            line = {"prompt": prompts[row], "text": stream.text, "end": ends[row]}
+            line = {"prompt": prompts[row], "text": stream.text, "end": end}
             print(json.dumps(line, ensure_ascii=not _is_utf8()), flush=True)
     say(str(spent))
 

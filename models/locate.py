@@ -16,6 +16,8 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from models.untrusted import shortened
+
 _NAME = re.compile(r"(?P<repository>[\w][\w.-]*/[\w][\w.-]*)(@(?P<revision>[\w][\w./-]*))?", re.ASCII)
 # What is read of a repository: no weights in other formats, and nothing in folders.
 _READ = ("*.json", "*.safetensors", "*.jinja")
@@ -41,12 +43,12 @@ def find_checkpoint(name: str | os.PathLike) -> pathlib.Path:
         if path.exists():
             return path
     except OSError as error:  # too long a name, or a folder that may not be read
-        raise ValueError(f"{_short(name)} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{shortened(name)} cannot be read: {error.strerror}") from error
     named = _NAME.fullmatch(str(name))
     if named is None or path.suffix == ".gguf":
         raise ValueError(
-            f"{_short(name)} is missing: expected a GGUF file, a directory with config.json and safetensors, a run of "
-            "train.py, or a name on Hugging Face such as org/name"
+            f"{shortened(name)} is missing: expected a GGUF file, a directory with config.json and safetensors, a run "
+            "of train.py, or a name on Hugging Face such as org/name"
         )
     return _fetched(named["repository"], named["revision"])
 
@@ -79,13 +81,8 @@ def _fetched(repository: str, revision: str | None) -> pathlib.Path:
     except LocalEntryNotFoundError as error:
         reason, cause = "Hugging Face cannot be reached, and huggingface_hub's cache does not hold it", error
     except (OSError, ValueError, HTTPError, RevisionResolutionError, CachedRepoTreeNotFoundError) as error:
-        reason, cause = f"it cannot be fetched ({_short(error)})", error
+        reason, cause = f"it cannot be fetched ({shortened(error)})", error
     else:
         return pathlib.Path(directory)
     whole = repository if revision is None else f"{repository}@{revision}"
     raise ValueError(f"{whole} is no path here, and as a model on Hugging Face: {reason}") from cause
-
-
-def _short(value: object) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 160 else f"{text[:157]}..."

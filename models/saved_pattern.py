@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.config import TransformerConfig
+from models.untrusted import quoted
 from s2jax.patterns import parse_pattern
 
 KEY = "s2jax"
@@ -32,23 +33,16 @@ def pattern_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     entry = values[KEY]
     if not isinstance(entry, dict) or entry.keys() != {"pattern", "dense_layers"}:
-        raise ValueError(
-            f"config.json must have an object of pattern and dense_layers as {KEY!r}, got {_quoted(entry)}"
-        )
+        raise ValueError(f"config.json must have an object of pattern and dense_layers as {KEY!r}, got {quoted(entry)}")
     text, layers = entry["pattern"], entry["dense_layers"]
     if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-        raise ValueError(f"config.json must have a list of layer indices as dense_layers, got {_quoted(layers)}")
+        raise ValueError(f"config.json must have a list of layer indices as dense_layers, got {quoted(layers)}")
     if not isinstance(text, str):
-        raise ValueError(f"config.json must have the text of a pattern as {KEY!r}, got {_quoted(text)}")
+        raise ValueError(f"config.json must have the text of a pattern as {KEY!r}, got {quoted(text)}")
     try:
         return {"pattern": parse_pattern(text), "dense_layers": tuple(layers)}
     except ValueError as error:
         raise ValueError(
-            f"config.json names a pattern that cannot be built from its text, {_quoted(text)}; give the pattern that "
+            f"config.json names a pattern that cannot be built from its text, {quoted(text)}; give the pattern that "
             "the model was trained with (pattern= in load, --pattern on the command line)"
         ) from error
-
-
-def _quoted(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -18,6 +18,11 @@ def shown_path(path: Path) -> str:
     return shown(path, most=400)
 
 
+def shown_error(error: BaseException) -> str:
+    """The words of a library's error on one line, or its type where it has none."""
+    return shown(" ".join(str(error).split()) or type(error).__name__)
+
+
 @dataclass
 class LeftOut:
     """Counts by reason, each with the first name as an example."""

@@ -12,7 +12,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 
 from training.documents import Document, SpooledDocument, SpooledTokens
 from training.file_listing import suffix_of
-from training.left_out import LeftOut, shown, shown_path
+from training.left_out import LeftOut, shown, shown_error, shown_path
 from training.spool import Spool
 from training.token_files import check_ids
 
@@ -123,7 +123,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[str | bytes | np.ndarray |
             for row in cast(Any, grain.experimental.ParquetIterDataset(str(path), page_checksum_verification=True)):
                 yield row[column]
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{shown_path(path)}: expected a whole Parquet file, got {_short(error)}") from error
+        raise ValueError(f"{shown_path(path)}: expected a whole Parquet file, got {shown_error(error)}") from error
 
 
 def _is_text(pa: Any, kind: Any) -> bool:
@@ -156,7 +156,7 @@ def _array_records(path: Path, text_field: str) -> Iterator[bytes | np.ndarray |
         for index in range(len(source)):
             yield _record(source[index], text_field, f"{shown_path(path)} record {index}")
     except (RuntimeError, OSError, IndexError) as error:
-        raise ValueError(f"{shown_path(path)}: expected a whole ArrayRecord file, got {_short(error)}") from error
+        raise ValueError(f"{shown_path(path)}: expected a whole ArrayRecord file, got {shown_error(error)}") from error
 
 
 def _record(record: bytes, text_field: str, where: str) -> bytes | np.ndarray | None:
@@ -177,7 +177,3 @@ def _record(record: bytes, text_field: str, where: str) -> bytes | np.ndarray | 
     if len(values) > 1 or feature.float_list.value:
         raise ValueError(f"{where}: expected one text or a list of token ids in {shown(name)!r}, got another list")
     return values[0] if values else None
-
-
-def _short(error: BaseException) -> str:
-    return shown(" ".join(str(error).split()) or type(error).__name__)

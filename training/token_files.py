@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from training.documents import TokenDocument
 from training.file_listing import suffix_of
-from training.left_out import LeftOut, shown, shown_path
+from training.left_out import LeftOut, shown, shown_error, shown_path
 
 TOKEN_SUFFIXES = (".npy", ".bin")
 _SCAN = 1 << 24  # tokens looked at together while a token file is checked
@@ -92,7 +92,8 @@ def _map_array(path: Path) -> Int[np.ndarray, " n"]:
             raise ValueError(f"shape {shown(shape, 40)} of {shown(dtype, 40)}, not one dimension of integers")
         return np.lib.format.open_memmap(path, "r") if shape[0] else np.empty(0, dtype)
     except (ValueError, TypeError, OverflowError, EOFError) as error:
-        raise ValueError(f"{shown_path(path)}: expected a NumPy array of token ids, got {_short(error)}") from error
+        got = shown_error(error)
+        raise ValueError(f"{shown_path(path)}: expected a NumPy array of token ids, got {got}") from error
     except (SyntaxError, RecursionError, MemoryError, tokenize.TokenError) as error:
         raise ValueError(
             f"{shown_path(path)}: expected a NumPy array of token ids, got a header that NumPy cannot read"
@@ -115,7 +116,3 @@ def _header(path: Path) -> tuple[tuple[int, ...], np.dtype]:
     if dtype.kind in "iu" and not 0 <= claimed <= held:
         raise ValueError(f"a header that claims {shown(claimed, 30)} bytes of ids where there are {held}")
     return shape, dtype
-
-
-def _short(error: Exception) -> str:
-    return shown(" ".join(str(error).split()) or type(error).__name__)

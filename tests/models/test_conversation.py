@@ -95,3 +95,13 @@ def test_an_answer_that_was_stopped_is_gone_on_from():
         pieces.throw(KeyboardInterrupt())
     assert conversation.messages[-1]["content"].startswith(begun)
     assert "".join(conversation.answer("go on")) == fresh(model, conversation.messages[:-1], 8)
+
+
+def test_an_answer_that_ended_between_tokens_leaves_the_cache():
+    model = pretrained()
+    conversation = Conversation(model, max_new_tokens=8)
+    pieces = conversation.answer("hi there, how are you")
+    next(pieces), next(pieces)
+    pieces.close()
+    assert "".join(conversation.answer("go on")) == fresh(model, conversation.messages[:-1], 8)
+    assert conversation.fed < len(chat_tokens(model, conversation.messages[:-1])) - 20

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -47,9 +49,9 @@ def directory(tmp_path_factory):
     return write(tmp_path_factory.mktemp("programs") / "model")
 
 
-def ran(program, *arguments) -> tuple[int, str, str]:
-    """The exit code and what was written to stdout and stderr."""
-    out, err = io.StringIO(), io.StringIO()
+def ran(program, *arguments, out=None, err=None) -> tuple[int, str, str]:
+    """The exit code and what was written to stdout and stderr, or to others in their places."""
+    out, err = out or io.StringIO(), err or io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = program.main([str(argument) for argument in arguments])
@@ -98,6 +100,14 @@ class TestGenerate:
         assert ran(generate, *flags, "--stop", stop, "--stop", "never")[1] == text[: text.index(stop)] + "\n"
         out = ran(generate, *flags, "--prompt", "ab", "--stop", stop)[1]
         assert [json.loads(line)["end"] for line in out.splitlines()] == ["stop", "stop"]
+
+    def test_a_stop_string_that_the_end_completes_is_named(self, directory):
+        flags = "--model", directory, "--prompt", "d", "--prompt", "b", "--prompt", "h", "--max-new-tokens", "1"
+        found = [json.loads(line) for line in ran(generate, *flags)[1].splitlines()]
+        expected = [("", "stop") if line["text"] == "\ufffd" else (line["text"], line["end"]) for line in found]
+        assert ("", "stop") in expected  # the beginning of a character, which is known for none at the end only
+        found = [json.loads(line) for line in ran(generate, *flags, "--stop", "\ufffd")[1].splitlines()]
+        assert [(line["text"], line["end"]) for line in found] == expected
 
     def test_broken_weights_end_it(self, tmp_path):
         code, out, err = ran(generate, "--model", write(tmp_path, nan=True), "--prompt", "ab")
@@ -208,6 +218,81 @@ class TestChat:
         assert (code, out) == (2, "")
         assert message in err.splitlines()[-1]
 
+    def test_the_prompt_goes_to_a_terminal_or_to_stderr(self, directory, monkeypatch):
+        flags = "--model", directory, "--max-new-tokens", "3"
+        monkeypatch.setattr(sys, "stdin", Terminal("hi\nyes\n"))
+        code, out, err = ran(chat, *flags)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nyes\n"))
+        assert (code, out) == ran(chat, *flags)[:2]
+        assert err.count("> ") == 3
+        monkeypatch.setattr(sys, "stdin", Terminal("hi\nyes\n"))
+        shown = ran(chat, *flags, out=Terminal())[1]
+        assert shown == "".join(f"> {line}" for line in [*out.splitlines(keepends=True), "\n"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Interrupted(io.StringIO):
+    """A stream during whose third write Ctrl-C comes while Python is in a callback, whose exceptions it drops."""
+
+    def __init__(self, presses: int, at: int = 3):
+        super().__init__()
+        self.presses, self.left = presses, at
+
+    def write(self, text):
+        self.left -= bool(text)
+        if text and self.left == 0:
+            gc.callbacks.append(self.press)
+            gc.collect()
+        return super().write(text)
+
+    def press(self, phase, info):
+        gc.callbacks.remove(self.press)
+        for _ in range(self.presses):
+            signal.raise_signal(signal.SIGINT)
+
+
+class TestCtrlC:
+    """No press is lost, none shows a traceback."""
+
+    @pytest.mark.parametrize("presses", [1, 2])
+    def test_generate_ends(self, directory, presses):
+        flags = "--model", directory, "--prompt", "ab", "--max-new-tokens", "100"
+        whole = ran(generate, *flags)[1]
+        code, out, err = ran(generate, *flags, out=Interrupted(presses))
+        assert (code, err.splitlines()[2:]) == (130, ["models.generate: ended by Ctrl-C"])
+        assert whole.startswith(out[:-1])
+        assert 0 < len(out) < len(whole) / 2
+
+    @pytest.mark.parametrize("program", [generate, chat])
+    def test_while_a_model_is_loaded(self, directory, program):
+        prompt = ("--prompt", "a") if program is generate else ()
+        code, out, err = ran(program, "--model", directory, *prompt, err=Interrupted(1, at=1))
+        name = f"models.{program.__name__.rpartition('.')[2]}"
+        assert (code, out) == (130, "")
+        assert err.splitlines() == [f"loading {directory} …", f"{name}: ended by Ctrl-C"]
+
+    def test_an_answer_ends_and_the_conversation_goes_on(self, directory, monkeypatch):
+        flags = "--model", directory, "--max-new-tokens", "40"
+        monkeypatch.setattr(sys, "stdin", Terminal("hi\nyes\n"))
+        whole = ran(chat, *flags)[1].splitlines()
+        monkeypatch.setattr(sys, "stdin", Terminal("hi\nyes\n"))
+        code, out, err = ran(chat, *flags, out=Interrupted(1))
+        first, second = out.splitlines()
+        assert (code, "Traceback" in err) == (0, False)
+        assert whole[0].startswith(first)
+        assert 0 < len(first) < len(whole[0]) / 2
+        assert second
+
+    def test_lines_that_are_not_typed_end_with_it(self, directory, monkeypatch):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nyes\n"))
+        code, _, err = ran(chat, "--model", directory, out=Interrupted(1))
+        assert (code, err.splitlines()[-1]) == (130, "models.chat: ended by Ctrl-C")
+        assert "Traceback" not in err
+
 
 @pytest.mark.parametrize(
     ("raised", "code", "told"),
@@ -216,7 +301,7 @@ class TestChat:
         (ValueError("two\nlines"), 2, "models.x: two lines\n"),
         (OSError(28, "No space left on device"), 2, "models.x: [Errno 28] No space left on device\n"),
         (MemoryError(), 1, "models.x: out of memory\n"),
-        (KeyboardInterrupt(), 130, "\n"),
+        (KeyboardInterrupt(), 130, "models.x: ended by Ctrl-C\n"),
     ],
 )
 def test_how_a_program_ends(capsys, raised, code, told):
