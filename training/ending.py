@@ -43,7 +43,7 @@ def ended_by(error: BaseException, config: Config | None, checkpoints: Checkpoin
     if isinstance(error, Diverged) and config is not None and checkpoints is not None:
         more = _good_before(error.step, config, checkpoints)
     elif isinstance(error, (OSError, SaveFailed)) and config is not None and config.run_dir is not None:
-        more = _good_in(config)
+        more = _good_in(config) if checkpoints or written_steps(run_dir(config) / "checkpoints") else ""
     elif not isinstance(error, (OSError, Failed) if checkpoints else (OSError, Failed, ValueError)):
         raise error
     warn(f"train.py: {' '.join(str(error).split())}{more}")

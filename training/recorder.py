@@ -121,10 +121,17 @@ class Recorder:
             self._trackers = None
 
 
-def require_finite(bits: float, step: int) -> None:
-    """Raises `Diverged` where a state of finite numbers gives the held-out text no finite bits."""
+def require_finite(bits: float, step: int, model: Path | None = None) -> None:
+    """Raises `Diverged` where a state of finite numbers gives the held-out text no finite bits.
+
+    Args:
+        bits: of the text.
+        step: that the state is of.
+        model: where it is written already, if it is, as nobody should take it for a good one.
+    """
     if not math.isfinite(bits):
-        raise Diverged(f"the model of step {step} scores {bits} bits on the held-out text", step + 1)
+        written = "" if model is None else f", which is written to {model},"
+        raise Diverged(f"the model of step {step}{written} scores {bits} bits on the held-out text", step + 1)
 
 
 def _count_before_gap(records: list[tuple[int, float, float, float]]) -> int:

@@ -75,7 +75,7 @@ def final_report(
     unit = "byte" if heldout.byte_level else "token"
     overlap = config.input.seq_len // 2
     bits = heldout_bits(trainer, params, heldout, overlap=overlap, tick=tick)
-    require_finite(bits, step)
+    require_finite(bits, step, results.run_dir / "model")
     baselines = {}
     if heldout.byte_level:
         baselines = {"byte_unigram": unigram_bits(heldout), "gzip_9_per_file": gzip_bits(heldout)}

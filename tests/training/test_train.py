@@ -19,6 +19,7 @@ from tests.training.programs import ROOT, SMALL, TINY, command, environment, los
 from training.checkpoint import Checkpoints
 from training.config import DeviceOptions
 from training.config_file import read_config
+from training.ending import ended_by
 from training.recorder import Diverged, Recorder
 from training.step import Metrics, Trainer
 
@@ -170,6 +171,28 @@ def test_a_state_that_overflows_in_its_update_is_not_saved(text, tmp_path):
     ), done.stderr
     assert not list(run_dir.glob("checkpoints*/*"))
     assert not (run_dir / "model").exists()
+
+
+def test_a_model_that_scores_no_number_is_named(text, tmp_path):
+    """Its numbers are finite, so it was written before anything was scored."""
+    run_dir = tmp_path / "run"
+    flags = [*TINY, "--data", text, "--run-dir", run_dir, "--warmup-steps", 0, "--steps", 1]
+    done = train(*flags, "--learning-rate", 1e38, check=1)
+    assert done.stderr.splitlines()[-1] == (
+        f"train.py: the model of step 1, which is written to {run_dir / 'model'}, scores nan bits on the held-out text; "
+        "stopped. There is no good checkpoint"
+    )
+    assert (run_dir / "model" / "config.json").exists()
+
+
+def test_an_error_of_preparation_misses_no_checkpoint(small_config, tmp_path, capsys):
+    config = dataclasses.replace(small_config, run_dir=str(tmp_path))
+    assert ended_by(OSError("no space"), config, None) == 2
+    assert capsys.readouterr().err == "train.py: no space\n"
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "3" / "_CHECKPOINT_METADATA").touch()
+    assert ended_by(OSError("no space"), config, None) == 2
+    assert "no space; stopped. Checkpoint 3 in " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(np.nan, 1.0), (np.inf, 1.0), (2.0, np.nan), (2.0, np.inf)])
