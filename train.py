@@ -28,6 +28,7 @@ try:
     import s2jax
     from models.compilation_cache import keep_compilations
     from models.pretrained import Checkpoint, Pretrained
+    from s2jax.counted import counted
     from training.checkpoint import Checkpoints
     from training.cluster import agreeing, say, wait_for_all
     from training.command_line import parse
@@ -117,8 +118,9 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Run:
     mesh = make_mesh(config)
     config = with_batch_size(config, mesh)
     check_memory(config, mesh)
+    processes = counted(jax.process_count(), "process", "processes")
     shape = " × ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    say(f"{jax.device_count()} × {jax.devices()[0].device_kind} as {shape}; {jax.process_count()} process(es)")
+    say(f"{jax.device_count()} × {jax.devices()[0].device_kind} as {shape}; {processes}")
 
     with agreeing(ValueError, OSError):
         check_packages(config)
@@ -155,7 +157,8 @@ def layers_of(trainer: Trainer) -> str:
     """How many there are, and what the sparse ones read."""
     config = trainer.model_config
     sparse = sum(config.layer_pattern(layer) != s2jax.Dense() for layer in range(config.num_layers))
-    return f"{config.num_layers} layers, {f'{sparse} of them sparse: {config.pattern}' if sparse else 'all dense'}"
+    kinds = f"{sparse} of them sparse: {config.pattern}" if sparse else "all dense"
+    return f"{counted(config.num_layers, 'layer')}, {kinds}"
 
 
 def load_data(config: Config, checkpoint: Checkpoint | None) -> tuple[Corpus, Corpus]:
@@ -179,13 +182,14 @@ def load_data(config: Config, checkpoint: Checkpoint | None) -> tuple[Corpus, Co
     fits = not corpus.byte_level or config.model.vocab_size >= BYTE_VOCAB
     require(fits, "--vocab-size", f"at least {BYTE_VOCAB} for byte-level text", config.model.vocab_size)
     train_set, heldout, how = split(corpus, options.heldout, by_name=options.named_splits)
-    unit = "bytes" if corpus.byte_level else "tokens"
-    say(f"Data {shown(name)}: {len(train_set.documents):,} documents, {train_set.num_tokens:,} {unit} to train on")
+    documents, unit = counted(len(train_set.documents), "document"), "byte" if corpus.byte_level else "token"
+    say(f"Data {shown(name)}: {documents}, {counted(train_set.num_tokens, unit)} to train on")
     say(f"Held out: {how}")
     if train_set.left_out:
         say(f"Left out of the data: {train_set.left_out}")
     if heldout.num_tokens > options.heldout_tokens:
-        say(f"The report scores the first {options.heldout_tokens:,} {unit} of what is held out (--heldout-tokens)")
+        first = counted(options.heldout_tokens, unit)
+        say(f"The report scores the first {first} of what is held out (--heldout-tokens)")
         heldout = heldout.first(options.heldout_tokens)
     return train_set, heldout
 

@@ -7,6 +7,7 @@ from models.decoder import Decoder
 from models.pretrained import Pretrained
 from models.sampling import Sampling
 from models.text_stream import TextStream
+from s2jax.counted import counted
 
 ROLLBACK = 64
 """Tokens that are taken back at most where a turn, laid out again, differs from what the cache holds."""
@@ -88,14 +89,15 @@ class Conversation:
             following = [i for i, message in enumerate(messages) if message["role"] == "user" and i > self._first]
             if not following:
                 raise ValueError(
-                    f"the message is too long: {len(tokens)} tokens and {least} for the answer do not fit into the "
-                    f"model's context of {room}"
+                    f"the message is too long: {counted(len(tokens), 'token')} and {least} for the answer do not fit "
+                    f"into the model's context of {room}"
                 )
             del messages[self._first : following[0]]
             forgotten += 1
             tokens = chat_tokens(self._pretrained, messages)
         if forgotten:
-            self._say(f"the context of {room} tokens is full: the oldest {forgotten} turn(s) are forgotten")
+            oldest = "the oldest turn is" if forgotten == 1 else f"the oldest {forgotten} turns are"
+            self._say(f"the context of {room} tokens is full: {oldest} forgotten")
         self.messages = messages
         return tokens
 

@@ -21,6 +21,7 @@ from models.config import TransformerConfig
 from models.extras import exit_for_missing
 from models.transformer import Transformer
 from s2jax import Dense, Pattern, attention, compile_cache
+from s2jax.counted import counted
 from s2jax.patterns import parse_pattern
 
 try:
@@ -96,13 +97,13 @@ def _convert(argv: list[str] | None) -> None:
     config, length = pretrained.model.config, pretrained.max_context if given.length is None else given.length
     ids = pretrained.encode(text)[: given.tokens]
     if len(ids) < given.tokens:
-        raise ValueError(f"{given.text} must hold {given.tokens} tokens, see --tokens, got {len(ids)}")
+        raise ValueError(f"{given.text} must hold {counted(given.tokens, 'token')}, see --tokens, got {len(ids)}")
     if given.kv_budget is not None:
         share, budget = kv_share(config, pattern, length), given.kv_budget
     else:
         share, budget = pattern.density(config.num_heads, config.num_kv_heads, length), given.flops_budget
     dense_layers_within(np.zeros(config.num_layers), share, budget)  # before anything takes long
-    say(f"measuring {config.num_layers} layers …")
+    say(f"measuring {counted(config.num_layers, 'layer')} …")
     lost = lost_mass(pretrained.model, pattern, jnp.asarray([ids]))
     if not np.isfinite(lost).all():
         raise FloatingPointError("the model's attention is NaN on this text: its weights are broken, or it overflows")
@@ -112,7 +113,7 @@ def _convert(argv: list[str] | None) -> None:
     chosen = [layer for layer in ranked if dense[layer]]
     for layer, each in enumerate(lost):
         say(f"layer {layer:2}: {each:6.1%} lost{', stays dense' if layer in chosen else ''}")
-    say(f"a sparse layer takes {share:.1%} of a dense one, at {length:,} tokens")
+    say(f"a sparse layer takes {share:.1%} of a dense one, at {counted(length, 'token')}")
     layers = " ".join(["", "--dense-layers", *map(str, chosen)]) if chosen else ""
     print(f'--pattern "{check_text("--pattern", given.pattern)}"{layers}')
 

@@ -13,6 +13,7 @@ import warnings
 
 import numpy as np
 
+from s2jax.counted import counted
 from s2jax.patterns import Heads, Pattern, PatternWarning, parse_pattern, statistics
 from s2jax.patterns.evaluation import outside_traces
 
@@ -89,8 +90,9 @@ def headline(pattern: Pattern, heads: Heads, length: int) -> list[str]:
     if pattern.is_strided():
         facts.append(f"coverage {pattern.coverage(*counts):.0%}")
     facts.append(f"KV blocks kept {kept.mean() / n:.1%}")
-    of_kv = "" if heads.group == 1 else f" on {heads.num_kv_heads} KV heads"
-    shape = f"{heads.num_heads} head{'s' * (heads.num_heads > 1)}{of_kv}, {length:,} tokens in {n:,} blocks of {size}"
+    of_kv = "" if heads.group == 1 else f" on {counted(heads.num_kv_heads, 'KV head')}"
+    blocks = f"{counted(length, 'token')} in {counted(n, 'block')} of {size}"
+    shape = f"{counted(heads.num_heads, 'head')}{of_kv}, {blocks}"
     return [repr(pattern), f"{shape}: {', '.join(facts)}"]
 
 

@@ -16,6 +16,7 @@ from typing import Literal
 
 import models
 from models.pretrained import open_checkpoint
+from s2jax.counted import counted
 from s2jax.patterns import parse_pattern
 from training.left_out import shown
 
@@ -304,7 +305,7 @@ class Config:
         one = (self.preset is None) != (self.pretrained is None)
         require(one, "--pretrained", "it or --preset, one of the two", f"{self.pretrained} and {self.preset}")
         rows, parts = self.input.batch_size, self.optimizer.accumulate
-        require(rows % parts == 0, "--accumulate", f"a divisor of the {rows} rows of a batch", parts)
+        require(rows % parts == 0, "--accumulate", f"a divisor of the {counted(rows, 'row')} of a batch", parts)
         end, vocab_size = self.input.end_token, self.model.vocab_size
         require(end is None or end < vocab_size, "--end-token", f"a token id below --vocab-size {vocab_size}", end)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from s2jax.counted import counted
 from training.documents import Corpus, Document, Part
 from training.left_out import LeftOut, shown
 
@@ -59,9 +60,8 @@ def hold_out(corpus: Corpus, fraction: float) -> tuple[Corpus, Corpus]:
             break
     if all(cuts[i] == documents[i].length for i in ranked):  # all are too short to be cut
         if len(documents) == 1:
-            raise ValueError(
-                f"--heldout: expected a text long enough to hold a part of it out, got {documents[0].length} tokens"
-            )
+            got = counted(documents[0].length, "token")
+            raise ValueError(f"--heldout: expected a text long enough to hold a part of it out, got {got}")
         cuts[ranked[0]] = 0
     train = tuple(_before(document, cuts[i]) for i, document in enumerate(documents) if cuts[i])
     heldout = tuple(_after(document, cuts[i]) for i, document in enumerate(documents) if cuts[i] < document.length)
@@ -121,17 +121,17 @@ def split(corpus: Corpus, fraction: float, *, by_name: bool) -> tuple[Corpus, Co
     named = named_splits(corpus) if by_name else None
     train, heldout = named or hold_out(corpus, fraction)
     share = heldout.num_tokens / (heldout.num_tokens + train.num_tokens)
-    unit = "bytes" if corpus.byte_level else "tokens"
+    size = counted(heldout.num_tokens, "byte" if corpus.byte_level else "token")
     what = _described(heldout)
     if named:
         what = f"{what}, as named (--no-named-splits takes a share instead)"
-    return train, heldout, f"{heldout.num_tokens:,} {unit} ({share:.2%}), {what}"
+    return train, heldout, f"{size} ({share:.2%}), {what}"
 
 
 def _described(heldout: Corpus) -> str:
     whole = [document for document in heldout.documents if not isinstance(document, Part)]
     tails = [document for document in heldout.documents if isinstance(document, Part)]
-    said = [f"{len(whole):,} document(s), such as {shown(document.name, 60)}" for document in whole[:1]]
+    said = [f"{counted(len(whole), 'document')}, such as {shown(document.name, 60)}" for document in whole[:1]]
     said += [f"the last {tail.length:,} of {shown(tail.whole.name, 60)}" for tail in tails]
     return " and ".join(said)
 

@@ -25,7 +25,7 @@ def shown_error(error: BaseException) -> str:
 
 @dataclass
 class LeftOut:
-    """Counts by reason, each with the first name as an example."""
+    """Counts by reason, each with the first name as an example; a noun in a reason ends in `(s)`."""
 
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -51,4 +51,7 @@ class LeftOut:
     def __str__(self) -> str:
         """One line, such as `2 empty (a.txt), 1 binary (logo.png)`."""
         ranked = sorted(self.reasons.items(), key=lambda item: -item[1][0])
-        return ", ".join(f"{count:,} {reason} ({shown(example, 60)})" for reason, (count, example) in ranked)
+        return ", ".join(
+            f"{count:,} {reason.replace('(s)', '' if count == 1 else 's')} ({shown(example, 60)})"
+            for reason, (count, example) in ranked
+        )

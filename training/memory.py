@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 import models
+from s2jax.counted import counted
 from training.config import Config, require
 
 
@@ -37,7 +38,7 @@ def check_memory(config: Config, mesh: Mesh) -> None:
         state + 4 * tokens * numbers <= room,
         "--seq-len, --batch-size",
         f"rows that fit into {_gigabytes(room)} a device beside the model's {_gigabytes(state)}",
-        f"{tokens:,} tokens at once on each, which take {_gigabytes(4 * tokens * numbers)}: fewer, or --accumulate",
+        f"{counted(tokens, 'token')} at once on each, for {_gigabytes(4 * tokens * numbers)}: fewer, or --accumulate",
     )
 
 

@@ -10,6 +10,7 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from s2jax.counted import counted
 from training.config import IMPLEMENTATIONS, Config, require
 from training.output import show
 from training.rendezvous import meet
@@ -83,13 +84,13 @@ def make_mesh(config: Config) -> Mesh:
     named = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         fits = devices % named == 0
-        require(fits, "--mesh", f"counts whose product divides the {devices} devices", f"{named} beside the -1")
+        require(fits, "--mesh", f"counts whose product divides {counted(devices, 'device')}", f"{named} beside the -1")
         sizes[sizes.index(-1)] = devices // named
     shown = " × ".join(map(str, sizes))
     asked = math.prod(sizes)
-    require(asked == devices, "--mesh", f"counts for the {devices} devices there are", f"{shown} = {asked}")
+    require(asked == devices, "--mesh", f"counts for {counted(devices, 'device')}", f"{shown} = {asked}")
     heads, tensor = config.model.num_kv_heads, sizes[2]
-    require(heads % tensor == 0, "--mesh", f"a tensor axis that divides the {heads} KV heads", tensor)
+    require(heads % tensor == 0, "--mesh", f"a tensor axis that divides {counted(heads, 'KV head')}", tensor)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 

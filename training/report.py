@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 import models
+from s2jax.counted import counted
 from training.config import Config
 from training.corpus import Corpus
 from training.evaluate import ContextScore, Tick, far_context, gzip_bits, heldout_bits, sample_text, unigram_bits
@@ -169,7 +170,8 @@ def _page(
 ) -> list[str]:
     unit = "byte" if heldout.byte_level else "token"
     return [
-        f"Held out, never trained on: {len(heldout.documents)} document(s), {heldout.num_tokens:,} {unit}s; "
+        f"Held out, never trained on: {counted(len(heldout.documents), 'document')}, "
+        f"{counted(heldout.num_tokens, unit)}; "
         f"each scored with {config.input.seq_len // 2:,} or more before it, where there are",
         *_table([("this model", bits), *_baseline_rows(baselines)], f"bits per {unit}"),
         "",
@@ -191,12 +193,13 @@ def _context_lines(scores: list[ContextScore], unit: str) -> list[str]:
     if not scores:
         return ["Far context: no held-out document is longer than a row, so there is nothing to compare"]
     first = scores[0]
-    lines = [f"Far context: the same {first.windows * first.targets:,} {unit}s, their context cut short and whole"]
+    wide = lambda score: f"  {score.context:>7,} {unit if score.context == 1 else f'{unit}s'} or more"  # noqa: E731
+    lines = [f"Far context: the same {counted(first.windows * first.targets, unit)}, their context cut short and whole"]
     for score in scores[:-1]:
         error = "" if score.standard_error is None else f" ± {score.standard_error:.3f}"
         bits = f"{score.bits:7.3f} bits per {unit}, {score.excess:+.3f}{error} against the whole"
-        lines.append(f"  {score.context:>7,} {unit}s or more {bits}")
-    return [*lines, f"  {scores[-1].context:>7,} {unit}s or more {scores[-1].bits:7.3f} bits per {unit}: the whole"]
+        lines.append(f"{wide(score)} {bits}")
+    return [*lines, f"{wide(scores[-1])} {scores[-1].bits:7.3f} bits per {unit}: the whole"]
 
 
 def _indented(text: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from s2jax.counted import counted
 from training.documents import TokenDocument
 from training.file_listing import suffix_of
 from training.left_out import LeftOut, shown, shown_error, shown_path
@@ -70,7 +71,7 @@ def map_tokens(path: Path, dtype: str) -> Int[np.ndarray, " n"]:
         if size % np.dtype(dtype).itemsize:
             raise ValueError(
                 f"{shown_path(path)}: expected whole {dtype} tokens of {np.dtype(dtype).itemsize} bytes "
-                f"(--token-dtype), got {size} bytes"
+                f"(--token-dtype), got {counted(size, 'byte')}"
             )
         return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
     return _map_array(path)

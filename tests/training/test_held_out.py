@@ -131,7 +131,7 @@ def test_val_bin_beside_train_bin_is_what_is_held_out(tmp_path):
     np.arange(40, dtype=np.uint16).tofile(tmp_path / "val.bin")
     train, heldout, how = split(load_corpus(tmp_path, **OPTIONS), 0.02, by_name=True)
     assert (names_of(train), names_of(heldout)) == (["train.bin[0:500]"], ["val.bin[0:40]"])
-    assert how.startswith("40 tokens (7.41%), 1 document(s), such as val.bin[0:40], as named (--no-named-splits")
+    assert how.startswith("40 tokens (7.41%), 1 document, such as val.bin[0:40], as named (--no-named-splits")
     train, heldout, how = split(load_corpus(tmp_path, **OPTIONS), 0.02, by_name=False)
     assert heldout.num_tokens == 11
     assert "as named" not in how

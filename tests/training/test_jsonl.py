@@ -69,7 +69,7 @@ def test_the_cause_is_named_in_a_short_line(tmp_path, line, cause):
 def test_empty_texts_and_files_are_counted(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b" \r\n\n")
     corpus = load(tmp_path, b'{"text": "fine"}\n{"text": ""}\n')
-    assert str(corpus.left_out) == "1 JSONL line(s) with an empty text (a.jsonl#2)"
+    assert str(corpus.left_out) == "1 JSONL line with an empty text (a.jsonl#2)"
     assert str(load_corpus(tmp_path, **OPTIONS).left_out).endswith("1 empty (b.jsonl)")
 
 

@@ -58,7 +58,7 @@ def test_texts(tmp_path, kind):
     assert corpus.byte_level
     assert [content_bytes(document).decode() for document in corpus.documents] == [text for text in TEXTS if text]
     assert [document.name for document in corpus.documents] == [f"{name}#{i}" for i in (0, 2, 3)]
-    assert str(corpus.left_out) == f"1 record(s) without text ({name}#1)"
+    assert str(corpus.left_out) == f"1 record without text ({name}#1)"
     document = corpus.documents[2]
     stream = document.read(0, document.length)
     for start, stop in ((0, 1), (0, 4), (2, 9), (4999, 5002), (5001, 5002), (3, 3)):

@@ -137,9 +137,9 @@ def test_only_counted_targets_weigh(small_config, one_device, random_batch):
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        ((3, 1, 1), "counts for the 8 devices there are, got 3 × 1 × 1 = 3"),
-        ((3, -1, 1), "whose product divides the 8 devices, got 3"),
-        ((1, 2, 4), "tensor axis that divides the 2 KV heads, got 4"),
+        ((3, 1, 1), "counts for 8 devices, got 3 × 1 × 1 = 3"),
+        ((3, -1, 1), "whose product divides 8 devices, got 3"),
+        ((1, 2, 4), "tensor axis that divides 2 KV heads, got 4"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(small_config, mesh, message):

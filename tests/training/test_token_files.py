@@ -101,7 +101,7 @@ def test_files_too_short_to_predict_anything_are_counted(tmp_path, size, what, s
 @pytest.mark.parametrize(("dtype", "size"), [("uint16", 1), ("uint16", 5), ("uint32", 2), ("uint32", 6)])
 def test_whole_tokens(tmp_path, dtype, size):
     (tmp_path / "a.bin").write_bytes(b"\0" * size)
-    with pytest.raises(ValueError, match=rf"expected whole {dtype} tokens .*--token-dtype.* got {size} bytes"):
+    with pytest.raises(ValueError, match=rf"expected whole {dtype} tokens .*--token-dtype.* got {size} byte"):
         load_corpus(tmp_path, **{**OPTIONS, "token_dtype": dtype})
 
 

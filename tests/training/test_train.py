@@ -23,6 +23,8 @@ from training.ending import ended_by
 from training.recorder import Diverged, Recorder
 from training.step import Metrics, Trainer
 
+PLURAL_OF_ONE = re.compile(r"(?<![\w.,])1 (KV )?[a-z]*[^s\W]s\b(?!/)|\(s\)")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
@@ -57,6 +59,7 @@ def test_a_run_ends_with_its_report(straight):
         "no MFU",
     ):
         assert part in said
+    assert not PLURAL_OF_ONE.search(said)
     assert str(run_dir / "checkpoints" / "30") in said
     assert re.search(r"step 30/30  loss \d\.\d+  [\d,]+ tokens/s  0:00 left", said)
     assert [step for step, _ in losses(run_dir)] == list(range(1, 31))
@@ -179,9 +182,11 @@ def test_a_model_that_scores_no_number_is_named(text, tmp_path):
     flags = [*TINY, "--data", text, "--run-dir", run_dir, "--warmup-steps", 0, "--steps", 1]
     done = train(*flags, "--learning-rate", 1e38, check=1)
     assert done.stderr.splitlines()[-1] == (
-        f"train.py: the model of step 1, which is written to {run_dir / 'model'}, scores nan bits on the held-out text; "
-        "stopped. There is no good checkpoint"
+        f"train.py: the model of step 1, which is written to {run_dir / 'model'}, scores nan bits on the held-out "
+        "text; stopped. There is no good checkpoint"
     )
+    assert "1 layer, 1 of them sparse" in done.stdout
+    assert not PLURAL_OF_ONE.search(done.stdout)
     assert (run_dir / "model" / "config.json").exists()
 
 
@@ -218,7 +223,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_too(small_config, tmp_path, 
     [
         ("--data /no/such/place", "expected a file or a directory, got /no/such/place"),
         ("--steps -1", "--steps: expected a whole number of at least 1, got -1"),
-        ("--mesh 2 2 2", "--mesh: expected counts for the 1 devices there are, got 2 × 2 × 2 = 8"),
+        ("--mesh 2 2 2", "--mesh: expected counts for 1 device, got 2 × 2 × 2 = 8"),
         ("--data TOKENS", "expected token ids from 0 to 271 .* got 999 at position 3"),
         ("--data TEXT --implementation fast --run-dir RUN", "fast"),
     ],
