@@ -14,11 +14,12 @@ from pallas_kernels.checks import check_sinks
 from pallas_kernels.head_place import HeadAxis, possible_head_axes
 from pallas_kernels.sharding import Axes, Sharding
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
+from s2jax import cache_step
 from s2jax.cache_attention import Options, for_each
 from s2jax.cache_layout import CacheLayout, compile_cache
-from s2jax.cache_sharding import heads_of_shard, over_shards, own_tables, sharding_of, split_to_create, vary_by_heads
-from s2jax.cache_slots import Buffer, Space
-from s2jax.cache_step import NEVER, Step, Tables, check_dtype, check_prompt, check_tokens, lengthened
+from s2jax.cache_sharding import OwnTables, heads_of_shard, over_shards, sharding_of, split_to_create, vary_by_heads
+from s2jax.cache_slots import Buffer, Space, with_blocks
+from s2jax.cache_step import NEVER, Step, Tables
 from s2jax.compiler import refuse_unsaid_heads
 from s2jax.functional import ATTENTION_OPTIONS, attention
 from s2jax.patterns import PatternLike, as_pattern
@@ -104,7 +105,7 @@ class KVCache:
         Raises:
           ValueError: see `compile_cache`; the dtype is none of these; sequences or KV heads cannot be split so.
         """
-        dtype = check_dtype(dtype)
+        dtype = cache_step.check_dtype(dtype)
         value_dim = head_dim if value_dim is None else value_dim
         for name, number in (("batch", batch), ("head_dim", head_dim), ("value_dim", value_dim)):
             check_count(name, number, at_least=1)
@@ -116,13 +117,13 @@ class KVCache:
             pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback,
             shards=shards,
         )  # fmt: skip
-        arguments = own_tables(layout, None, sharding, axes), jnp.zeros(batch, jnp.int32)
+        tables, zeros = OwnTables(layout, None, axes), cache_step.no_tokens(batch)
         empty = functools.partial(
             cls._empty, layout=layout, head_dim=head_dim, value_dim=value_dim, dtype=dtype, query_spec=query_spec,
             head_axis=axes,
         )  # fmt: skip
-        like = jax.eval_shape(empty, *arguments)
-        cache = over_shards(cls._empty, sharding, "kc", "c", *arguments, like=like, **empty.keywords)[0]
+        like = jax.eval_shape(lambda zeros: empty(tables.make(sharding), zeros), zeros)
+        cache = over_shards(cls._empty, sharding, "kc", "c", tables, zeros, like=like, **empty.keywords)[0]
         buffers, finite = vary_by_heads((cache.buffers, cache.finite), axes)
         return dataclasses.replace(cache, buffers=buffers, finite=finite)
 
@@ -156,12 +157,12 @@ class KVCache:
           ValueError: the prompt is empty or longer than `max_length`; arrays do not fit the cache.
         """
         counts = self._checked(query, key, value, counts)
-        check_prompt(self.layout, query.shape[1], self.prefix is not None, options)
+        cache_step.check_prompt(self.layout, query.shape[1], self.prefix is not None, options)
         sharding, place = self._sharding(query), heads_of_shard(self.layout, self.head_axis).axis
         out = attention(
             query, key, value, self.layout.pattern, query_spec=self.query_spec, head_axis=place, **options
         )  # fmt: skip
-        tables = own_tables(self.layout, None, sharding, self.head_axis)
+        tables = OwnTables(self.layout, None, self.head_axis)
         arguments = self, tables, key, value, counts
         return out, over_shards(KVCache._begun, sharding, "ckqqc", "c", *arguments, like=(self,))[0]
 
@@ -193,12 +194,15 @@ class KVCache:
         """
         counts, sharding = self._checked(query, key, value, counts), self._sharding(query)
         options, sinks = Options.of(query.shape[3], scale, logits_soft_cap), check_sinks(sinks, query.shape[2])
-        tables = own_tables(self.layout, self.room, sharding, self.head_axis)
-        out, lse, cache = over_shards(
-            KVCache._extended, sharding, "ckqqqck", "qlc", self, tables, query, key, value, counts, sinks,
-            like=(query, query, self), options=options,
+        tables = OwnTables(self.layout, self.room, self.head_axis)
+        # An lse that nobody asked for is no result: it may be -inf, which JAX's debug_infs refuses.
+        own = dataclasses.replace(self, prefix=None)
+        gives, like = ("cql", (own, query, query)) if return_lse else ("cq", (own, query))
+        cache, *found = over_shards(
+            KVCache._extended, sharding, "ckqqqck", gives, self, tables, query, key, value, counts, sinks,
+            like=like, options=options, return_lse=return_lse,
         )  # fmt: skip
-        return ((out, lse) if return_lse else out), cache
+        return (tuple(found) if return_lse else found[0]), dataclasses.replace(cache, prefix=self.prefix)
 
     def rollback(self, tokens: int | Int32[Array, "#b"]) -> "KVCache":
         """Without the last tokens of every sequence, as when a draft was refused.
@@ -213,8 +217,10 @@ class KVCache:
             raise ValueError(
                 f"from 0 to max_rollback={most} tokens can be taken back, got {tokens}; see KVCache.create"
             )
-        tokens = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), self.lengths.shape)
-        return over_shards(KVCache._shortened, self._sharding(), "cc", "c", self, tokens, like=(self,))[0]
+        tokens = jax.device_put(np.int32(tokens)) if isinstance(tokens, (int, np.integer)) else jnp.asarray(tokens)
+        tokens = cache_step.for_every_sequence(tokens, len(self.lengths))
+        arguments = KVCache._shortened, self._sharding(), "cc", "c", self, tokens
+        return dataclasses.replace(self, lengths=over_shards(*arguments, like=(self.lengths,))[0])
 
     def reset(self, which: Bool[Array, " b"]) -> "KVCache":
         """Empties some of the sequences, for others to take their place.
@@ -227,12 +233,9 @@ class KVCache:
             raise ValueError(f"which must be bool of shape [{batch}], got {which.dtype} {list(which.shape)}")
         if self.prefix is not None:
             raise ValueError("sequences that share a prefix cannot be reset alone: fork the prompt's cache anew")
-        buffers = tuple(
-            dataclasses.replace(buffer, held=jnp.where(which[:, None, None], -1, buffer.held))
-            for buffer in self.buffers
-        )
-        lengths, furthest = (jnp.where(which, 0, each) for each in (self.lengths, self.furthest))
-        return dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=furthest)
+        held = tuple(each.held for each in self.buffers)
+        held, lengths, furthest = cache_step.emptied(which, held, self.lengths, self.furthest)
+        return dataclasses.replace(self, buffers=with_blocks(self.buffers, held), lengths=lengths, furthest=furthest)
 
     def fork(self, samples: int, max_new_tokens: int) -> "KVCache":
         """Several continuations of every sequence, one after the other: [b] -> [b · samples].
@@ -254,10 +257,11 @@ class KVCache:
         size = self.layout.block_size
         room = -(-(size - 1 + max_new_tokens) // size)
         sharding = self._sharding()
-        tables = own_tables(self.layout, room, sharding, self.head_axis)
-        like = dataclasses.replace(self, prefix=Prefix(self.buffers, self.lengths), room=room)
-        arguments = KVCache._forked, sharding, "ck", "c", self, tables
-        return over_shards(*arguments, like=(like,), samples=samples, room=room)[0]
+        tables = OwnTables(self.layout, room, self.head_axis)
+        like = dataclasses.replace(self, room=room), tuple(each.held for each in self.buffers), self.lengths
+        arguments = KVCache._forked, sharding, "ck", "ccc", self, tables
+        fork, held, first = over_shards(*arguments, like=like, samples=samples, room=room)
+        return dataclasses.replace(fork, prefix=Prefix(with_blocks(self.buffers, held), first))
 
     @property
     def arrangement(self) -> tuple:
@@ -277,13 +281,12 @@ class KVCache:
         if self.arrangement != other.arrangement:
             raise ValueError("a cache can stand beside one of its own arrangement alone, this one is of another")
 
-        def stands(buffers: tuple[Buffer, ...], others: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
-            pairs = zip(buffers, others, strict=True)
-            return tuple(dataclasses.replace(buffer, held=other.held) for buffer, other in pairs)
+        def beside(buffers: tuple[Buffer, ...], others: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
+            return with_blocks(buffers, tuple(other.held for other in others))
 
-        buffers, prefix = stands(self.buffers, other.buffers), self.prefix
+        buffers, prefix = beside(self.buffers, other.buffers), self.prefix
         if prefix is not None and other.prefix is not None:
-            prefix = Prefix(stands(prefix.buffers, other.prefix.buffers), other.prefix.first)
+            prefix = Prefix(beside(prefix.buffers, other.prefix.buffers), other.prefix.first)
         lengths, furthest = other.lengths, other.furthest
         return dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=furthest, prefix=prefix)
 
@@ -300,13 +303,14 @@ class KVCache:
     def _checked(self, query: Array, key: Array, value: Array, counts) -> Int32[Array, " b"] | None:
         """The counts; raises ValueError where tokens do not fit the cache, or may be of heads that nobody named."""
         heads = heads_of_shard(self.layout, self.head_axis)
-        counts = check_tokens(heads, self.buffers[0], len(self.lengths), query, key, value, counts)
+        counts = cache_step.check_tokens(heads, self.buffers[0], len(self.lengths), query, key, value, counts)
         if self.head_axis is None:
             length = [self.layout.max_length or 1] * 2
             refuse_unsaid_heads(self.layout.pattern, possible_head_axes(query), heads.query, heads.kv, *length)
         return counts
 
-    # What follows runs on every shard by itself: the cache's arrays, the tokens and the tables are the shard's.
+    # What follows runs on every shard by itself: the cache's arrays, the tokens and the tables are the shard's. What
+    # stays as it is is no result: a compiled function copies it.
 
     @classmethod
     def _empty(
@@ -318,7 +322,7 @@ class KVCache:
         return (cls(buffers, zeros, jnp.array(zeros), finite, None, layout, None, query_spec, head_axis),)
 
     def _begun(self, tables: Tables, key: Array, value: Array, counts: Array | None) -> "tuple[KVCache]":
-        lengths = lengthened(jnp.zeros_like(self.lengths), key.shape[1], counts)
+        lengths = cache_step.lengthened(jnp.zeros_like(self.lengths), key.shape[1], counts)
         buffers = tuple(
             space.survivors(space.take(key), space.take(value), lengths, buffer.key.dtype)
             for space, buffer in zip(tables.spaces, self.buffers, strict=True)
@@ -328,11 +332,11 @@ class KVCache:
 
     def _extended(
         self, tables: Tables, query: Array, key: Array, value: Array, counts: Array | None, sinks: Array | None, *,
-        options: Options,
-    ) -> "tuple[Array, Array, KVCache]":  # fmt: skip
+        options: Options, return_lse: bool,
+    ) -> "tuple[KVCache, Array] | tuple[KVCache, Array, Array]":  # fmt: skip
         batch, length, num_heads, head_dim = query.shape
         kv_heads = key.shape[2]
-        lengths = lengthened(self.lengths, length, counts)
+        lengths = cache_step.lengthened(self.lengths, length, counts)
         positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
         finite, limit = self.finite & self._finite(value), self._limit(tables.spaces)
         step = Step(self.layout, positions, self.lengths, lengths, limit, self._first, finite.all(), options)
@@ -346,37 +350,33 @@ class KVCache:
             buffers.append(buffer)
         sinks = None if sinks is None else sinks.reshape(kv_heads, -1)
         out, lse = tables.join(parts).finish(sinks, query.dtype)
-        beyond = (positions >= limit[:, None]) | (lengths >= NEVER)[:, None]
+        # Padding beyond the limit is none of the caller's faults.
+        beyond = ((positions >= limit[:, None]) & (positions < lengths[:, None])) | (lengths >= NEVER)[:, None]
         out = jnp.where(beyond[..., None, None, None], jnp.nan, out).reshape(batch, length, num_heads, -1)
         lse = jnp.where(beyond[..., None, None], jnp.nan, lse).reshape(batch, length, num_heads).swapaxes(1, 2)
         cache = dataclasses.replace(
-            self, buffers=tuple(buffers), lengths=lengths, furthest=jnp.maximum(self.furthest, lengths), finite=finite
-        )
-        return out, lse, cache
+            self, buffers=tuple(buffers), lengths=lengths, furthest=jnp.maximum(self.furthest, lengths), finite=finite,
+            prefix=None,
+        )  # fmt: skip
+        return (cache, out, lse) if return_lse else (cache, out)
 
-    def _shortened(self, tokens: Array) -> "tuple[KVCache]":
+    def _shortened(self, tokens: Array) -> tuple[Array]:
         lengths, most = self.lengths - tokens, self.layout.max_rollback
         possible = (lengths >= jnp.maximum(self.furthest - most, self._begins())) & (lengths <= self.lengths)
         possible &= self.lengths < NEVER
-        return (dataclasses.replace(self, lengths=jnp.where(possible, lengths, NEVER)),)
+        return (jnp.where(possible, lengths, NEVER),)
 
-    def _forked(self, tables: Tables, *, samples: int, room: int) -> "tuple[KVCache]":
+    def _forked(self, tables: Tables, *, samples: int, room: int) -> "tuple[KVCache, tuple[Array, ...], Array]":
         first = self.lengths // self.layout.block_size
         batch = len(first) * samples
         pairs = zip(tables.spaces, self.buffers, strict=True)
         buffers = tuple(space.begun(buffer, first, batch) for space, buffer in pairs)
-        shared = tuple(
-            dataclasses.replace(buffer, held=jnp.where(buffer.held >= first[:, None, None], -1, buffer.held))
-            for buffer in self.buffers
-        )
+        held = tuple(jnp.where(each.held >= first[:, None, None], -1, each.held) for each in self.buffers)
         lengths, finite = for_each(self.lengths, batch), for_each(self.finite, batch)
-        prefix = Prefix(shared, first)
-        return (
-            dataclasses.replace(
-                self, buffers=buffers, lengths=lengths, furthest=jnp.array(lengths), finite=finite, prefix=prefix,
-                room=room,
-            ),
-        )  # fmt: skip
+        fork = dataclasses.replace(
+            self, buffers=buffers, lengths=lengths, furthest=jnp.array(lengths), finite=finite, room=room
+        )
+        return fork, held, first
 
     @property
     def _first(self) -> Array | None:

@@ -157,10 +157,15 @@ class Keys(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a call of attention has besides arrays."""
+    """What a call of attention has besides arrays.
+
+    Attributes:
+      pairs_at_once: logits computed together.
+    """
 
     scale: float
     soft_cap: float | None
+    pairs_at_once: int
 
     @classmethod
     def of(cls, head_dim: int, scale: float | None, soft_cap: float | None) -> "Options":
@@ -168,6 +173,7 @@ class Options:
         return cls(
             head_dim**-0.5 if scale is None else check_number("scale", scale),
             None if soft_cap is None else check_number("logits_soft_cap", soft_cap, above=0),
+            PAIRS_AT_ONCE,
         )
 
 
@@ -188,7 +194,7 @@ def attend(
     """
     batch, length, kv_heads, group, _ = query.shape
     slots, size = keys.held.shape[2], masks.shape[1]
-    each = max(1, PAIRS_AT_ONCE // max(1, batch * length * kv_heads * group * size))
+    each = max(1, options.pairs_at_once // max(1, batch * length * kv_heads * group * size))
     # A single token's logits are few beside the keys that they are of.
     if each >= slots or length == 1:
         return _attend(query, positions, keys, masks, options, finite)

@@ -1,5 +1,6 @@
 """The KV cache over a mesh: every device keeps and attends to its own sequences and KV heads, and tells no other."""
 
+import dataclasses
 import functools
 import math
 import typing
@@ -61,18 +62,34 @@ def heads_of_shard(layout: CacheLayout, axes: Axes | None) -> ShardHeads:
     return ShardHeads(heads.num_heads // shards, heads.num_kv_heads // shards, axis)
 
 
-def own_tables(layout: CacheLayout, room: int | None, sharding: Sharding | None, axes: Axes | None) -> Tables:
-    """What differs from head to head, of the heads that a cache has here."""
-    shards = head_shards(axes)
-    tables = Tables.of(layout, room, shards * shards_of(sharding))
-    if shards == 1 or axes is None:
-        return tables
-    index = shard_index(axes)
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class OwnTables:
+    """What differs from head to head, of the heads that a cache has here; an argument of `over_shards`.
 
-    def rows(array):
-        return jax.lax.dynamic_slice_in_dim(jnp.asarray(array), index * (len(array) // shards), len(array) // shards)
+    The arrays are made where they are compiled in: brought to every call, they would be transfers from the host.
 
-    return jax.tree.map(rows, tables)
+    Attributes:
+      room: see `Space`.
+      axes: of a caller's region that heads are split over.
+    """
+
+    layout: CacheLayout
+    room: int | None
+    axes: Axes | None
+
+    def make(self, sharding: Sharding | None) -> Tables:
+        shards = head_shards(self.axes)
+        tables = Tables.of(self.layout, self.room, shards * shards_of(sharding))
+        if shards == 1 or self.axes is None:
+            return tables
+        index = shard_index(self.axes)
+
+        def rows(array):
+            count = len(array) // shards
+            return jax.lax.dynamic_slice_in_dim(jnp.asarray(array), index * count, count)
+
+        return jax.tree.map(rows, tables)
 
 
 def vary_by_heads[T](arrays: T, axes: Axes | None) -> T:
@@ -116,30 +133,33 @@ def shards_of(sharding: Sharding | None) -> int:
 def over_shards(
     function: typing.Callable, sharding: Sharding | None, takes: str, gives: str, *arguments, like: tuple, **static
 ) -> typing.Any:
-    """`function(*arguments, **static)` on every shard, or as it is where there are none.
+    """`function(*arguments, **static)`, compiled, on every shard or as it is where there are none.
 
     Args:
       takes, gives: what the arguments and the results are, by one letter each: "c" for a cache's arrays [b, k, ...] and
-        [b], "k" for tables [k, ...], "q" for tokens [b, t, h, d], "l" for [b, h, t].
+        [b], "k" for `OwnTables` and other arrays [k, ...], "q" for tokens [b, t, h, d], "l" for [b, h, t].
       like: pytrees as the results are.
       static: hashable.
     """
-    if sharding is None:
-        return function(*arguments, **static)
+    out_specs = tuple(_specs(sharding, *each) for each in zip(gives, like, strict=True)) if sharding else ()
+    return _compiled(function, tuple(static.items()), sharding, takes, out_specs, *arguments)
+
+
+# Called outside of any `jit`, it would be compiled in pieces, and JAX's strict modes would see every piece: constants
+# that go to the device, logits of -inf.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _compiled(function, static: tuple, sharding: Sharding | None, takes: str, out_specs, *arguments):
+    made = [each.make(sharding) if isinstance(each, OwnTables) else each for each in arguments]
+    in_specs = tuple(_specs(sharding, *each) for each in zip(takes, made, strict=True)) if sharding else ()
+    return on_shards(functools.partial(function, **dict(static)), sharding, in_specs, out_specs, *made)
+
+
+def _specs(sharding: Sharding, kind: str, tree: typing.Any) -> typing.Any:
+    """How the arrays of a pytree are split, by its letter in `over_shards`."""
     spec_of = {
         "c": lambda array: sharding.of(0, 1 if array.ndim > 1 else None, array.ndim),
         "k": lambda array: sharding.of(heads=0, ndim=array.ndim),
         "q": lambda _: sharding.of(0, 2),
         "l": lambda _: sharding.of(0, 1, 3),
     }
-    in_specs, out_specs = (
-        tuple(jax.tree.map(spec_of[kind], each) for kind, each in zip(kinds, trees, strict=True))
-        for kinds, trees in ((takes, arguments), (gives, like))
-    )
-    return _compiled(function, tuple(static.items()), sharding, in_specs, out_specs, *arguments)
-
-
-# Called outside of any `jit`, a `shard_map` compiles every operation by itself.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _compiled(function, static: tuple, sharding: Sharding, in_specs, out_specs, *arguments):
-    return on_shards(functools.partial(function, **dict(static)), sharding, in_specs, out_specs, *arguments)
+    return jax.tree.map(spec_of[kind], tree)

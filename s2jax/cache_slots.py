@@ -177,6 +177,11 @@ class Space:
         return b, k, jnp.where(kept & (slot >= 0), slot, self.slots)
 
 
+def with_blocks(buffers: tuple[Buffer, ...], held: tuple[Array, ...]) -> tuple[Buffer, ...]:
+    """The buffers, with other blocks in their slots."""
+    return tuple(dataclasses.replace(buffer, held=blocks) for buffer, blocks in zip(buffers, held, strict=True))
+
+
 def like(array: Array | None, other: Array) -> Array:
     """[b] for [b, ...]."""
     assert array is not None  # else there is nothing that stands from there on

@@ -1,6 +1,7 @@
 """How the buffers of a KV cache take tokens in and are attended to, on one device or on a shard of a mesh."""
 
 import dataclasses
+import functools
 import typing
 
 import jax
@@ -142,6 +143,11 @@ def check_tokens(
     counts = jnp.asarray(counts)
     if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
         raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")
+    return counts if counts.dtype == jnp.int32 else _as_int32(counts)
+
+
+@jax.jit
+def _as_int32(counts: Array) -> Int32[Array, " b"]:
     return counts.astype(jnp.int32)
 
 
@@ -175,3 +181,22 @@ def lengthened(lengths: Array, most: int, counts: Array | None) -> Int32[Array, 
     if counts is None:
         return lengths + most
     return jnp.where((counts >= 0) & (counts <= most), lengths + counts, NEVER)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def no_tokens(batch: int) -> Int32[Array, " b"]:
+    """Lengths of empty sequences."""
+    return jnp.zeros(batch, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def for_every_sequence(tokens: Array, batch: int) -> Int32[Array, " b"]:
+    """One number of tokens or several, for every sequence."""
+    return jnp.broadcast_to(tokens.astype(jnp.int32), (batch,))
+
+
+@jax.jit
+def emptied(which: Bool[Array, " b"], held: tuple[Array, ...], lengths: Array, furthest: Array) -> tuple:
+    """The blocks in every slot, the lengths and the furthest lengths without the sequences that `which` names."""
+    kept = tuple(jnp.where(which[:, None, None], -1, blocks) for blocks in held)
+    return kept, jnp.where(which, 0, lengths), jnp.where(which, 0, furthest)

@@ -198,6 +198,12 @@ def combine(outs: list[Float[Array, "b t h e"]], lses: list[Float[Array, "b h t"
             f"combine needs lses {(shape[0], shape[2], shape[1])} for outs {shape}, got "
             + ", ".join(str(lse.shape) for lse in lses)
         )
+    return _combined(outs, lses)
+
+
+# Called outside of any `jit`, it would be compiled in pieces, some of them infinite.
+@jax.jit
+def _combined(outs: list[Array], lses: list[Array]) -> tuple[Array, Array]:
     stacked = jnp.stack(lses)
     most = jax.lax.stop_gradient(stacked.max(0))
     reads = ~jnp.isneginf(most)

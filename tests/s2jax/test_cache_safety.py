@@ -220,6 +220,27 @@ def test_donation(dtype):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_what_stays_as_it_is_is_not_copied():
+    """Outside of any `jit`, by the addresses of keys and values; and no array stands twice in a cache."""
+
+    def places(tree) -> list[int]:
+        return [array.unsafe_buffer_pointer() for array in jax.tree.leaves(tree)]
+
+    def content(buffers) -> list[int]:
+        return places([(buffer.key, buffer.value) for buffer in buffers])
+
+    tokens, cache = arrays(), cache_for(STRIDE, max_rollback=2)
+    _, cache = extend(cache, *cut(tokens, 0, 20))
+    fork = cache.fork(2, 4)
+    _, later = extend(fork, *(jnp.repeat(each, 2, 0) for each in cut(tokens, 20, 21)))
+    assert content(cache.rollback(1).buffers) == content(cache.buffers)
+    assert content(cache.reset(jnp.array([True, False])).buffers) == content(cache.buffers)
+    assert content(fork.prefix.buffers) == content(later.prefix.buffers) == content(cache.buffers)
+    for each in (cache, fork, later):
+        assert len(set(places(each))) == len(places(each))
+
+
 def test_chunks_take_memory_of_the_cache_and_themselves():
     """Not of their product: four times the chunk takes no more than four times the memory."""
 

@@ -110,3 +110,26 @@ def test_caches(dtype: str, modes: list[str]):
         return prompt, chunk, one, forked, cache
 
     run(modes, everything, counts, which, sinks, *given)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=SLOW), pytest.param("int8", marks=SLOW)])
+@SETS
+def test_called_outside_of_jit(dtype: str, modes: list[str]):
+    """No constant goes to the device with a call, no logit of -inf is a result, padding beyond the end no NaN."""
+    given = tokens(dtype="float32" if dtype == "int8" else dtype)
+    prompt, chunk, last = ([each[:, start:stop] for each in given] for start, stop in ((0, 20), (20, 27), (27, 28)))
+    samples = [jnp.repeat(each, 2, 0) for each in last]
+    counts, which, sinks = jnp.array([5, 3]), jnp.array([True, False]), jnp.ones(4)
+    parts = [jnp.ones((2, 5, 4, 8))] * 2, [jnp.zeros((2, 4, 5)), jnp.full((2, 4, 5), -np.inf)]
+    with strict_modes.on(*modes):
+        cache = KVCache.create(
+            PATTERN, batch=2, num_heads=4, num_kv_heads=2, head_dim=8, max_length=26, max_rollback=2, dtype=dtype
+        )
+        out, cache = cache.prefill(*prompt)
+        found, cache = cache.extend(*chunk, counts=counts, sinks=sinks, logits_soft_cap=5.0, return_lse=True)
+        before, cache = cache.extend(*last)
+        cache = cache.rollback(1).beside(cache).rollback(counts - counts)
+        one, fork = cache.reset(which).fork(2, 4).extend(*samples)
+        merged = combine(*parts)
+    for array in jax.tree.leaves((out, found, before, one, merged, fork.lengths)):
+        assert np.isfinite(np.asarray(array, np.float32)).all()
