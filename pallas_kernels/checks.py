@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from pallas_kernels.head_place import HeadPlace, all_heads, head_place, possible_head_axes, refuse_unknown_heads
+from pallas_kernels.head_place import (
+    UNNAMED,
+    HeadPlace,
+    all_heads,
+    head_place,
+    possible_head_axes,
+    refuse_unknown_heads,
+)
 from pallas_kernels.problem import Operands
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
@@ -19,13 +26,34 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 def check_number(name: str, value, above: float | None = None) -> float:
     """The value as a float; raises ValueError unless it is a finite number, greater than `above`."""
-    if not isinstance(value, numbers.Real) and not (isinstance(value, np.ndarray) and value.ndim == 0):
+    scalar = isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "iuf"
+    if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
         raise ValueError(f"{name} must be a number known while tracing, got {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        value = number = math.inf
     if not math.isfinite(number) or (above is not None and number <= above):
         bound = "a finite number" if above is None else f"a finite number greater than {above:g}"
         raise ValueError(f"{name} must be {bound}, got {value!r}")
     return number
+
+
+def check_flag(name: str, value) -> bool:
+    """The value as a bool; raises ValueError unless it is one, as every text would count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _kind(value) -> tuple[np.dtype | None, tuple[int, ...], str]:
+    """dtype and shape of a number or an array, and both in words; no dtype if the value is neither."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return value.dtype, value.shape, f"{value.dtype} {value.shape}"
+    if isinstance(value, int | float):
+        kind = next(kind for kind in (bool, int, float) if isinstance(value, kind))
+        return np.dtype(kind), (), f"{value!r}"  # of an int beyond 64 bits, too
+    return None, (), f"{type(value).__name__} {value!r}"[:100]
 
 
 def check_operands(
@@ -103,10 +131,10 @@ def _check_schedule(schedule: BlockSchedule, query, key, has_offset: bool, heads
 
 def _hint(schedule: BlockSchedule, heads: tuple[int, int]) -> str:
     """What to give where a caller split the heads of a schedule."""
-    axes = possible_head_axes()
+    axes = [axis for axis in possible_head_axes() if axis != UNNAMED]
     if not axes or schedule.num_heads == heads[0] or schedule.num_heads % heads[0]:
         return ""
-    return f"; or give head_axis, such as {list(axes)[-1]!r}, if these are a part of the schedule's heads"
+    return f"; or give head_axis, such as {axes[-1]!r}, if these are a part of the schedule's heads"
 
 
 def _check_selection(selection: BlockSelection, batch: int, query_length: int, num_heads: int, num_kv_heads: int):
@@ -134,13 +162,13 @@ def _check_selection(selection: BlockSelection, batch: int, query_length: int, n
 
 def _offsets(query_offset, batch: int):
     most = np.iinfo(np.int32).max // 2  # lengths are added
+    dtype, shape, came = _kind(query_offset)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or shape not in ((), (batch,)):
+        raise ValueError(
+            f"query_offset must be an integer or an integer array [{batch}], one for each sequence, got {came}"
+        )
     if isinstance(query_offset, int | np.integer | np.ndarray):
         query_offset = np.clip(query_offset, -1, most)  # what JAX would cut off is out of range all the same
-    dtype, shape = getattr(query_offset, "dtype", jnp.result_type(query_offset)), jnp.shape(query_offset)
-    if not jnp.issubdtype(dtype, jnp.integer) or shape not in ((), (batch,)):
-        raise ValueError(
-            f"query_offset must be an integer or integers [{batch}], one for each sequence, got {dtype} {shape}"
-        )
     return _clipped_offsets(query_offset, most, batch)
 
 
@@ -162,9 +190,9 @@ def _segments(query_segment_ids, kv_segment_ids, query_shape, kv_shape):
     for name, (ids, shape) in given.items():
         if ids is None:
             continue
-        dtype = getattr(ids, "dtype", jnp.result_type(ids))
-        if jnp.shape(ids) != shape or not jnp.issubdtype(dtype, jnp.integer):
-            raise ValueError(f"{name} must be integers {shape}, got {dtype} {jnp.shape(ids)}")
+        dtype, given_shape, came = _kind(ids)
+        if dtype is None or given_shape != shape or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(f"{name} must be integers {shape}, got {came}")
     if any(isinstance(ids, jax.Array) for ids in (query_segment_ids, kv_segment_ids)):
         return _ids_on_device(query_segment_ids, kv_segment_ids)
     return _ids_on_host(query_segment_ids, kv_segment_ids)
@@ -222,9 +250,7 @@ def check_sinks(sinks, num_heads: int) -> Array | None:
     """The sinks as an array; raises ValueError unless they are floats, one for each query head."""
     if sinks is None:
         return None
-    if jnp.shape(sinks) != (num_heads,) or not jnp.issubdtype(jnp.result_type(sinks), jnp.floating):
-        raise ValueError(
-            f"sinks must be floats ({num_heads},), one for each query head, "
-            f"got {jnp.result_type(sinks)} {jnp.shape(sinks)}"
-        )
+    dtype, shape, came = _kind(sinks)
+    if dtype is None or shape != (num_heads,) or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"sinks must be floats ({num_heads},), one for each query head, got {came}")
     return sinks if isinstance(sinks, jax.Array) else jnp.asarray(sinks)

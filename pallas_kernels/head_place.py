@@ -35,25 +35,40 @@ class HeadPlace(typing.NamedTuple):
     fits: Bool[Array, ""] | None
 
 
-def head_axes(head_axis: HeadAxis) -> Axes:
-    """The names of axes that heads are split over.
+UNNAMED = "_internal_pmap_axis_name"
+"""JAX's own name for the axis of a `pmap` that was given none."""
+
+
+def axis_names(head_axis: HeadAxis) -> Axes:
+    """The names of axes that heads are split over; none for None.
 
     Raises:
-      ValueError: one is no name, comes twice, or names no axis of an enclosing `shard_map`, `pmap` or `vmap`.
+      ValueError: one is no name, or comes twice.
     """
-    axes = (head_axis,) if isinstance(head_axis, str) else head_axis
+    axes = (head_axis,) if isinstance(head_axis, str) else () if head_axis is None else head_axis
     if not isinstance(axes, tuple | list) or not all(isinstance(name, str) for name in axes):
         raise ValueError(f"head_axis must be the name of an axis, several names or (), got {head_axis!r}")
     if len(set(axes)) < len(axes):
         raise ValueError(f"head_axis names an axis twice: {head_axis!r}")
+    return tuple(axes)
+
+
+def head_axes(head_axis: HeadAxis) -> Axes:
+    """The names of axes that heads are split over here.
+
+    Raises:
+      ValueError: see `axis_names`; or one names no axis of an enclosing `shard_map`, `pmap` or `vmap`.
+    """
+    axes = axis_names(head_axis)
     for name in axes:
         if not is_bound(name):
-            bound = ", ".join(map(repr, _bound_sizes())) or "none"
+            there = ["a pmap without axis_name" if bound == UNNAMED else repr(bound) for bound in _bound_sizes()]
+            bound = ", ".join(there) or "none"
             raise ValueError(
                 f"head_axis={head_axis!r} must name axes of an enclosing shard_map, pmap or vmap, and {name!r} is none "
                 f"(there: {bound}); where heads are split by jit over a mesh, give query_spec instead"
             )
-    return tuple(axes)
+    return axes
 
 
 def is_bound(name: str) -> bool:
@@ -147,11 +162,16 @@ def possible_shards(axes: dict[str, int]) -> tuple[int, ...]:
 
 def unknown_heads(axes: dict[str, int], what: str) -> str:
     """The message that says what is to be said of heads."""
-    names = ", ".join(axes)
-    each = repr(next(iter(axes))) if len(axes) == 1 else "the axis, such as " + repr(list(axes)[-1])
+    named = [name for name in axes if name != UNNAMED]
+    where = f"inside a shard_map, pmap or vmap over {', '.join(named)}"
+    each = repr(named[0]) if len(axes) == 1 and named else f"the axis, such as {named[-1]!r}" if named else ""
+    each = f"head_axis={each}"
+    if UNNAMED in axes:
+        where = f"{where} and a pmap without axis_name" if named else "inside a pmap without axis_name"
+        each = f"pmap an axis_name and head_axis the same{f', or {each},' if named else ''}"
     return (
-        f"inside a shard_map, pmap or vmap over {names}, these may be all heads or a part of them, and by {what} heads "
-        f"read differently: give head_axis={each} if heads are split over it, heads=(first_head, num_heads) if "
+        f"{where}, these may be all heads or a part of them, and by {what} heads "
+        f"read differently: give {each} if heads are split over it, heads=(first_head, num_heads) if "
         "they are split otherwise, or head_axis=() if these are all heads (as where the batch is split)"
     )
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.checks import check_number, check_operands
+from pallas_kernels.checks import check_flag, check_number, check_operands
 from pallas_kernels.head_place import HeadAxis, HeadRange
 from pallas_kernels.passes import LSE_NAME, MODULES, OUT_NAME, Call, attention, with_infinities
 from pallas_kernels.platforms import PLATFORMS, interpreted
@@ -124,6 +124,7 @@ def block_sparse_attention(
       ValueError: an argument does not fit; the message says what was expected and what came.
       NotImplementedError: none of the implementations asked for can do it, with each one's reason.
     """
+    return_lse = check_flag("return_lse", return_lse)
     operands, fits = check_operands(
         schedule, query, key, value, query_offset, query_segment_ids, kv_segment_ids, sinks, head_axis, heads
     )

@@ -51,6 +51,8 @@ def compile_schedule(
     ):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if value >= 1 << 30:  # positions are int32, and lengths are added
+            raise ValueError(f"{name} must be an integer below 2**30, got {value!r}")
     pattern, lengths = as_pattern(pattern), (int(query_length), int(kv_length), int(query_offset))
     pattern.check(heads, *lengths)  # of functions, that they are what they were when they were compiled
     return _compiled(pattern, heads, *lengths)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import BlockSelection
+from pallas_kernels.checks import check_flag, check_number
+from pallas_kernels.head_place import HeadAxis, axis_names
 from s2jax.cache import KVCache
 from s2jax.patterns import Pattern, PatternLike, as_pattern
 
@@ -77,6 +79,42 @@ def head_counts(
     if rope_theta is not None and head_dim % 2:
         raise ValueError(f"rotary positions pair the features of a head: head_dim must be even, got {head_dim}")
     return num_kv_heads, head_dim
+
+
+def check_layer(
+    *,
+    flags: dict[str, typing.Any],
+    dtypes: dict[str, typing.Any],
+    head_axis: HeadAxis,
+    rope_theta: float | None,
+    norm_eps: float,
+    out_features: int | None,
+) -> None:
+    """Raises ValueError where a layer's argument is none of its kind.
+
+    Args:
+        flags: that must be True or False, by name.
+        dtypes: by name; None is one.
+        head_axis, rope_theta, norm_eps, out_features: see `s2jax.nnx.S2Attention`.
+    """
+    for name, value in flags.items():
+        check_flag(name, value)
+    for name, value in dtypes.items():
+        try:
+            number = isinstance(value, bool | int | float)
+            known = value is None or (not number and jnp.issubdtype(jnp.dtype(value), jnp.inexact))
+        except (TypeError, ValueError):
+            known = False
+        if not known:
+            raise ValueError(f"{name} must be a dtype of floats, such as jnp.bfloat16, got {value!r}")
+    axis_names(head_axis)
+    if rope_theta is not None:
+        check_number("rope_theta", rope_theta, above=0)
+    if check_number("norm_eps", norm_eps) < 0:
+        raise ValueError(f"norm_eps must be at least 0, got {norm_eps!r}")
+    whole = isinstance(out_features, int) and not isinstance(out_features, bool)
+    if out_features is not None and (not whole or out_features < 1):
+        raise ValueError(f"out_features must be a positive integer or None, got {out_features!r}")
 
 
 def rms_norm(x: Float[Array, "... d"], gain: Float[Array, "d"], epsilon: float = 1e-6) -> Float[Array, "... d"]:

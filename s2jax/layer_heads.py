@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels import BlockSelection
-from pallas_kernels.head_place import HeadAxis, possible_head_axes
+from pallas_kernels.head_place import HeadAxis, axis_names, possible_head_axes
 from pallas_kernels.sharding import Axes
 from s2jax.cache_sharding import head_shards
 from s2jax.compiler import refuse_unsaid_heads
@@ -38,7 +38,7 @@ class LayerHeads:
         Raises:
           ValueError: the query has other heads than the layer or a shard of it; or a shard's may be taken for all.
         """
-        axes = None if self.axis is None else (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
+        axes = None if self.axis is None else axis_names(self.axis)
         shards, here = head_shards(axes), query.shape[2]
         if axes and shards > 1 and here * shards == self.query:
             return axes
@@ -55,7 +55,7 @@ class LayerHeads:
 
     def here(self) -> tuple[int, int]:
         """Counts of query and KV heads that a layer declares where it runs: a shard's inside the region that splits."""
-        axes = () if self.axis is None else (self.axis,) if isinstance(self.axis, str) else tuple(self.axis)
+        axes = axis_names(self.axis)
         shards = head_shards(axes)
         if self.kv % shards:
             raise ValueError(f"{self.kv} KV heads cannot be split over the {shards} shards of {axes}")

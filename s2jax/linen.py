@@ -15,7 +15,15 @@ from pallas_kernels.unknown_arguments import explains_unknown_arguments, unknown
 from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
-from s2jax.heads import RopeScaling, as_layer_pattern, head_counts, next_positions, place, refuse_key_arguments
+from s2jax.heads import (
+    RopeScaling,
+    as_layer_pattern,
+    check_layer,
+    head_counts,
+    next_positions,
+    place,
+    refuse_key_arguments,
+)
 from s2jax.layer_heads import LayerHeads, sum_over
 
 __all__ = ["S2Attention", "attention_fn"]
@@ -59,6 +67,14 @@ class S2Attention(nn.Module):
     implementation: str | tuple[str, ...] | None = None
 
     def __post_init__(self):
+        check_layer(
+            flags={"use_bias": self.use_bias, "qk_norm": self.qk_norm, "use_sinks": self.use_sinks},
+            dtypes={"dtype": self.dtype, "param_dtype": self.param_dtype},
+            head_axis=self.head_axis,
+            rope_theta=self.rope_theta,
+            norm_eps=self.norm_eps,
+            out_features=self.out_features,
+        )
         object.__setattr__(self, "pattern", as_layer_pattern(self.pattern))
         super().__post_init__()
 

@@ -16,7 +16,15 @@ from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
-from s2jax.heads import RopeScaling, as_layer_pattern, head_counts, next_positions, place, refuse_key_arguments
+from s2jax.heads import (
+    RopeScaling,
+    as_layer_pattern,
+    check_layer,
+    head_counts,
+    next_positions,
+    place,
+    refuse_key_arguments,
+)
 from s2jax.layer_heads import LayerHeads, sum_over
 
 __all__ = ["S2Attention", "attention_fn"]
@@ -97,6 +105,14 @@ class S2Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         num_kv_heads, head_dim = head_counts(num_heads, num_kv_heads, head_dim, in_features, rope_theta)
+        check_layer(
+            flags={"use_bias": use_bias, "qk_norm": qk_norm, "use_sinks": use_sinks},
+            dtypes={"dtype": dtype, "param_dtype": param_dtype},
+            head_axis=head_axis,
+            rope_theta=rope_theta,
+            norm_eps=norm_eps,
+            out_features=out_features,
+        )
         self.pattern: Any = as_layer_pattern(pattern)
         self.heads = LayerHeads(num_heads, num_kv_heads, head_dim, head_axis)
         self.in_features = in_features

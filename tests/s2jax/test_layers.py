@@ -232,3 +232,26 @@ def test_head_counts_are_checked_in_both():
         nnx_layer(num_kv_heads=3)
     with pytest.raises(ValueError, match="num_heads=4, num_kv_heads=3"):
         linen_layer(num_kv_heads=3).init(jax.random.key(0), inputs())
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("use_bias", "no", "use_bias must be True or False, got 'no'"),
+        ("qk_norm", None, "qk_norm must be True or False, got None"),
+        ("use_sinks", 1, "use_sinks must be True or False, got 1"),
+        ("dtype", "a", "dtype must be a dtype of floats, such as jnp.bfloat16, got 'a'"),
+        ("param_dtype", "int8", "param_dtype must be a dtype of floats, such as jnp.bfloat16, got 'int8'"),
+        ("rope_theta", "a", "rope_theta must be a number known while tracing, got str"),
+        ("rope_theta", -1.0, "rope_theta must be a finite number greater than 0, got -1.0"),
+        ("norm_eps", -1.0, "norm_eps must be at least 0, got -1.0"),
+        ("norm_eps", "a", "norm_eps must be a number known while tracing, got str"),
+        ("out_features", 1.5, "out_features must be a positive integer or None, got 1.5"),
+        ("out_features", True, "out_features must be a positive integer or None, got True"),
+        ("head_axis", 1.5, r"head_axis must be the name of an axis, several names or \(\), got 1.5"),
+    ],
+)
+def test_both_refuse_what_is_none_of_its_kind(argument, value, message):
+    for layer in (nnx_layer, linen_layer):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            layer(**{argument: value})
