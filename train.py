@@ -14,7 +14,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ try:
     from s2jax.counted import counted
     from training.checkpoint import Checkpoints
     from training.cluster import agreeing, say, wait_for_all
-    from training.command_line import parse
+    from training.command_line import flags_of, parse
     from training.config import Config, require
     from training.config_file import read_config
     from training.corpus import BYTE_VOCAB, Corpus, load_corpus, standard_library
@@ -54,6 +54,7 @@ try:
     from training.run_lock import RunLock
     from training.step import Trainer, TrainState
     from training.trackers import check_packages
+    from training.unused import unused
 except ModuleNotFoundError as missing:
     exit_for_missing(missing, "train.py", "train")
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
             config = parse(argv)
             join_cluster(config)
             stop.in_cluster = jax.process_count() > 1
-            run = prepare(config, held)
+            run = prepare(config, held, flags_of(argv))
             train(run, stop, held)
             stop.over()
             return 0
@@ -103,12 +104,13 @@ class Run:
     model_of: Callable[[Any], Pretrained]  # of parameters
 
 
-def prepare(config: Config, held: contextlib.ExitStack) -> Run:
+def prepare(config: Config, held: contextlib.ExitStack, flags: Collection[str]) -> Run:
     """Data, state and the compiled step; from the newest checkpoint of --run-dir, if it has one.
 
     Args:
         config: of the run.
         held: is given what is to be let go of when the run ends.
+        flags: of the command line.
 
     Raises:
         ValueError: in one line, what was expected and what came.
@@ -125,7 +127,7 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Run:
     with agreeing(ValueError, OSError):
         check_packages(config)
         checkpoint = None if config.pretrained is None else checkpoint_of(config)
-        train_set, heldout = load_data(config, checkpoint)
+        train_set, heldout = load_data(config, checkpoint, flags)
         config = with_run_dir(config)
         if jax.process_index() == 0:
             held.callback(RunLock(run_dir(config), say=say).release)
@@ -161,8 +163,8 @@ def layers_of(trainer: Trainer) -> str:
     return f"{counted(config.num_layers, 'layer')}, {kinds}"
 
 
-def load_data(config: Config, checkpoint: Checkpoint | None) -> tuple[Corpus, Corpus]:
-    """Training and held-out documents, in the tokens of a checkpoint if there is one."""
+def load_data(config: Config, checkpoint: Checkpoint | None, flags: Collection[str] = ()) -> tuple[Corpus, Corpus]:
+    """Training and held-out documents, in the tokens of a checkpoint if there is one; says what options do not do."""
     options = config.input
     if config.data is None:
         corpus, name = standard_library(), "Python's standard library"
@@ -181,6 +183,8 @@ def load_data(config: Config, checkpoint: Checkpoint | None) -> tuple[Corpus, Co
     require(ends, "--end-token", "token files, as text is closed without it", f"text in {shown(name)}")
     fits = not corpus.byte_level or config.model.vocab_size >= BYTE_VOCAB
     require(fits, "--vocab-size", f"at least {BYTE_VOCAB} for byte-level text", config.model.vocab_size)
+    for line in unused(config, corpus, flags):
+        say(line)
     train_set, heldout, how = split(corpus, options.heldout, by_name=options.named_splits)
     documents, unit = counted(len(train_set.documents), "document"), "byte" if corpus.byte_level else "token"
     say(f"Data {shown(name)}: {documents}, {counted(train_set.num_tokens, unit)} to train on")

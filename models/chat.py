@@ -48,7 +48,7 @@ def _chat(argv: list[str] | None) -> None:
         raise ValueError("the checkpoint has no chat template: it lays out no conversation; see models.generate")
     conversation = Conversation(
         pretrained, system=given.system, max_new_tokens=given.max_new_tokens, sampling=sampling_of(given, pretrained),
-        seed=given.seed, stops=given.stop, cache_dtype=given.cache_dtype, say=say,
+        seed=given.seed or 0, stops=given.stop, cache_dtype=given.cache_dtype, say=say,
     )  # fmt: skip
     typed = sys.stdin is not None and sys.stdin.isatty()
     try:

@@ -17,7 +17,7 @@ from models.compilation_cache import keep_compilations
 from models.interruption import none_lost
 from models.pretrained import Pretrained, load
 from models.sampling import Sampling
-from s2jax import Pattern, PatternWarning
+from s2jax import Dense, Pattern, PatternWarning
 from s2jax.patterns import parse_pattern
 
 MODEL_HELP = (
@@ -81,7 +81,7 @@ def add_sampling_flags(parser: Parser, max_new_tokens: int) -> None:
     parser.add_argument("--top-k", type=int, help="only so many of the likeliest tokens; default the checkpoint's")
     parser.add_argument("--top-p", type=float, help="only the likeliest tokens of this share together; likewise")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
-    parser.add_argument("--seed", type=int, default=0, help="of the random choices, from 0 to 2**32 - 1")
+    parser.add_argument("--seed", type=int, help="of the random choices, from 0 to 2**32 - 1; default 0")
     parser.add_argument(
         "--cache-dtype", choices=("float32", "bfloat16", "float16", "int8"), help="by default that of --dtype"
     )
@@ -94,7 +94,7 @@ def check_sampling(given: argparse.Namespace) -> None:
         ValueError: in one line, if a value is out of range.
     """
     Sampling(**_asked(given))
-    if not 0 <= given.seed < 1 << 32:
+    if given.seed is not None and not 0 <= given.seed < 1 << 32:
         raise ValueError(f"--seed must be from 0 to {(1 << 32) - 1}, got {given.seed}")
     if not 1 <= given.max_new_tokens < 1 << 31:
         raise ValueError(f"--max-new-tokens must be from 1 to {(1 << 31) - 1}, got {given.max_new_tokens}")
@@ -105,13 +105,18 @@ def check_sampling(given: argparse.Namespace) -> None:
 
 
 def sampling_of(given: argparse.Namespace, pretrained: Pretrained) -> Sampling:
-    """How tokens are chosen: by the flags, and by the checkpoint in what they leave open.
+    """How tokens are chosen: by the flags, and by the checkpoint in what they leave open; says which flags do nothing.
 
     Raises:
         ValueError: no flag is given, and the checkpoint asks for what is not supported.
     """
     asked = _asked(given)
-    return dataclasses.replace(pretrained.sampling, **asked) if asked else pretrained.own_sampling()
+    sampling = dataclasses.replace(pretrained.sampling, **asked) if asked else pretrained.own_sampling()
+    if sampling.temperature == 0:
+        for flag, value in (("--top-k", given.top_k), ("--top-p", given.top_p), ("--seed", given.seed)):
+            if value is not None:
+                say(f"{flag} has no effect: at --temperature 0 the likeliest token is taken")
+    return sampling
 
 
 def _asked(given: argparse.Namespace) -> dict[str, typing.Any]:
@@ -130,6 +135,12 @@ def load_model(given: argparse.Namespace) -> Pretrained:
     pattern = None if given.pattern is None else parse_pattern(given.pattern)
     settings = {} if given.dense_layers is None else {"dense_layers": tuple(given.dense_layers)}
     pretrained = load_named(given.model, pattern, dtype=given.dtype, implementation=given.implementation, **settings)
+    config = pretrained.model.config
+    if all(config.layer_pattern(layer) == Dense() for layer in range(config.num_layers)):
+        if given.dense_layers and config.pattern == Dense():
+            say("--dense-layers has no effect: all layers are dense without it, see --pattern")
+        if pattern is not None and pattern != Dense():
+            say("--pattern has no effect: --dense-layers names every layer")
     assert pretrained.tokenizer is not None
     added = pretrained.tokenizer.get_added_tokens_decoder()
     special = [token for token, entry in added.items() if entry.special and entry.content in given.stop]

@@ -57,7 +57,7 @@ def _generate(argv: list[str] | None) -> None:
     alone, streams = len(prompts) == 1, [TextStream(pretrained.tokenizer, given.stop) for _ in prompts]
     spent, ended, ends = Spent(), set[int](), ["length"] * len(prompts)
     steps = generate_batch(
-        pretrained, tokens, given.max_new_tokens, sampling=sampling_of(given, pretrained), seed=given.seed,
+        pretrained, tokens, given.max_new_tokens, sampling=sampling_of(given, pretrained), seed=given.seed or 0,
         chunk=given.chunk, cache_dtype=given.cache_dtype, spent=spent, ended=ended, say=say,
     )  # fmt: skip
     try:

@@ -103,6 +103,11 @@ def parse(argv: Sequence[str]) -> Config:
         raise ValueError(_reason(stop, complaint.getvalue())) from None
 
 
+def flags_of(argv: Sequence[str]) -> frozenset[str]:
+    """Names of the flags on a command line that `parse` accepts."""
+    return frozenset(_values(argv))
+
+
 def _cli(args: list[str], defaults: Config) -> Config:
     line = _CommandLine(**{f.name: getattr(defaults, f.name) for f in dataclasses.fields(Config)})
     line = tyro.cli(_CommandLine, prog="train.py", args=args, default=line, config=(tyro.conf.OmitArgPrefixes,))

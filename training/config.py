@@ -228,6 +228,8 @@ class DeviceOptions:
         _require_counts(self, "join_timeout")
         named = {"--coordinator": self.coordinator, "--num-processes": self.num_processes}
         named["--process-id"] = self.process_id
+        waits = self.distributed or self.join_timeout == DeviceOptions.join_timeout
+        require(waits, "--join-timeout", "--distributed beside it", "it alone")
         given = [flag for flag, value in named.items() if value is not None]
         require(not given or self.distributed, given[0] if given else "", "--distributed beside it", "it alone")
         require(len(given) in (0, 3), "--distributed", f"all or none of {', '.join(named)}", " ".join(given))

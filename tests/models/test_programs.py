@@ -109,6 +109,22 @@ class TestGenerate:
         found = [json.loads(line) for line in ran(generate, *flags, "--stop", "\ufffd")[1].splitlines()]
         assert [(line["text"], line["end"]) for line in found] == expected
 
+    @pytest.mark.parametrize(
+        ("flags", "lines"),
+        [
+            ("--seed 0 --top-k 3 --top-p 0.5", ["--top-k", "--top-p", "--seed"]),
+            ("--seed 0 --top-k 3 --top-p 0.5 --temperature 1", []),
+            ("--pattern Dense() --dense-layers 0", ["--dense-layers"]),
+            ("--pattern Local(1,16) --dense-layers 0 1", ["--pattern"]),
+            ("--dense-layers 0", []),
+        ],
+    )
+    def test_a_flag_without_an_effect_is_said(self, directory, flags, lines):
+        settings = flags.split()
+        code, _, err = ran(generate, "--model", directory, "--prompt", "ab", "--max-new-tokens", "2", *settings)
+        said = [line.partition(" has no effect: ")[0] for line in err.splitlines() if " has no effect: " in line]
+        assert (code, said) == (0, lines)
+
     def test_broken_weights_end_it(self, tmp_path):
         code, out, err = ran(generate, "--model", write(tmp_path, nan=True), "--prompt", "ab")
         assert (code, out) == (1, "")
@@ -175,7 +191,10 @@ def test_what_generate_refuses(directory, arguments, message):
             ("--text", __file__, "--pattern", "Local(4)", "--kv-budget", "1", "--tokens", "0"),
             "--tokens must be at least",
         ),
-        (("--text", __file__, "--pattern", "Local(4)", "--kv-budget", "1", "--tokens", "9999999"), "must hold 9999999"),
+        (
+            ("--text", __file__, "--pattern", "Local(4)", "--kv-budget", "1", "--tokens", "9999999"),
+            "must hold 9,999,999",
+        ),
         (("--text", __file__, "--pattern", "Local(4)"), "--kv-budget --flops-budget is required"),
     ],
 )
