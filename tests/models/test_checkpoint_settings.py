@@ -260,3 +260,5 @@ def test_the_list_of_settings_names_all_that_are_read():
         *gguf_settings._WITHOUT_EFFECT,
     }
     assert not sorted(name for name in known if f"`{name}`" not in text)
+    places = [text.index(f"`{name}`") for name in gguf_tokens._ENDS]
+    assert places == sorted(places)  # the text says that this is the order in which they are taken

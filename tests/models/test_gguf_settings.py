@@ -37,6 +37,7 @@ def metadata(*tokens: str, **changes):
         (("<|tool_response>", "</s>"), {}, (0,)),
         (("<|fim_pad|>", "<PAD>", "<|file_sep|>"), {}, (0, 2)),
         (("<|fim_pad|>", "a"), {"fim_pad_token_id": 1}, (1,)),
+        (("<|endoftext|>", "<|im_end|>", "<|file_sep|>", "b"), {"eot_token_id": 3}, (3, 1, 0, 2)),
         (("a", "b"), {}, ()),
     ],
 )
