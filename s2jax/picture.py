@@ -6,6 +6,7 @@ python -m s2jax.picture "Ranges(((2, 1), (None, 3)))" --heads 3 --text
 """
 
 import argparse
+import io
 import pathlib
 import sys
 import typing
@@ -256,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
         for each in caught:
             print(f"note: {each.message}", file=sys.stderr)
         if options.text:
-            print(pattern.picture(*counts))
+            _show(pattern.picture(*counts))
             return
         chart = pattern.plot(*counts)
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -264,7 +265,21 @@ def main(arguments: list[str] | None = None) -> None:
         chart.savefig(options.out, dpi=200, metadata={"Software": None} if options.out.suffix == ".png" else None)
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
-    print(f"wrote {options.out}")
+    _show(f"wrote {options.out}")
+
+
+ASCII = str.maketrans("▄▀░▒▓█│", ".'-+*#|")
+
+
+def _show(text: str) -> None:
+    """Prints a text, in an encoding that lacks blocks by characters that stand for them."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            text.encode(sys.stdout.encoding)
+        except UnicodeEncodeError:
+            text = text.translate(ASCII)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,63 +1,26 @@
 """The programs of models: what they write where, and that whatever is wrong is one line and exit code 2."""
 
-import contextlib
-import dataclasses
-import gc
 import io
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 
-import jax.numpy as jnp
 import pytest
 
 from models import chat, convert, generate
-from models.byte_tokenizer import BOUNDARY, BOUNDARY_TOKEN, byte_tokenizer
 from models.command_line import run
-from models.pretrained import Pretrained, save
-from s2jax import LocalStride
-from tests.models.checkpoints import LLAMA, transformer
-
-pytestmark = pytest.mark.usefixtures("quick_compilation", "kept_compilations")
+from tests.models.programs import ran, write
 
 ROOT = pathlib.Path(__file__).parents[2]
-PATTERN = LocalStride(16, 1, 2)
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 
-
-def write(directory, *, nan=False):
-    config = dataclasses.replace(LLAMA, vocab_size=272, pattern=PATTERN, dense_layers=(1,))
-    model = transformer(config)
-    if nan:
-        model.layers[0].attention_norm.scale.set_value(jnp.full(64, 1e38))
-        model.layers[0].mlp_norm.scale.set_value(jnp.full(64, 1e38))
-    kept = {
-        "tokenizer": byte_tokenizer(),
-        "bos_id": BOUNDARY,
-        "eos_ids": (BOUNDARY,),
-        "special_tokens": {"eos_token": BOUNDARY_TOKEN},
-    }
-    save(directory, Pretrained(model=model, max_context=128, chat_template=TEMPLATE, **kept))
-    return directory
+pytestmark = pytest.mark.usefixtures("quick_compilation", "kept_compilations")
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return write(tmp_path_factory.mktemp("programs") / "model")
-
-
-def ran(program, *arguments, out=None, err=None) -> tuple[int, str, str]:
-    """The exit code and what was written to stdout and stderr, or to others in their places."""
-    out, err = out or io.StringIO(), err or io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = program.main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-    return code, out.getvalue(), err.getvalue()
 
 
 class TestGenerate:
@@ -236,81 +199,6 @@ class TestChat:
         code, out, err = ran(chat, "--model", directory)
         assert (code, out) == (2, "")
         assert message in err.splitlines()[-1]
-
-    def test_the_prompt_goes_to_a_terminal_or_to_stderr(self, directory, monkeypatch):
-        flags = "--model", directory, "--max-new-tokens", "3"
-        monkeypatch.setattr(sys, "stdin", Terminal("hi\nyes\n"))
-        code, out, err = ran(chat, *flags)
-        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nyes\n"))
-        assert (code, out) == ran(chat, *flags)[:2]
-        assert err.count("> ") == 3
-        monkeypatch.setattr(sys, "stdin", Terminal("hi\nyes\n"))
-        shown = ran(chat, *flags, out=Terminal())[1]
-        assert shown == "".join(f"> {line}" for line in [*out.splitlines(keepends=True), "\n"])
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-class Interrupted(io.StringIO):
-    """A stream during whose third write Ctrl-C comes while Python is in a callback, whose exceptions it drops."""
-
-    def __init__(self, presses: int, at: int = 3):
-        super().__init__()
-        self.presses, self.left = presses, at
-
-    def write(self, text):
-        self.left -= bool(text)
-        if text and self.left == 0:
-            gc.callbacks.append(self.press)
-            gc.collect()
-        return super().write(text)
-
-    def press(self, phase, info):
-        gc.callbacks.remove(self.press)
-        for _ in range(self.presses):
-            signal.raise_signal(signal.SIGINT)
-
-
-class TestCtrlC:
-    """No press is lost, none shows a traceback."""
-
-    @pytest.mark.parametrize("presses", [1, 2])
-    def test_generate_ends(self, directory, presses):
-        flags = "--model", directory, "--prompt", "ab", "--max-new-tokens", "100"
-        whole = ran(generate, *flags)[1]
-        code, out, err = ran(generate, *flags, out=Interrupted(presses))
-        assert (code, err.splitlines()[2:]) == (130, ["models.generate: ended by Ctrl-C"])
-        assert whole.startswith(out[:-1])
-        assert 0 < len(out) < len(whole) / 2
-
-    @pytest.mark.parametrize("program", [generate, chat])
-    def test_while_a_model_is_loaded(self, directory, program):
-        prompt = ("--prompt", "a") if program is generate else ()
-        code, out, err = ran(program, "--model", directory, *prompt, err=Interrupted(1, at=1))
-        name = f"models.{program.__name__.rpartition('.')[2]}"
-        assert (code, out) == (130, "")
-        assert err.splitlines() == [f"loading {directory} …", f"{name}: ended by Ctrl-C"]
-
-    def test_an_answer_ends_and_the_conversation_goes_on(self, directory, monkeypatch):
-        flags = "--model", directory, "--max-new-tokens", "40"
-        monkeypatch.setattr(sys, "stdin", Terminal("hi\nyes\n"))
-        whole = ran(chat, *flags)[1].splitlines()
-        monkeypatch.setattr(sys, "stdin", Terminal("hi\nyes\n"))
-        code, out, err = ran(chat, *flags, out=Interrupted(1))
-        first, second = out.splitlines()
-        assert (code, "Traceback" in err) == (0, False)
-        assert whole[0].startswith(first)
-        assert 0 < len(first) < len(whole[0]) / 2
-        assert second
-
-    def test_lines_that_are_not_typed_end_with_it(self, directory, monkeypatch):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("hi\nyes\n"))
-        code, _, err = ran(chat, "--model", directory, out=Interrupted(1))
-        assert (code, err.splitlines()[-1]) == (130, "models.chat: ended by Ctrl-C")
-        assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Pictures: the text to the letter, the drawing by its colours, the command line."""
 
 import builtins
+import io
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -89,6 +91,19 @@ def test_command_line(tmp_path, capsys):
     assert "together read" in told.err  # two residues of eight
     picture.main(["Ranges(((2, 1), (None, 3)))", "--heads", "3", "--text"])
     assert "all heads together" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_encodings_without_blocks(tmp_path, monkeypatch, encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    picture.main(["LocalStride(64, 1, 4)", "--heads", "4", "--length", "512", "--text"])
+    picture.main(["Local(2)", "--out", str(tmp_path / "日本.svg")])
+    stream.flush()
+    said = stream.buffer.getvalue().decode(encoding)
+    assert "|# '.                |  '.                |  #.                | #'.                |###.\n" in said
+    assert said.endswith("\\u65e5\\u672c.svg\n")
+    assert (tmp_path / "日本.svg").exists()
 
 
 @pytest.mark.parametrize(
