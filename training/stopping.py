@@ -8,10 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 from training.output import warn
+
+_AGAIN_AFTER = 0.02  # seconds, in which the callback that raised has returned
 
 
 class Stopped(BaseException):
@@ -60,14 +64,32 @@ class StopRequest:
         self.in_cluster = False
         self._agreed, self._asked, self._deferred = False, 0, 0
         self._before: dict[signal.Signals, Any] = {}
+        self._hook, self._again = sys.unraisablehook, list[threading.Timer]()
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in stop_signals()}
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._raise_again
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._hook
+        for timer in self._again:
+            timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _raise_again(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Asks once more where Python dropped `Stopped`, as it does with what a finalizer or a callback raises."""
+        asked = self.signal
+        if not issubclass(unraisable.exc_type, Stopped | KeyboardInterrupt) or asked is None:
+            self._hook(unraisable)
+            return
+        if issubclass(unraisable.exc_type, Stopped):
+            self.signal = None
+        else:
+            asked = signal.SIGINT  # the second Ctrl-C
+        self._again.append(threading.Timer(_AGAIN_AFTER, os.kill, (os.getpid(), asked)))
+        self._again[-1].start()
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

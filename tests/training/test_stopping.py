@@ -1,10 +1,12 @@
 """Requests to stop: in phases that save, and in those that have nothing to save."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,28 @@ def test_a_signal_that_a_library_swallowed_is_not_lost():
         with contextlib.suppress(BaseException):  # as finalizers and callbacks of C libraries do
             ask(signal.SIGTERM)
         assert stop.reached()
+
+
+def in_a_callback(*numbers: signal.Signals) -> None:
+    """Python drops what is raised here, as in JAX's callback at garbage collection."""
+
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        for number in numbers:
+            ask(number)
+
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(5)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_python_drops_is_raised_again_without_a_traceback(number, capsys):
+    with StopRequest(), pytest.raises(Stopped, match=number.name):
+        in_a_callback(number)
+    with StopRequest() as stop, stop.deferred(), pytest.raises(KeyboardInterrupt):
+        in_a_callback(number, signal.SIGINT)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_nohup_is_respected():
