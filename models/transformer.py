@@ -21,7 +21,7 @@ class RMSNorm(nnx.Module):
     """RMS norm over the last axis with a learned gain `scale` [f], computed in float32."""
 
     def __init__(self, features: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones(features))
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32))
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... f"]) -> Float[Array, "... f"]:
@@ -225,7 +225,7 @@ class Transformer(nnx.Module):
             x = along(x)
             after.append(cache)
         if last:
-            end = jnp.full(len(x), x.shape[1]) if counts is None else counts
+            end = jnp.full(len(x), x.shape[1], jnp.int32) if counts is None else counts
             x = jnp.take_along_axis(x, jnp.maximum(end - 1, 0)[:, None, None], 1)
         logits = self._logits(x)
         if not begin:

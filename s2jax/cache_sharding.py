@@ -39,7 +39,7 @@ def split_to_create(
     here = num_kv_heads // head_shards(axes)
     sharding = None
     if query_spec is not None:
-        sharding = find_sharding(jax.typeof(jnp.zeros((batch, 1, 1, 1))), here, query_spec)
+        sharding = find_sharding(jax.core.ShapedArray((batch, 1, 1, 1), jnp.float32), here, query_spec)
     return axes, sharding, region * shards_of(sharding)
 
 

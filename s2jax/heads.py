@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import BlockSelection
 from pallas_kernels.checks import check_flag, check_number
 from pallas_kernels.head_place import HeadAxis, axis_names
+from pallas_kernels.problem import accumulation_dtype
 from s2jax.cache import KVCache
 from s2jax.patterns import Pattern, PatternLike, as_pattern
 
@@ -123,7 +124,7 @@ def rms_norm(x: Float[Array, "... d"], gain: Float[Array, "d"], epsilon: float =
     Computed in float32 (float64 for float64 input); the result has the dtype of `x`.
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(accumulation_dtype(x.dtype))
     normalized = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     gain = gain.astype(wide.dtype).reshape((1,) * (x.ndim - 1) + gain.shape)
     return (normalized * gain).astype(x.dtype)
@@ -165,7 +166,7 @@ def rotary(
         )
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise ValueError(f"positions must be integers, got {positions.dtype}; cast them to int32")
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = accumulation_dtype(x.dtype)
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
     if scaling is not None:
         scaling = RopeScaling(*scaling)  # its four numbers will do

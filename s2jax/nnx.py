@@ -236,7 +236,8 @@ class S2Attention(nnx.Module):
         """The dtype that keys and values have if only the parameters say so."""
         leaves = [leaf for name in ("key", "value") for leaf in self._parameters(name)]
         floats = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        return functools.reduce(jnp.promote_types, floats) if floats else self.param_dtype
+        with jax.numpy_dtype_promotion("standard"):
+            return functools.reduce(jnp.promote_types, floats) if floats else self.param_dtype
 
     def _stack(self) -> tuple[int, ...]:
         """The leading axes of the parameters of layers that were stacked by `nnx.vmap`; () for a single one."""

@@ -192,7 +192,7 @@ def sample_text(trainer: Trainer, params: Any, *, prompt: str, length: int, temp
     def add_one(params, i, tokens):
         batch = {
             "tokens": jax.lax.with_sharding_constraint(tokens, batch_sharding(trainer.mesh)),
-            "positions": jnp.broadcast_to(jnp.arange(total), tokens.shape),
+            "positions": jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), tokens.shape),
             "segment_ids": jnp.zeros_like(tokens),
         }
         logits = trainer.logits(params, batch)[0, i - 1, : BOUNDARY + 1]

@@ -25,8 +25,10 @@ def warmup_cosine(options: OptimizerOptions, steps: int) -> Callable[[Int[Array,
     warmup = min(options.warmup_steps, steps // 2)
 
     def share(step):
-        rise = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
-        progress = jnp.clip((step + 1 - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        # float32 under x64 too, where an integer over another one would be float64.
+        done, since = (jnp.asarray(step + 1 - start, jnp.float32) for start in (0, warmup))
+        rise = jnp.minimum(done / max(warmup, 1), 1.0)
+        progress = jnp.clip(since / max(steps - warmup, 1), 0.0, 1.0)
         cosine = 0.5 * (1 + jnp.cos(jnp.pi * progress))
         return rise * (options.final_fraction + (1 - options.final_fraction) * cosine)
 

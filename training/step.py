@@ -53,7 +53,7 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         shapes = nnx.eval_shape(lambda: models.Transformer(self.model_config, rngs=nnx.Rngs(0)))
         self._graph, self._param_shapes = nnx.split(shapes)
-        abstract = jax.eval_shape(self._initial, jax.random.key(0))
+        abstract = jax.eval_shape(lambda: self._initial(jax.random.key(0)))
         self.shardings = state_shardings(abstract, mesh)
         self.abstract_state = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -67,7 +67,9 @@ class Trainer:
 
     def init(self, seed: int) -> TrainState:
         """Fresh weights, made where they lie; the same on every mesh."""
-        return jax.jit(self._initial, out_shardings=self.shardings)(jax.random.key(seed))
+        # The key is an argument: XLA would try to compute the weights of a constant one while it compiles.
+        key = jax.jit(jax.random.key, static_argnums=0)(seed)
+        return jax.jit(self._initial, out_shardings=self.shardings)(key)
 
     def begin(self, params: Any) -> TrainState:
         """Step 0 with these weights, which lie as `shardings` says and are given away."""
@@ -106,7 +108,8 @@ class Trainer:
             batch,
             self.config.optimizer.accumulate,
         )
-        with jax.named_scope("optimizer"):
+        # Optax mixes dtypes, which a user's strict promotion would refuse.
+        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         share = warmup_cosine(self.config.optimizer, self.config.steps)(state.step)
@@ -144,7 +147,7 @@ def accumulated_gradient(
     def add_part(total, part):
         return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
 
-    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add_part, zero, split)[0]
 
 
