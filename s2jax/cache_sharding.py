@@ -7,6 +7,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -39,7 +40,7 @@ def split_to_create(
     here = num_kv_heads // head_shards(axes)
     sharding = None
     if query_spec is not None:
-        sharding = find_sharding(jax.core.ShapedArray((batch, 1, 1, 1), jnp.float32), here, query_spec)
+        sharding = find_sharding(ShapedArray((batch, 1, 1, 1), jnp.float32), here, query_spec)
     return axes, sharding, region * shards_of(sharding)
 
 
