@@ -117,7 +117,7 @@ class KVCache:
             pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback,
             shards=shards,
         )  # fmt: skip
-        tables, zeros = OwnTables(layout, None, axes), cache_step.no_tokens(batch)
+        tables, zeros = OwnTables(layout, None, axes), cache_step.equal_counts(batch, 0)
         empty = functools.partial(
             cls._empty, layout=layout, head_dim=head_dim, value_dim=value_dim, dtype=dtype, query_spec=query_spec,
             head_axis=axes,
@@ -217,9 +217,9 @@ class KVCache:
             raise ValueError(
                 f"from 0 to max_rollback={most} tokens can be taken back, got {tokens}; see KVCache.create"
             )
-        tokens = jax.device_put(np.int32(tokens)) if isinstance(tokens, (int, np.integer)) else jnp.asarray(tokens)
-        tokens = cache_step.for_every_sequence(tokens, len(self.lengths))
-        arguments = KVCache._shortened, self._sharding(), "cc", "c", self, tokens
+        batch, is_one = len(self.lengths), isinstance(tokens, (int, np.integer))
+        counts = cache_step.equal_counts(batch, int(tokens)) if is_one else cache_step.counts_of(tokens, batch)
+        arguments = KVCache._shortened, self._sharding(), "cc", "c", self, counts
         return dataclasses.replace(self, lengths=over_shards(*arguments, like=(self.lengths,))[0])
 
     def reset(self, which: Bool[Array, " b"]) -> "KVCache":

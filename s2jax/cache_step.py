@@ -183,14 +183,14 @@ def lengthened(lengths: Array, most: int, counts: Array | None) -> Int32[Array, 
     return jnp.where((counts >= 0) & (counts <= most), lengths + counts, NEVER)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def no_tokens(batch: int) -> Int32[Array, " b"]:
-    """Lengths of empty sequences."""
-    return jnp.zeros(batch, jnp.int32)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def equal_counts(batch: int, tokens: int) -> Int32[Array, " b"]:
+    """The same number of tokens for every sequence. Compiled: over a mesh it is there where it is needed."""
+    return jnp.full(batch, tokens, jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def for_every_sequence(tokens: Array, batch: int) -> Int32[Array, " b"]:
+def counts_of(tokens: Array, batch: int) -> Int32[Array, " b"]:
     """One number of tokens or several, for every sequence."""
     return jnp.broadcast_to(tokens.astype(jnp.int32), (batch,))
 
