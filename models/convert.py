@@ -40,7 +40,7 @@ def lost_mass(model: Transformer, pattern: Pattern, tokens: Int[Array, "b t"]) -
     for layer in model.layers:
         share, x = _lost_by_layer(pattern, *nnx.split(layer), x)
         lost.append(share)
-    return np.array(jnp.stack(lost))
+    return np.array(jax.device_get(lost))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -104,7 +104,7 @@ def _convert(argv: list[str] | None) -> None:
         share, budget = pattern.density(config.num_heads, config.num_kv_heads, length), given.flops_budget
     dense_layers_within(np.zeros(config.num_layers), share, budget)  # before anything takes long
     say(f"measuring {counted(config.num_layers, 'layer')} …")
-    lost = lost_mass(pretrained.model, pattern, jnp.asarray([ids]))
+    lost = lost_mass(pretrained.model, pattern, jax.device_put(np.asarray([ids], np.int32)))
     if not np.isfinite(lost).all():
         raise FloatingPointError("the model's attention is NaN on this text: its weights are broken, or it overflows")
     dense = np.array([config.layer_pattern(layer) == Dense() for layer in range(config.num_layers)])

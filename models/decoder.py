@@ -1,6 +1,7 @@
 """A batch of sequences over a model's caches: prompts in, one token after the other out."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ def padded_width(tokens: int) -> int:
 
 class Decoder:
     """Sequences of a model at lengths of their own: feeds them tokens and draws the next ones.
+
+    Whatever goes to the device or comes from it does so by `device_put` and `device_get`, as a transfer guard asks.
 
     Args:
         pretrained: the model.
@@ -71,7 +74,9 @@ class Decoder:
         """Begins all sequences anew."""
         self.caches = self._model.create_caches(self._batch, **self._cache_settings)
         self.lengths = np.zeros(self._batch, int)
-        self._logits = jnp.full((self._batch, self._model.config.vocab_size), jnp.nan)
+        # NaN would say that there is nothing to draw from, but JAX's debug_nans refuses them in results.
+        self._fed = np.zeros(self._batch, bool)
+        self._logits = _no_logits(self._batch, self._model.config.vocab_size)
 
     @property
     def nbytes(self) -> int:
@@ -88,7 +93,7 @@ class Decoder:
         width, begin = self._way(tokens)
         self._compiled(width, begin=begin)
         self._compiled(1, begin=False)
-        self._choose(self._logits, 0)
+        self._choose(self._logits, jax.device_put(np.int32(0)))
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
         """Appends tokens to every sequence, any number to each; to those that get none nothing happens.
@@ -116,8 +121,10 @@ class Decoder:
         counts = np.array([len(row) for row in tokens], np.int32)
         padded = np.array([row + [0] * (width - len(row)) for row in tokens], np.int32)
         step = self._compiled(width, begin=begin)
-        self._logits, self.caches = step(self._state, padded, self.caches, counts, self._logits)
+        on_device = jax.device_put((padded, counts))
+        self._logits, self.caches = step(self._state, on_device[0], self.caches, on_device[1], self._logits)
         self.lengths += counts
+        self._fed |= counts > 0
 
     def draw(self, which: Sequence[bool] | None = None) -> list[int]:
         """The next token of every sequence, not fed yet.
@@ -128,7 +135,8 @@ class Decoder:
         Raises:
             FloatingPointError: the logits of a sequence define no distribution; its position is named.
         """
-        tokens = np.asarray(self._choose(self._logits, self._draws)).tolist()
+        chosen = self._choose(self._logits, jax.device_put(np.int32(self._draws)))
+        tokens = np.where(self._fed, jax.device_get(chosen), UNDEFINED).tolist()
         self._draws += 1
         for row, token in enumerate(tokens):
             if token == UNDEFINED and (which is None or which[row]):
@@ -138,13 +146,14 @@ class Decoder:
 
     def rollback(self, tokens: Sequence[int]) -> None:
         """Takes back the last tokens of every sequence. What follows must be fed before anything is drawn."""
-        counts = jnp.asarray(tokens, jnp.int32)
+        counts = jax.device_put(np.asarray(tokens, np.int32))
         self.caches = tuple(cache.rollback(counts) for cache in self.caches)
         self.lengths -= np.asarray(tokens)
 
     def reset(self, which: Sequence[bool]) -> None:
         """Empties some of the sequences, for others to take their places."""
-        self.caches = tuple(cache.reset(jnp.asarray(which)) for cache in self.caches)
+        emptied = jax.device_put(np.asarray(which, bool))
+        self.caches = tuple(cache.reset(emptied) for cache in self.caches)
         self.lengths[np.asarray(which)] = 0
 
     def wait(self) -> None:
@@ -182,9 +191,14 @@ def _chooser(sampling: Sampling, seed: int, batch: int):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), draws)
             return sampling(logits[None], key)[0]
 
-        return jax.vmap(one)(jnp.arange(batch), logits)
+        return jax.vmap(one)(jnp.arange(batch, dtype=jnp.int32), logits)
 
     return choose
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _no_logits(batch: int, vocab_size: int) -> Array:
+    return jnp.zeros((batch, vocab_size), jnp.float32)
 
 
 def _full_bytes(cache, length: int) -> int:

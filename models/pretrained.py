@@ -15,7 +15,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 from flax import nnx
 from tokenizers import Tokenizer
 
@@ -173,7 +173,7 @@ def load(path: str | os.PathLike, pattern: Pattern | None = None, **settings: An
     checkpoint = open_checkpoint(path, pattern, **settings)
     arrays = nnx.traversals.flatten_mapping(checkpoint.parameters())
     for name in arrays:  # one by one: two copies of a tensor at a time, not of the model
-        arrays[name] = jnp.asarray(arrays[name])
+        arrays[name] = jax.device_put(arrays[name])
     return checkpoint.with_parameters(nnx.traversals.unflatten_mapping(arrays))
 
 

@@ -203,6 +203,6 @@ def sample_text(trainer: Trainer, params: Any, *, prompt: str, length: int, temp
         tokens = jnp.zeros((rows, total), jnp.int32).at[:, : len(opening)].set(opening)
         return jax.lax.fori_loop(len(opening), total, lambda i, tokens: add_one(params, i, tokens), tokens)[0]
 
-    stream = np.asarray(jax.jit(sample, out_shardings=replicated(trainer.mesh))(params))[1:].tolist()
+    stream = jax.device_get(jax.jit(sample, out_shardings=replicated(trainer.mesh))(params))[1:].tolist()
     end = next((i for i in range(len(opening) - 1, len(stream)) if not 0 <= stream[i] < 256), len(stream))
     return bytes(stream[:end]).decode(errors="replace")
