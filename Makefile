@@ -34,10 +34,10 @@ chat: .venv/.generate ## talk to a real model; ARGS="--model my-model"
 	@$(PY) -m models.chat $(ARGS)
 
 test: .venv/.test ## the test suite; ARGS="-k patterns"
-	@$(PY) -m pytest -n $(WORKERS) $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-all: .venv/.test ## the same with the slow tests
-	@$(PY) -m pytest -n $(WORKERS) -m "" $(ARGS)
+	@$(PY) -m pytest -n $(WORKERS) --dist worksteal -m "" $(ARGS)
 
 lint: .venv/.dev ## ruff and pyright
 	@$(PY) -m ruff check .

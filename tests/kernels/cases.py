@@ -54,7 +54,7 @@ class Case:
       segments: None; "packed", three documents in each sequence; "strangers", some queries find nothing of their own.
       tiling: which tile sizes; a backend has its own for "merged" (several rows a tile, several steps), "small" (one
         block at a time) and "default".
-      slow: left to the slow tests.
+      slow: left to the slow tests, as each of its traits stands in another case too.
     """
 
     name: str
@@ -166,29 +166,29 @@ WINDOW = LocalStride(BLOCK, 1, 3)
 NOT_OWN = LocalStride(BLOCK, 0, 4, head_offset=1)  # many rows read nothing
 
 FAMILIES = [
-    Case("dense", Dense()),
+    Case("dense", Dense(), slow=True),
     Case("dense both ways", Dense(causal=False), query_length=70, kv_length=45),
     Case("local stride", WINDOW, "bfloat16"),
     Case("local stride with dense heads", LocalStride(BLOCK, 2, 4, num_dense_heads=1), slow=True),
-    Case("local stride both ways", LocalStride(BLOCK, (2, 1), 4, causal=False), "bfloat16"),
+    Case("local stride both ways", LocalStride(BLOCK, (2, 1), 4, causal=False), "bfloat16", slow=True),
     Case("stripes by query head", LocalStride(BLOCK, 1, 5, residues="query_head"), "bfloat16"),
     Case("stripes by query head, DKernel's", LocalStride(BLOCK, 1, 4, 1, 1, residues="query_head"), slow=True),
     Case("one for all heads", LocalStride(BLOCK, 1, 3, homo_head=True), "float16", slow=True),
-    Case("strided", Strided(BLOCK, 3), sinks=True),
-    Case("ranges", Ranges(((2, 1), (4, 2), (None, 4)), BLOCK), "bfloat16", query_length=150, kv_length=150),
+    Case("strided", Strided(BLOCK, 3), sinks=True, slow=True),
+    Case("ranges", Ranges(((2, 1), (4, 2), (None, 4)), BLOCK), "bfloat16", query_length=150, kv_length=150, slow=True),
     Case("ranges both ways, bounded", Ranges(((1, 1), (3, 2)), BLOCK, causal=False)),
-    Case("relative stride", RelativeStride(BLOCK, 1, 3), "bfloat16"),
+    Case("relative stride", RelativeStride(BLOCK, 1, 3), "bfloat16", slow=True),
     Case("relative stride, causal", RelativeStride(BLOCK, 2, 2, causal=True, homo_head=True), slow=True),
     Case("window of blocks", Local(2, block_size=BLOCK), slow=True),
-    Case("window of tokens", Local(tokens=21), "bfloat16"),
+    Case("window of tokens", Local(tokens=21), "bfloat16", slow=True),
     Case("window of tokens both ways", Local(tokens=(9, 30), causal=False) | FirstBlocks(1, BLOCK)),
-    Case("first tokens and a window", FirstTokens(5) | Local(tokens=18) | FirstBlocks(0, BLOCK), "float16"),
+    Case("first tokens and a window", FirstTokens(5) | Local(tokens=18) | FirstBlocks(0, BLOCK), "float16", slow=True),
     Case("first tokens both ways", FirstTokens(37, causal=False) & LocalStride(BLOCK, 2, 2, causal=False)),
     Case("block mask for each head", BlockMask(random_mask(4, 6, 0.4), BLOCK), "bfloat16"),
-    Case("block mask both ways", BlockMask(random_mask(1, 7, 0.3), BLOCK, causal=False), sinks=True),
+    Case("block mask both ways", BlockMask(random_mask(1, 7, 0.3), BLOCK, causal=False), sinks=True, slow=True),
     Case("block mask within a window", BlockMask(random_mask(4, 3, 0.6), 32) & Local(tokens=40), slow=True),
     Case("patterns by query head", PerHead([Dense(), WINDOW, Local(tokens=9), NOT_OWN]), "bfloat16"),
-    Case("patterns by KV head", PerHead([FirstTokens(19) | Local(1, block_size=32), Strided(BLOCK, 2)])),
+    Case("patterns by KV head", PerHead([FirstTokens(19) | Local(1, block_size=32), Strided(BLOCK, 2)]), slow=True),
     Case("mixed block sizes", LocalStride(32, 1, 2) & (Local(3, block_size=BLOCK) | FirstTokens(20))),
     Case("cut into stripes", LocalStride(32, 1, 3) & LocalStride(BLOCK, 1, 2, residues="query_head"), slow=True),
 ]
@@ -220,8 +220,10 @@ def odd_queries(head, query, key):
 FUNCTIONS = [
     Case("dilated by head", MaskMod(dilated_by_head, BLOCK), "bfloat16", query_length=70, kv_length=70),
     Case("prefix LM", MaskMod(prefix, BLOCK, causal=False), query_length=61, kv_length=70, sinks=True),
-    Case("documents by a function", MaskMod(same_document, BLOCK), query_length=40, offsets=37, kv_length=77),
-    Case("2-D neighbourhood", MaskMod(near_in_the_picture, BLOCK, causal=False), "bfloat16", tiling="small"),
+    Case(
+        "documents by a function", MaskMod(same_document, BLOCK), query_length=40, offsets=37, kv_length=77, slow=True
+    ),
+    Case("2-D neighbourhood", MaskMod(near_in_the_picture, BLOCK, causal=False), "bfloat16", tiling="small", slow=True),
     Case("empty rows by a function", MaskMod(odd_queries, BLOCK), query_length=50, offsets=(30, 9), traced=True),
     Case(
         "mask of tokens", TokenMask(random_mask(4, 70, 0.1)[:, :50], BLOCK), query_length=50, kv_length=70, sinks=True
@@ -238,31 +240,38 @@ SHAPES = [
     Case("t > s", LocalStride(BLOCK, 2, 3), query_length=101, kv_length=50),
     Case("offset within a block", WINDOW | FirstTokens(3), query_length=45, kv_length=90, offsets=21),
     Case("queries beyond the keys", WINDOW | FirstTokens(3), query_length=45, kv_length=64, offsets=50, slow=True),
-    Case("no groups", WINDOW, "float16", num_heads=2),
+    Case("no groups", WINDOW, "float16", num_heads=2, slow=True),
     Case("groups of four", LocalStride(BLOCK, 1, 2), "bfloat16", num_heads=4, num_kv_heads=1, tiling="small"),
     Case("narrow values", WINDOW, "float64", features=8, value_features=3),
     Case("wide values", Local(2, block_size=BLOCK), "bfloat16", features=4, value_features=24, slow=True),
     Case("blocks of 64", LocalStride(64, 1, 2), "bfloat16", query_length=200, kv_length=200, tiling="default"),
-    Case("block by block", LocalStride(BLOCK, 2, 2) | FirstTokens(3), query_length=100, kv_length=100, tiling="small"),
+    Case(
+        "block by block",
+        LocalStride(BLOCK, 2, 2) | FirstTokens(3),
+        query_length=100,
+        kv_length=100,
+        tiling="small",
+        slow=True,
+    ),
 ]
 
 OPTIONS = [
     Case("scale", WINDOW, scale=0.7, slow=True),
-    Case("soft cap", WINDOW, soft_cap=1.5),
+    Case("soft cap", WINDOW, soft_cap=1.5, slow=True),
     Case("soft cap, low precision", WINDOW, "bfloat16", soft_cap=5.0, scale=1.0, sinks=True, segments="packed"),
-    Case("sinks", WINDOW, "bfloat16", sinks=True),
+    Case("sinks", WINDOW, "bfloat16", sinks=True, slow=True),
     Case("sinks in float64", NOT_OWN, "float64", sinks=True, soft_cap=2.0, segments="packed"),
-    Case("empty rows", NOT_OWN),
+    Case("empty rows", NOT_OWN, slow=True),
     Case("nothing read at all", NOT_OWN, "bfloat16", query_length=7, kv_length=7),
     Case("empty rows with sinks", NOT_OWN, "bfloat16", sinks=True),
-    Case("documents", WINDOW | FirstTokens(5), segments="packed"),
+    Case("documents", WINDOW | FirstTokens(5), segments="packed", slow=True),
     Case("documents both ways", Dense(causal=False), "bfloat16", segments="packed", query_length=70),
     Case("strangers", LocalStride(BLOCK, 1, 2), segments="strangers", tiling="small"),
     Case("strangers with sinks", Local(tokens=25), "float16", segments="strangers", sinks=True, slow=True),
 ]
 
 OFFSETS = [
-    Case("offset at run time", WINDOW, query_length=40, offsets=33, traced=True),
+    Case("offset at run time", WINDOW, query_length=40, offsets=33, traced=True, slow=True),
     Case(
         "offsets in step",
         LocalStride(BLOCK, 1, 2, causal=False),
@@ -271,18 +280,21 @@ OFFSETS = [
     Case("an offset for each", WINDOW | FirstTokens(3), "bfloat16", query_length=33, offsets=(0, 57), traced=True),
     Case("offset up to the end", Local(tokens=30), "float64", query_length=20, offsets=(90, 71), traced=True),
     Case("an offset and documents", Dense(), query_length=21, offsets=(5, 69), traced=True, segments="strangers"),
-    Case("an offset both ways", LocalStride(BLOCK, 1, 2, causal=False), query_length=50, offsets=17, traced=True),
+    Case(
+        "an offset both ways", LocalStride(BLOCK, 1, 2, causal=False),
+        query_length=50, offsets=17, traced=True, slow=True,
+    ),
     Case(
         "one query of each, at run time",
         LocalStride(BLOCK, 1, 3, residues="query_head"), "bfloat16",
-        query_length=1, offsets=(13, 89), traced=True, tiling="small",
+        query_length=1, offsets=(13, 89), traced=True, tiling="small", slow=True,
     ),
 ]  # fmt: skip
 
 SELECTIONS = [
-    Case("selection", Selected(), query_length=96, kv_length=96),
+    Case("selection", Selected(), query_length=96, kv_length=96, slow=True),
     Case("selection for each", Selected(batch=2, heads=4), "bfloat16", sinks=True),
-    Case("selection by KV head", Selected(heads=2, block_size=32, most=2), "bfloat16", segments="packed"),
+    Case("selection by KV head", Selected(heads=2, block_size=32, most=2), "bfloat16", segments="packed", slow=True),
     Case("selection, long rows", Selected(query_block=32, block_size=8, most=9), soft_cap=3.0),
     Case("selection, short rows", Selected(query_block=8, block_size=32, heads=4, most=3), "float16", query_length=45),
     Case("selection both ways", Selected(causal=False, heads=2, most=3), query_length=33, tiling="small"),
@@ -298,6 +310,7 @@ BY_NAME = {each.name: each for each in CASES}
 
 
 def parameters(*names: str) -> list:
-    """The table, or those of it, for `pytest.mark.parametrize`."""
+    """The table for `pytest.mark.parametrize`, its slow cases marked; or the named cases, whatever their mark."""
+    marks = [] if names else [pytest.mark.slow]
     chosen = [BY_NAME[name] for name in names] or CASES
-    return [pytest.param(each, id=each.name, marks=[pytest.mark.slow] if each.slow else []) for each in chosen]
+    return [pytest.param(each, id=each.name, marks=marks if each.slow else []) for each in chosen]

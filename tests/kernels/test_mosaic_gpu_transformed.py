@@ -17,7 +17,7 @@ from tests.kernels.transformations import passes
 
 PATTERN = LocalStride(32, 2, 2)
 SPEC = P("data", None, "tensor", None)
-IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["mosaic_gpu", None])
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [pytest.param("mosaic_gpu", marks=pytest.mark.slow), None])
 KERNEL = "mosaic_gpu_v2"
 
 

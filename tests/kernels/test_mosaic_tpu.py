@@ -14,7 +14,7 @@ from s2jax import LocalStride
 from tests.kernels.cases import Case, Selected, parameters
 from tests.kernels.contract import AttentionContract, traced
 
-QUICK = ("local stride", "selection by KV head")
+QUICK = ("local stride",)
 """Cases of the table that are not left to the slow tests."""
 
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
@@ -41,10 +41,7 @@ def named(*cases: Case) -> list:
 
 def slow_but(quick: tuple[str, ...], cases: list) -> list:
     slow = pytest.mark.slow
-    return [
-        pytest.param(*each.values, id=each.id, marks=(*each.marks, *([] if each.id in quick else [slow])))
-        for each in cases
-    ]
+    return [pytest.param(*each.values, id=each.id, marks=[] if each.id in quick else [slow]) for each in cases]
 
 
 SHARED = [each for each in (*parameters(), *named(*SHAPES)) if not isinstance(each.values[0].pattern, Selected)]
@@ -69,7 +66,7 @@ class TestInterpreted(AttentionContract):
         self.check(case)
 
     @pytest.mark.usefixtures("quick_compilation")
-    @pytest.mark.parametrize("case", slow_but(("tiles without keys", "many turns"), named(*SHAPES)))
+    @pytest.mark.parametrize("case", slow_but(("tiles without keys",), named(*SHAPES)))
     def test_shape(self, case: Case):
         self.check(case)
 
@@ -85,7 +82,7 @@ class TestInterpreted(AttentionContract):
             each.cache_clear()
 
     @pytest.mark.usefixtures("quick_compilation", "no_room")
-    @pytest.mark.parametrize("case", slow_but(("local stride",), SHARED))
+    @pytest.mark.parametrize("case", slow_but(("nothing read of whole blocks",), SHARED))
     def test_rows_that_share_lists(self, case: Case):
         self.check(case)
 

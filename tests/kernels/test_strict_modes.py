@@ -47,7 +47,7 @@ def inputs(dtype: str = "float32") -> tuple:
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)])
 def test_gradients_under_all_modes(implementation: str):
     given = inputs()
     gradients = jax.jit(jax.grad(functools.partial(total, implementation=implementation), (0, 1, 2)))

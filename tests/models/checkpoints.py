@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import math
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -57,14 +59,22 @@ TYPES = [1] * 90 + [3, 4]
 TOKENIZER = {"model": "gpt2", "pre": "smollm", "tokens": TOKENS, "token_type": TYPES, "merges": ["a b"]}
 
 
-def transformer(config, seed=0):
-    """A model whose gains are no ones, so that leaving one out shows."""
-    model = Transformer(config, rngs=nnx.Rngs(seed))
-    gains = np.random.default_rng(seed)
-    state = nnx.state(model, nnx.Param)
+def transformer(config, seed=0, *, unit_gains=False):
+    """A model with random weights of the usual sizes, drawn by numpy: nothing is compiled for it.
+
+    Its gains are no ones, so that leaving one out shows, unless `unit_gains`.
+    """
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    random = np.random.default_rng(seed)
+    state = nnx.state(model)
     for path, leaf in nnx.to_flat_state(state):
+        shape = leaf.get_value().shape
         if path[-1] in ("scale", "query_gain", "key_gain"):
-            leaf.set_value(leaf.get_value() * gains.uniform(0.5, 1.5, leaf.get_value().shape).astype(np.float32))
+            values = np.ones(shape) if unit_gains else random.uniform(0.5, 1.5, shape)
+        else:
+            inputs = shape[:-1] if path[-2] == "out" else shape[:1]
+            values = random.normal(0, 0.02 if path[-1] == "embedding" else math.prod(inputs) ** -0.5, shape)
+        leaf.set_value(jnp.asarray(values.astype(np.float32)))
     nnx.update(model, state)
     return model
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from models import Transformer, TransformerConfig
+from models import TransformerConfig
 from models.convert import dense_layers_within, kv_share, lost_mass
 from s2jax import Dense, FirstTokens, Local, LocalStride
+from tests.models.checkpoints import transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
@@ -23,7 +23,7 @@ CONFIG = TransformerConfig(
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("pattern", [LocalStride(16, 1, 3), Local(tokens=10) | FirstTokens(2)], ids=str)
 def test_lost_mass_is_that_of_the_weights(pattern):
-    model = Transformer(CONFIG, rngs=nnx.Rngs(0))
+    model = transformer(CONFIG)
     tokens = jax.random.randint(jax.random.key(0), (2, 70), 0, CONFIG.vocab_size)
     mask, causal = pattern.token_mask(4, 2, 70, 70), np.tril(np.ones((70, 70), bool))
     x, expected = model.embed(tokens), []
@@ -38,7 +38,7 @@ def test_lost_mass_is_that_of_the_weights(pattern):
 
 
 def test_all_of_the_mass_is_kept_by_dense_attention():
-    model = Transformer(CONFIG, rngs=nnx.Rngs(0))
+    model = transformer(CONFIG)
     np.testing.assert_allclose(lost_mass(model, Dense(), jnp.arange(40)[None]), 0, atol=1e-6)
 
 
@@ -52,7 +52,7 @@ def test_layers_that_lose_most_stay_dense_within_the_budget(budget, chosen):
 
 def test_a_sparse_layer_loses_of_what_it_reads_itself():
     own = Local(2, 16)
-    model = Transformer(dataclasses.replace(CONFIG, pattern=own, dense_layers=(1,)), rngs=nnx.Rngs(0))
+    model = transformer(dataclasses.replace(CONFIG, pattern=own, dense_layers=(1,)))
     tokens = jax.random.randint(jax.random.key(0), (1, 70), 0, CONFIG.vocab_size)
     lost = lost_mass(model, own, tokens)
     assert lost[1] > 0.01

@@ -8,24 +8,23 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import Transformer, TransformerConfig
+from models import TransformerConfig
 from models.decoder import Decoder, Spent, generate, generate_batch, padded_width
 from models.pretrained import Pretrained
 from models.sampling import Sampling
 from s2jax import Dense, FirstTokens, Local, LocalStride
-from tests.models.checkpoints import greedy
+from tests.models.checkpoints import greedy, transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
 CONFIG = TransformerConfig(
-    vocab_size=50, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48,
+    vocab_size=50, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48,
     pattern=LocalStride(16, 1, 2), dense_layers=(1,), qk_norm=True, dtype="float32", implementation="xla",
 )  # fmt: skip
 
 
 def pretrained(**changes) -> Pretrained:
-    model = Transformer(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
-    return Pretrained(model=model, max_context=200)
+    return Pretrained(model=transformer(dataclasses.replace(CONFIG, **changes)), max_context=200)
 
 
 def prompt(length: int) -> list[int]:
@@ -88,8 +87,8 @@ class TestModel:
 
     def test_caches_of_another_model(self):
         ours = pretrained().model
-        with pytest.raises(ValueError, match="a model of 3 layers needs as many caches, got 2"):
-            ours.extend(jnp.zeros((1, 1), int), ours.create_caches(1, max_length=64)[:2])
+        with pytest.raises(ValueError, match="a model of 2 layers needs as many caches, got 1"):
+            ours.extend(jnp.zeros((1, 1), int), ours.create_caches(1, max_length=64)[:1])
         dense = pretrained(pattern=Dense()).model.create_caches(1, max_length=64)
         with pytest.raises(ValueError, match=r"the cache was made for Dense\(\), the layer reads by LocalStride"):
             ours.extend(jnp.zeros((1, 1), int), dense)

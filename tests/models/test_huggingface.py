@@ -8,19 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import Transformer, presets
+from models import presets
 from models.huggingface import from_huggingface, load_safetensors, save_safetensors, to_huggingface
 from s2jax.patterns import Dense
+from tests.models.checkpoints import transformer
 
 BASE = dataclasses.replace(presets["tiny"], num_layers=2, implementation="reference")  # which compiles fastest
 CONFIGS = {
     "tied": dataclasses.replace(BASE, num_kv_heads=2, dense_layers=(0, 1)),
     "untied": dataclasses.replace(BASE, tie_embeddings=False, qk_norm=False, head_dim=24),
 }
-
-
-def transformer(config, seed=0):
-    return Transformer(config, rngs=nnx.Rngs(seed))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

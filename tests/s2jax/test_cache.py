@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
 @pytest.mark.usefixtures("quick_compilation")
 class TestEqualsTheOp:
-    @pytest.mark.parametrize("name", slow_but(("local stride", "dense heads", "any mask", "nothing", "first tokens")))
+    @pytest.mark.parametrize("name", slow_but(("local stride", "nothing", "any mask")))
     def test_prompt_then_tokens(self, name):
         tokens, cache = arrays(), cache_for(PATTERNS[name])
         expected = reference(tokens, PATTERNS[name])
@@ -37,15 +37,15 @@ class TestEqualsTheOp:
             check(out, expected[:, at : at + 1])
         assert cache.lengths.tolist() == [130, 130]
 
-    @pytest.mark.parametrize("name", slow_but(("local stride", "read again after a while", "by head")))
+    @pytest.mark.parametrize("name", slow_but(("by head",)))
     def test_chunks(self, name):
         tokens, cache = arrays(), cache_for(PATTERNS[name])
         expected = reference(tokens, PATTERNS[name])
-        for start, stop in ((0, 50), (50, 100), (100, 103), (103, 180)):
+        for start, stop in ((0, 50), (50, 100), (100, 103), (103, 153)):
             out, cache = extend(cache, *cut(tokens, start, stop))
             check(out, expected[:, start:stop])
 
-    @pytest.mark.parametrize("name", BOUNDED)
+    @pytest.mark.parametrize("name", slow_but(("tokens", "stripes"), BOUNDED))
     def test_streams_without_end(self, name):
         length = 400
         tokens, cache = arrays(length=length), cache_for(BOUNDED[name], max_length=None)
@@ -141,7 +141,7 @@ class TestSequences:
             check(out[0, 0], expected[0][0, 100 + step])
             check(out[1, 0], expected[1][1, step])
 
-    @pytest.mark.parametrize("name", slow_but(("local stride", "first tokens")))
+    @pytest.mark.parametrize("name", slow_but(("local stride",)))
     def test_rollback(self, name):
         """Drafts of 20 tokens, of which some are taken back and others come in their place."""
         pattern, draft = PATTERNS[name], arrays(seed=1)
