@@ -35,6 +35,14 @@ def strict_dtypes():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _compiled_quickly(request):
+    """`quick_compilation` for all tests but those of kernels, which ask for it, and those marked `optimised`."""
+    folder = request.path.parent.name
+    if folder not in ("kernels", "benchmarks") and not request.node.get_closest_marker("optimised"):
+        request.getfixturevalue("quick_compilation")
+
+
 @pytest.fixture
 def quick_compilation():
     """XLA without its optimisations, which halves the time of tests that compile much and compute little.

@@ -4,8 +4,6 @@ import dataclasses
 import pathlib
 import re
 
-import pytest
-
 from models.byte_tokenizer import byte_tokenizer
 from models.pretrained import Pretrained, save
 from tests.models.checkpoints import LLAMA, transformer
@@ -19,7 +17,6 @@ def blocks(name: str, first: str, last: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text[text.index(f"## {first}\n") : text.index(f"## {last}\n")], re.S)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_readme(capsys):
     found, told = blocks("README.md", "The layer", "What runs where"), []
     assert len(found) == 3

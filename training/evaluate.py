@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import math
 from collections.abc import Callable, Iterator
@@ -185,24 +186,34 @@ def sample_text(trainer: Trainer, params: Any, *, prompt: str, length: int, temp
     context = trainer.config.input.seq_len
     opening = np.array([BOUNDARY, *prompt.encode()[-(context // 2) :]], np.int32)
     total = min(context, len(opening) + length)
-    sampling = Sampling(temperature)
+    padded = np.zeros(total, np.int32)
+    padded[: len(opening)] = opening
+    given = jax.device_put((padded, np.int32(len(opening)), np.uint32(seed % 2**32)), replicated(trainer.mesh))
+    stream = jax.device_get(_sampler(trainer, Sampling(temperature))(params, *given))[1:].tolist()
+    end = next((i for i in range(len(opening) - 1, len(stream)) if not 0 <= stream[i] < 256), len(stream))
+    return bytes(stream[:end]).decode(errors="replace")
+
+
+@functools.lru_cache(maxsize=1)
+def _sampler(trainer: Trainer, sampling: Sampling):
+    """A compiled function that fills tokens [n] from a position on: one program for all prompts and seeds of a length.
+
+    The parameters are an argument: on several processes a function may not close over arrays that span them.
+    """
     rows = trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"]  # one row for each group of devices, all alike
 
-    # The parameters are an argument: on several processes a function may not close over arrays that span them.
-    def add_one(params, i, tokens):
+    def add_one(params, seed, i, tokens):
         batch = {
             "tokens": jax.lax.with_sharding_constraint(tokens, batch_sharding(trainer.mesh)),
-            "positions": jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), tokens.shape),
+            "positions": jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape),
             "segment_ids": jnp.zeros_like(tokens),
         }
         logits = trainer.logits(params, batch)[0, i - 1, : BOUNDARY + 1]
         key = jax.random.fold_in(jax.random.key(seed), i)
         return tokens.at[:, i].set(sampling(logits[None], key)[0])
 
-    def sample(params):
-        tokens = jnp.zeros((rows, total), jnp.int32).at[:, : len(opening)].set(opening)
-        return jax.lax.fori_loop(len(opening), total, lambda i, tokens: add_one(params, i, tokens), tokens)[0]
+    def sample(params, tokens, start, seed):
+        tokens = jnp.broadcast_to(tokens, (rows, len(tokens)))
+        return jax.lax.fori_loop(start, len(tokens[0]), lambda i, tokens: add_one(params, seed, i, tokens), tokens)[0]
 
-    stream = jax.device_get(jax.jit(sample, out_shardings=replicated(trainer.mesh))(params))[1:].tolist()
-    end = next((i for i in range(len(opening) - 1, len(stream)) if not 0 <= stream[i] < 256), len(stream))
-    return bytes(stream[:end]).decode(errors="replace")
+    return jax.jit(sample, out_shardings=replicated(trainer.mesh))

@@ -23,7 +23,6 @@ from models.pretrained import Pretrained, load, open_checkpoint, save
 from models.sampling import Sampling
 from tests.models.checkpoints import LLAMA, TOKENS, UNTIED, transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SETTINGS = {"dtype": "float32", "implementation": "reference"}
 MODEL = transformer(LLAMA)
 

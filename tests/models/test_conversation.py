@@ -10,7 +10,7 @@ from models.conversation import Conversation
 from models.pretrained import Pretrained
 from tests.models.checkpoints import LLAMA, greedy, transformer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "kept_compilations")
+pytestmark = pytest.mark.usefixtures("kept_compilations")
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
 # Like templates that leave out what the model thought in earlier turns.

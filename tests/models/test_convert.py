@@ -20,7 +20,6 @@ CONFIG = TransformerConfig(
 )  # fmt: skip
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("pattern", [LocalStride(16, 1, 3), Local(tokens=10) | FirstTokens(2)], ids=str)
 def test_lost_mass_is_that_of_the_weights(pattern):
     model = transformer(CONFIG)

@@ -34,7 +34,7 @@ def prompt(length: int) -> list[int]:
 RUN = jax.jit(lambda graph, state, tokens: nnx.merge(graph, state)(tokens), static_argnums=0)
 
 
-@pytest.mark.usefixtures("quick_compilation", "kept_compilations")
+@pytest.mark.usefixtures("kept_compilations")
 class TestModel:
     @pytest.mark.parametrize("pattern", [LocalStride(16, 1, 2), FirstTokens(4) | Local(tokens=20), Dense()], ids=str)
     @pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.slow), 7])

@@ -13,7 +13,6 @@ from s2jax.heads import RopeScaling
 from s2jax.patterns import LocalStride
 from tests.models.checkpoints import LLAMA, QWEN3, UNTIED, gguf_tensors, logits, transformer, write_gguf
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SETTINGS = {"dtype": "float32", "implementation": "reference"}
 
 

@@ -16,7 +16,6 @@ from models.pretrained import Pretrained, load, open_checkpoint, read_tokenizer,
 from s2jax.patterns import BlockMask, FirstBlocks, FirstTokens, Local, LocalStride, Strided
 from tests.models.checkpoints import LLAMA, QWEN3, TOKENIZER, UNTIED, logits, transformer, write_gguf
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SETTINGS = {"dtype": "float32", "implementation": "reference"}
 TOKENS = tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in TOKENIZER.items()})
 

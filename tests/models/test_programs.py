@@ -15,7 +15,7 @@ from tests.models.programs import ran, write
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "kept_compilations")
+pytestmark = pytest.mark.usefixtures("kept_compilations")
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,6 @@ def test_a_mesh_of_eight_gives_one_devices_logits_and_gathers_weights_not_activa
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_caches_on_a_mesh_give_one_devices_logits_and_stay_where_they_are():
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     plain = dataclasses.replace(CONFIG, num_layers=1, dense_layers=(), implementation="reference")

@@ -47,7 +47,7 @@ def check_what_comes_with_it(pretrained):
     assert "You are a helpful AI assistant named SmolLM" in pretrained.chat_template
 
 
-def test_the_model_is_what_it_is_elsewhere(quick_compilation, smollm2_path):  # one test: loading takes seconds
+def test_the_model_is_what_it_is_elsewhere(smollm2_path):  # one test: loading takes seconds
     pretrained = load(smollm2_path, dtype="float32", implementation="reference")  # which compiles fastest
     check_tokens(pretrained.tokenizer)
     check_what_comes_with_it(pretrained)

@@ -12,7 +12,6 @@ from tests import strict_modes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::s2jax.PatternWarning"),
-    pytest.mark.usefixtures("quick_compilation"),
 ]
 
 ALL, SLOW = list(strict_modes.MODES), pytest.mark.slow

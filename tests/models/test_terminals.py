@@ -11,7 +11,7 @@ import pytest
 from models import chat, generate
 from tests.models.programs import ran, write
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "kept_compilations")
+pytestmark = pytest.mark.usefixtures("kept_compilations")
 
 
 @pytest.fixture(scope="module")

@@ -205,6 +205,7 @@ def test_input_that_does_not_fit(ids, arguments, message):
         transformer()(ids, **arguments)
 
 
+@pytest.mark.optimised
 def test_layers_that_read_alike_look_up_once_what_their_caches_hold():
     """Whatever depends on lengths and blocks alone; there are gathers for the embedding, too."""
 

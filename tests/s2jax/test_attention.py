@@ -11,7 +11,7 @@ from tests.kernels.cases import EPS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::s2jax.PatternWarning"),
-    pytest.mark.usefixtures("strict_dtypes", "quick_compilation"),
+    pytest.mark.usefixtures("strict_dtypes"),
 ]
 
 PATTERN = LocalStride(16, 1, 2)

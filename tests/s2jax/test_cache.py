@@ -24,7 +24,6 @@ from tests.s2jax.cache_cases import (
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
 
-@pytest.mark.usefixtures("quick_compilation")
 class TestEqualsTheOp:
     @pytest.mark.parametrize("name", slow_but(("local stride", "nothing", "any mask")))
     def test_prompt_then_tokens(self, name):
@@ -108,7 +107,6 @@ class TestEqualsTheOp:
         assert cache.nbytes < 0.5 * whole.nbytes
 
 
-@pytest.mark.usefixtures("quick_compilation")
 class TestSequences:
     def test_stand_at_lengths_of_their_own(self):
         tokens, cache = arrays(), cache_for(STRIDE)

@@ -227,14 +227,12 @@ def run(case: Case, **settings):
     run_state_machine_as_test(functools.partial(Machine, case), settings=hypothesis.settings(**settings))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", QUICK)
 def test_any_order(name):
     run(QUICK[name], stateful_step_count=30)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", [*QUICK, *THOROUGH])
 def test_any_order_of_many(name):
     run({**QUICK, **THOROUGH}[name], stateful_step_count=50)

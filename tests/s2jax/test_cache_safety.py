@@ -35,7 +35,6 @@ def test_scan():
     check(out.swapaxes(0, 1), reference(tokens, STRIDE)[:, 80:130])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_gradients():
     """Through what is kept too; by a prompt, a chunk and a token."""
     tokens = cut(arrays(), 0, 46)
@@ -55,7 +54,6 @@ def test_gradients():
     jax.tree.map(check, gradients(tokens), expected)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_vmap():
     tokens, cache = arrays(), cache_for(STRIDE)
     _, cache = extend(cache, *cut(tokens, 0, 20))
@@ -65,7 +63,6 @@ def test_vmap():
     check(out[1], out[0], 1e-6)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("name", BOUNDED)
 def test_streams_as_far_as_positions_are_counted(name):
     """As it does near the beginning: what is held is made out to stand half a billion tokens on."""
@@ -179,7 +176,6 @@ def test_lost_sequences_stay_lost_until_they_begin_anew():
     check(out, reference(tokens, BOUNDED["blocks"])[:, :1])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_rollback_counts_from_the_furthest():
     tokens, cache = arrays(), cache_for(STRIDE, max_rollback=8)
     _, cache = extend(cache, *cut(tokens, 0, 40))
@@ -190,7 +186,6 @@ def test_rollback_counts_from_the_furthest():
     assert jnp.isnan(extend(ahead, *cut(tokens, 34, 35))[0]).all()
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_rollback_of_a_fork_ends_where_the_prefix_does():
     tokens, cache = arrays(), cache_for(STRIDE, max_rollback=8)
     _, cache = extend(cache, *cut(tokens, 0, 38))
@@ -220,7 +215,6 @@ def test_donation(dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_what_stays_as_it_is_is_not_copied():
     """Outside of any `jit`, by the addresses of keys and values; and no array stands twice in a cache."""
 
@@ -241,6 +235,7 @@ def test_what_stays_as_it_is_is_not_copied():
         assert len(set(places(each))) == len(places(each))
 
 
+@pytest.mark.optimised
 def test_chunks_take_memory_of_the_cache_and_themselves():
     """Not of their product: four times the chunk takes no more than four times the memory."""
 

@@ -64,7 +64,6 @@ def extend(cache, *tokens, **options):
     return out, cache
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("spec", "pattern", "max_length"),
     [pytest.param(BOTH, RAGGED, 100, marks=pytest.mark.slow), (SEQUENCES, Local(2, block_size=16), None)],
@@ -111,7 +110,6 @@ def test_every_device_keeps_its_share():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_explicit_axes_int8_in_parts(monkeypatch):
     """Heads over both axes, so that every device has one; walked in parts; one value is a NaN, and stays alone."""
     monkeypatch.setattr("s2jax.cache_attention.PAIRS_AT_ONCE", 4 * 12 * 2 * 16 * 2)
@@ -129,7 +127,6 @@ def test_explicit_axes_int8_in_parts(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_explicit_axes_tell_how_an_unsharded_cache_is_split():
     tokens = arrays(34)
     expected = attention(*tokens, RAGGED, implementation="reference")
@@ -142,7 +139,6 @@ def test_explicit_axes_tell_how_an_unsharded_cache_is_split():
     check(np.asarray(out)[2::2], expected[1:, 29:30])
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_inside_of_a_callers_shard_map(monkeypatch):
     monkeypatch.setattr("s2jax.cache_attention.PAIRS_AT_ONCE", 2 * 20 * 16 * 16 * 2)
     tokens = arrays(20)
@@ -153,7 +149,6 @@ def test_inside_of_a_callers_shard_map(monkeypatch):
     check(out, expected)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_layer_splits_its_cache():
     x = np.random.default_rng(0).normal(size=(2, 20, 16)).astype(np.float32)
 
@@ -216,6 +211,7 @@ def test_errors():
         cache_for(RAGGED, query_spec=BOTH)
 
 
+@pytest.mark.optimised
 def test_nothing_of_the_cache_is_gathered_over_a_mesh():
     """Neither by batch nor by heads: what devices tell one another is smaller than what any of them keeps."""
     heads = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 32}

@@ -191,7 +191,6 @@ def test_arguments_that_mean_nothing_are_refused(call, message):
 
 
 @pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v != "everything")) for v in VARIANTS])
-@pytest.mark.usefixtures("quick_compilation")
 def test_both_go_on_from_a_cache(variant):
     layer, twin, x = nnx_layer(**VARIANTS[variant]), linen_layer(**VARIANTS[variant]), inputs(length=40)
     params = {"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}

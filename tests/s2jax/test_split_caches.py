@@ -13,7 +13,6 @@ from tests.s2jax.test_split_heads import MIXED, PATTERN, SPLIT, arrays, mesh_of,
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::s2jax.PatternWarning"),
-    pytest.mark.usefixtures("quick_compilation"),
 ]
 
 create = functools.partial(

@@ -17,7 +17,6 @@ from tests.s2jax.test_split_heads import mesh_of, near
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::s2jax.PatternWarning"),
-    pytest.mark.usefixtures("quick_compilation"),
 ]
 
 PATTERN = LocalStride(16, 1, 4, num_dense_heads=1)

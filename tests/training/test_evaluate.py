@@ -15,8 +15,6 @@ from training.evaluate import far_context, gzip_bits, heldout_bits, sample_text,
 from training.mesh import batch_sharding
 from training.step import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def trainer(small_config, one_device) -> Trainer:

@@ -28,7 +28,6 @@ from training.mesh import make_mesh
 from training.pretrained import checkpoint_of, export, in_tokens, pretrained_state
 from training.step import Trainer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 TOKENS = tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in TOKENIZER.items()})
 END, ROOT = 90, Path(__file__).parents[2]
 # Eight devices, a row each.

@@ -15,7 +15,6 @@ from training.step import Trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::s2jax.PatternWarning"),
-    pytest.mark.usefixtures("quick_compilation"),
 ]
 
 ALL, SLOW = list(strict_modes.MODES), pytest.mark.slow

@@ -23,6 +23,7 @@ from training.ending import ended_by
 from training.recorder import Diverged, Recorder
 from training.step import Metrics, Trainer
 
+SLOW = pytest.mark.slow  # a start of the program takes seconds
 PLURAL_OF_ONE = re.compile(r"(?<![\w.,])1 (KV )?[a-z]*[^s\W]s\b(?!/)|\(s\)")
 
 
@@ -135,6 +136,7 @@ def test_a_checkpoint_of_another_shape_is_one_line(straight):
     assert (straight[0] / "config.json").read_text() == before  # the next resume is not spoiled
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(text, tmp_path):
     """The state that gave the loss is not called good either, and does not stand in the way."""
     run_dir = tmp_path / "run"
@@ -221,9 +223,9 @@ def test_a_gradient_that_is_no_number_stops_the_run_too(small_config, tmp_path, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--data /no/such/place", "expected a file or a directory, got /no/such/place"),
-        ("--steps -1", "--steps: expected a whole number of at least 1, got -1"),
-        ("--mesh 2 2 2", "--mesh: expected counts for 1 device, got 2 × 2 × 2 = 8"),
+        pytest.param("--data /no/such/place", "expected a file or a directory, got /no/such/place", marks=SLOW),
+        pytest.param("--steps -1", "--steps: expected a whole number of at least 1, got -1", marks=SLOW),
+        pytest.param("--mesh 2 2 2", "--mesh: expected counts for 1 device, got 2 × 2 × 2 = 8", marks=SLOW),
         ("--data TOKENS", "expected token ids from 0 to 271 .* got 999 at position 3"),
         ("--data TEXT --implementation fast --run-dir RUN", "fast"),
     ],
