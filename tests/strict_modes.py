@@ -24,6 +24,9 @@ MODES: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
 }
 """Each mode alone. x64 is one of them: in a 64-bit session, Python numbers and `arange` are 64-bit."""
 
+QUICK = [mode for mode in MODES if mode != "tracer leaks"]
+"""The modes that the quick tests turn on together: leaks are looked for without JAX's caches, three times as long."""
+
 EACH = pytest.mark.parametrize("mode", list(MODES))
 """Runs a test once under each mode."""
 

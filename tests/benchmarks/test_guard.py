@@ -49,12 +49,12 @@ def test_one_that_refuses():
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 def test_a_small_call(capsys):
-    smoke.main([smoke.cases()[0], smoke.cases()[-1]], implementation="reference")
+    smoke.main([smoke.cases()[-1]], implementation="reference")
     smoke.main(smoke.cases()[:1], implementation="nothing")
-    right, backward, wrong = map(json.loads, capsys.readouterr().out.splitlines())
-    assert (right["pass"], backward["pass"]) == ("forward", "backward")
+    right, wrong = map(json.loads, capsys.readouterr().out.splitlines())
+    assert right["pass"] == "backward"
     assert right["passed"]
-    assert right["difference"] == backward["difference"] == 0
+    assert right["difference"] == 0
     assert "implementation must be among" in wrong["error"]
 
 

@@ -24,7 +24,11 @@ def prompt(length: int) -> list[int]:
     return np.random.default_rng(length).integers(0, 96, length).tolist()
 
 
-@pytest.mark.parametrize(("pattern", "drafts"), [(Local(1, 16) | FirstBlocks(1, 16), 4), (Dense(), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "drafts"),
+    [(Local(1, 16) | FirstBlocks(1, 16), 4), pytest.param(Dense(), 1, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_speculative_decoding_gives_the_tokens_of_greedy_decoding(pattern, drafts):
     expected = greedy(OURS.model, prompt(70), 24)
     found = speculative_decoding.speculate(OURS, pattern, prompt(70), 24, drafts)

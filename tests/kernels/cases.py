@@ -309,8 +309,12 @@ CASES = [*FAMILIES, *FUNCTIONS, *SHAPES, *OPTIONS, *OFFSETS, *SELECTIONS]
 BY_NAME = {each.name: each for each in CASES}
 
 
-def parameters(*names: str) -> list:
-    """The table for `pytest.mark.parametrize`, its slow cases marked; or the named cases, whatever their mark."""
-    marks = [] if names else [pytest.mark.slow]
-    chosen = [BY_NAME[name] for name in names] or CASES
-    return [pytest.param(each, id=each.name, marks=marks if each.slow else []) for each in chosen]
+def parameters(*names: str, quick: tuple[str, ...] | None = None) -> list:
+    """The named cases for `pytest.mark.parametrize`; or the table, all but the quick cases marked as slow."""
+    if names:
+        return [pytest.param(BY_NAME[name], id=name) for name in names]
+    slow = [each.slow if quick is None else each.name not in quick for each in CASES]
+    return [
+        pytest.param(each, id=each.name, marks=[pytest.mark.slow] if late else [])
+        for each, late in zip(CASES, slow, strict=True)
+    ]

@@ -55,6 +55,7 @@ class TestVmap:
     def attention(self, *arrays, pattern=PATTERN, **options):
         return attention(*arrays, pattern, return_lse=True, implementation="mosaic_gpu", **options)
 
+    @pytest.mark.slow
     def test_over_the_batch(self):
         self.assert_maps(self.attention, *inputs(2))
 
@@ -128,7 +129,9 @@ def test_inside_shard_map(implementation: str | None, inside: bool):
 
 
 @IMPLEMENTATIONS
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)], ids=lambda kind: kind.name
+)
 def test_over_a_mesh(implementation: str | None, kind: AxisType):
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(kind,) * 2, devices=jax.devices()[:4])
     with jax.set_mesh(mesh):

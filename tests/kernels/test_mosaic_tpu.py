@@ -82,7 +82,7 @@ class TestInterpreted(AttentionContract):
             each.cache_clear()
 
     @pytest.mark.usefixtures("quick_compilation", "no_room")
-    @pytest.mark.parametrize("case", slow_but(("nothing read of whole blocks",), SHARED))
+    @pytest.mark.parametrize("case", slow_but((), SHARED))
     def test_rows_that_share_lists(self, case: Case):
         self.check(case)
 

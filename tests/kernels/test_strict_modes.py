@@ -47,11 +47,18 @@ def inputs(dtype: str = "float32") -> tuple:
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("implementation", ["xla", pytest.param("reference", marks=pytest.mark.slow)])
-def test_gradients_under_all_modes(implementation: str):
+@pytest.mark.parametrize(
+    ("implementation", "modes"),
+    [
+        pytest.param("xla", strict_modes.QUICK, id="xla"),
+        pytest.param("xla", list(strict_modes.MODES), id="xla-leaks", marks=pytest.mark.slow),
+        pytest.param("reference", list(strict_modes.MODES), id="reference-leaks", marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_under_all_modes(implementation: str, modes: list[str]):
     given = inputs()
     gradients = jax.jit(jax.grad(functools.partial(total, implementation=implementation), (0, 1, 2)))
-    with strict_modes.on():
+    with strict_modes.on(*modes):
         found = jax.block_until_ready(gradients(*given))
     assert all(np.isfinite(each).all() and each.dtype == jnp.float32 for each in found)
 

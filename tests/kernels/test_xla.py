@@ -16,7 +16,7 @@ from tests.kernels.transformations import TransformationContract
 
 class TestXla(AttentionContract):
     implementation = "xla"
-    random_share = 5
+    random_share = 10
     tilings: typing.ClassVar = {
         # Three rows a tile, packs of three blocks, a few steps; numbers that divide nothing.
         "merged": XlaTiles(queries=100, keys=40, packed_keys=50, walked_queries=70),
@@ -40,7 +40,7 @@ class TestXla(AttentionContract):
     @pytest.mark.parametrize(
         "case",
         parameters(
-            "local stride", "soft cap", "documents both ways", "offset up to the end", "selection",
+            "local stride", "selection",
         ),
     )  # fmt: skip
     def test_two_passes(self, case: Case):

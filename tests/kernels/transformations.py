@@ -25,6 +25,9 @@ CASE = Case("transformed", PATTERN, query_length=40, kv_length=40, features=8, v
 EMPTY_ROWS = dataclasses.replace(CASE, name="empty rows", pattern=LocalStride(16, 0, 4, head_offset=1), sinks=False)
 
 
+WHERE = pytest.mark.parametrize(
+    "inside", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["gradient inside", "gradient outside"]
+)
 PASSES = ("s2jax_forward", "s2jax_backward", "s2jax_tangents")
 
 
@@ -76,6 +79,7 @@ class TransformationContract:
     def test_vmap_over_the_batch(self):
         self.assert_maps(self.gradients, *self.inputs(3))
 
+    @pytest.mark.slow
     def test_vmap_over_offsets(self):
         query, key, value = self.inputs()
         self.assert_maps(
@@ -121,7 +125,9 @@ class TransformationContract:
 
     # grad of grad
 
-    @pytest.mark.parametrize("case", [CASE, EMPTY_ROWS], ids=lambda case: case.name)
+    @pytest.mark.parametrize(
+        "case", [CASE, pytest.param(EMPTY_ROWS, marks=pytest.mark.slow)], ids=lambda case: case.name
+    )
     def test_gradient_of_the_gradient(self, case):
         """Reverse over reverse, against the plain computation in float64, by the same rule as the gradient itself."""
         given = arrays(case)
@@ -168,7 +174,7 @@ class TransformationContract:
             exported = jax.export.deserialize(exported.serialize())
         assert_same_bits(results(function(*inputs)), results(jax.jit(exported.call)(*inputs)), "exporting")
 
-    @pytest.mark.parametrize("inside", [True, False], ids=["gradient inside", "gradient outside"])
+    @WHERE
     def test_inside_shard_map(self, inside: bool):
         """On each shard of the batch, in a `shard_map` of the caller's own, with its checks."""
         mesh = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
@@ -187,7 +193,7 @@ class TransformationContract:
         for found, expected in zip(jax.jit(function)(*inputs), jax.jit(self.gradients)(*inputs), strict=True):
             assert_near(np.asarray(expected), found)
 
-    @pytest.mark.parametrize("inside", [True, False], ids=["gradient inside", "gradient outside"])
+    @WHERE
     def test_queries_split_and_keys_whole(self, inside: bool):
         """Every device has its own queries, at an offset of its own, and all keys, whose gradients are summed."""
         mesh = Mesh(np.array(jax.devices()[:2]), ("length",), axis_types=(AxisType.Auto,))

@@ -17,6 +17,7 @@ from tests.models.checkpoints import greedy, transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
+SLOW = pytest.mark.slow
 CONFIG = TransformerConfig(
     vocab_size=50, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, d_ff=48,
     pattern=LocalStride(16, 1, 2), dense_layers=(1,), qk_norm=True, dtype="float32", implementation="xla",
@@ -36,8 +37,15 @@ RUN = jax.jit(lambda graph, state, tokens: nnx.merge(graph, state)(tokens), stat
 
 @pytest.mark.usefixtures("kept_compilations")
 class TestModel:
-    @pytest.mark.parametrize("pattern", [LocalStride(16, 1, 2), FirstTokens(4) | Local(tokens=20), Dense()], ids=str)
-    @pytest.mark.parametrize("chunk", [pytest.param(None, marks=pytest.mark.slow), 7])
+    @pytest.mark.parametrize(
+        ("pattern", "chunk"),
+        [
+            (FirstTokens(4) | Local(tokens=20), 7),
+            *(pytest.param(LocalStride(16, 1, 2), chunk, marks=SLOW) for chunk in (None, 7)),
+            *(pytest.param(Dense(), chunk, marks=SLOW) for chunk in (None, 7)),
+        ],
+        ids=str,
+    )
     def test_greedy_tokens_are_those_of_the_model_without_a_cache(self, pattern, chunk):
         ours = pretrained(pattern=pattern)
         spent = Spent()
@@ -111,7 +119,9 @@ class TestModel:
                 end = alone[1][2]
                 assert found[row] == (expected[: expected.index(end) + 1] if end in expected else expected)
 
-    @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+    @pytest.mark.parametrize(
+        "sampling", [Sampling(), pytest.param(Sampling(1.0), marks=SLOW)], ids=["greedy", "sampled"]
+    )
     def test_logits_without_a_distribution_end_it_and_name_the_place(self, sampling):
         ours = pretrained()
         ours.model.final_norm.scale.set_value(jnp.full(32, jnp.nan))

@@ -17,7 +17,11 @@ pytestmark = [
 ALL, SLOW = list(strict_modes.MODES), pytest.mark.slow
 SETS = pytest.mark.parametrize(
     "modes",
-    [pytest.param(ALL, id="all"), *(pytest.param([mode], id=mode, marks=SLOW) for mode in ALL)],
+    [
+        pytest.param(strict_modes.QUICK, id="quick"),
+        pytest.param(ALL, id="all", marks=SLOW),
+        *(pytest.param([mode], id=mode, marks=SLOW) for mode in ALL),
+    ],
 )
 PROMPTS = [list(range(3, 30)), [7], list(range(40, 45))]
 

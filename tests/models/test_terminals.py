@@ -62,7 +62,7 @@ class Encoded(io.TextIOWrapper):
         return self.buffer.getvalue().decode(self.encoding)
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("encoding", ["cp1252", pytest.param("ascii", marks=pytest.mark.slow)])
 def test_output_in_encodings_that_lack_characters(directory, monkeypatch, encoding):
     def both(program, *flags):
         found = []
@@ -84,7 +84,7 @@ def test_output_in_encodings_that_lack_characters(directory, monkeypatch, encodi
 class TestCtrlC:
     """No press is lost, none shows a traceback."""
 
-    @pytest.mark.parametrize("presses", [1, 2])
+    @pytest.mark.parametrize("presses", [pytest.param(1, marks=pytest.mark.slow), 2])
     def test_generate_ends(self, directory, presses):
         flags = "--model", directory, "--prompt", "ab", "--max-new-tokens", "100"
         whole = ran(generate, *flags)[1]

@@ -13,6 +13,7 @@ import models.transformer
 from models import Transformer, TransformerConfig
 from pallas_kernels import reference
 from s2jax.patterns import Dense, LocalStride
+from tests.models import checkpoints
 
 PATTERN = LocalStride(block_size=16, local_blocks=1, vert_stride=2)
 CONFIG = TransformerConfig(
@@ -32,7 +33,7 @@ CONFIG = TransformerConfig(
 
 
 def transformer(**changes):
-    return Transformer(dataclasses.replace(CONFIG, **changes), rngs=nnx.Rngs(0))
+    return checkpoints.transformer(dataclasses.replace(CONFIG, **changes), unit_gains=True)
 
 
 def tokens(batch=2, length=70, seed=0):
@@ -59,7 +60,7 @@ def test_logits_are_float32_of_the_vocabulary():
 
 
 def test_a_fresh_model_is_undecided():
-    model = transformer(num_layers=8)
+    model = Transformer(dataclasses.replace(CONFIG, num_layers=8), rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
     assert loss(state, graph, tokens()) == pytest.approx(math.log(50), abs=0.1)
     x = model.embed(tokens()) / 0.02
@@ -93,7 +94,9 @@ def test_dense_layers_are_dense_and_the_others_follow_the_pattern():
         np.testing.assert_array_equal(influence(layer), expected)
 
 
-@pytest.mark.parametrize(("remat", "dtype"), [("attention", "bfloat16"), ("attention", "float32"), ("full", "float32")])
+@pytest.mark.parametrize(
+    ("remat", "dtype"), [("attention", "float32"), pytest.param("full", "bfloat16", marks=pytest.mark.slow)]
+)
 def test_remat_changes_no_gradient(remat, dtype):
     graph, state = nnx.split(transformer(dtype=dtype))
     recomputing, same_state = nnx.split(transformer(dtype=dtype, remat=remat))
@@ -103,7 +106,9 @@ def test_remat_changes_no_gradient(remat, dtype):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), result, expected)
 
 
-@pytest.mark.parametrize(("remat", "runs"), [("attention", 2), ("full", 2), ("everything", 4)], ids=str)
+@pytest.mark.parametrize(
+    ("remat", "runs"), [pytest.param("attention", 2, marks=pytest.mark.slow), ("full", 2), ("everything", 4)], ids=str
+)
 def test_no_remat_runs_the_attention_again(remat, runs, monkeypatch):
     """Counts runs of the attention's forward pass in one step of two layers, by a callback that can be left out."""
     count = []

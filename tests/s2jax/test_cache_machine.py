@@ -42,9 +42,9 @@ STRIDE = LocalStride(SIZE, 2, 3)
 MASK = BlockMask(np.random.default_rng(1).random((HEADS, 10, 10)) < 0.4, SIZE)
 QUICK = {
     "by head": Case(PerHead([STRIDE, STRIDE, WINDOW, RANGES]), 20),
-    "streaming": Case(Local(2, block_size=SIZE), 20, None),
 }
 THOROUGH = {
+    "streaming": Case(Local(2, block_size=SIZE), 20, None),
     "without their own blocks": Case(LocalStride(SIZE, 0, 4, head_offset=1), 100),
     "any mask": Case(MASK, 40),
     "local stride": Case(STRIDE, 20),

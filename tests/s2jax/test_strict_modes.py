@@ -1,4 +1,4 @@
-"""Layers, caches and `combine` under JAX's strict modes: all of them at once in the quick suite, each alone besides."""
+"""Layers, caches and `combine` under JAX's strict modes: most of them at once in the quick tests."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ NARROW = [mode for mode in ALL if mode != "x64"]
 SETS = pytest.mark.parametrize(
     "modes",
     [
-        pytest.param(ALL, id="all"),
+        pytest.param(strict_modes.QUICK, id="quick"),
+        pytest.param(ALL, id="all", marks=SLOW),
         pytest.param(NARROW, id="all but x64", marks=SLOW),
         *(pytest.param([mode], id=mode, marks=SLOW) for mode in ALL),
     ],

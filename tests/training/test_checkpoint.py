@@ -94,7 +94,9 @@ def test_saving_goes_on_beside_steps_that_donate_the_state(checkpoints):
     assert int(restored.state["n"]) == 3
 
 
-@pytest.mark.parametrize("how", TEARS)
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=[pytest.mark.slow] if number > 1 else []) for number, how in enumerate(TEARS)]
+)
 def test_a_torn_newest_one_is_passed_over_and_named(written, said, how):
     tear(written.directory / "3", how)
     restored = written.restore(like(make_state(0)))

@@ -79,7 +79,9 @@ def in_a_callback(*numbers: signal.Signals) -> None:
     time.sleep(5)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    "number", [SIGNALS[0], *(pytest.param(number, marks=pytest.mark.slow) for number in SIGNALS[1:])]
+)
 def test_what_python_drops_is_raised_again_without_a_traceback(number, capsys):
     with StopRequest(), pytest.raises(Stopped, match=number.name):
         in_a_callback(number)

@@ -29,7 +29,8 @@ def config_of(config, optimizer: str, dtype: str, **changes):
 @pytest.mark.parametrize(
     ("optimizer", "dtype", "modes"),
     [
-        pytest.param("adamw", "bfloat16", ALL, id="adamw-all"),
+        pytest.param("adamw", "bfloat16", strict_modes.QUICK, id="adamw"),
+        pytest.param("adamw", "bfloat16", ALL, id="adamw-all", marks=SLOW),
         pytest.param("muon", "float32", ALL, id="muon-all", marks=SLOW),
         *(pytest.param("muon", "bfloat16", [mode], id=f"muon-{mode}", marks=SLOW) for mode in ALL),
     ],

@@ -178,6 +178,7 @@ def test_a_state_that_overflows_in_its_update_is_not_saved(text, tmp_path):
     assert not (run_dir / "model").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_scores_no_number_is_named(text, tmp_path):
     """Its numbers are finite, so it was written before anything was scored."""
     run_dir = tmp_path / "run"
