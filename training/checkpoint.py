@@ -59,6 +59,8 @@ class Checkpoints:
     def __init__(self, directory: Path, *, keep: int, say: Callable[[str], None] = print):
         self.directory = directory.resolve()
         self._say, self._saving = say, 0
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(_orphans_unheard())
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file; its errors are raised, too
         self._remove_unfinished()
         self._alias = None if _PLAIN.fullmatch(str(self.directory)) else _alias_of(self.directory)
@@ -201,6 +203,7 @@ class Checkpoints:
             # In a cluster other processes of this machine may still be using it.
             if self._alias is not None and jax.process_count() == 1:
                 self._alias.unlink(missing_ok=True)
+            self._held.close()
 
 
 def written_steps(directory: Path) -> list[int]:
@@ -246,6 +249,23 @@ def _check_shapes(path: Path, stored: Any, like: Any) -> None:
                 f"expected a checkpoint with {name} {expected.get(name, 'absent')} in {path}, got "
                 f"{got.get(name, 'none')}; the model or optimizer is another one: choose another --run-dir"
             )
+
+
+@contextlib.contextmanager
+def _orphans_unheard() -> Iterator[None]:
+    """Drops reports of writes that end after Orbax gave up their checkpoint, as on a full disk: its loop is closed."""
+    hook = sys.unraisablehook
+
+    def drop(unraisable: Any) -> None:
+        if not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    sys.unraisablehook = drop
+    try:
+        yield
+    finally:
+        if sys.unraisablehook is drop:
+            sys.unraisablehook = hook
 
 
 @contextlib.contextmanager

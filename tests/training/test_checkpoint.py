@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -193,6 +194,27 @@ def test_a_full_disk_is_one_line_and_leaves_the_others_whole(tmp_path):
     checkpoints.wait()
     assert checkpoints.restore(like(state)).step == 3
     checkpoints.close()
+
+
+class Orphan:
+    """Something whose end raises where nobody can catch it."""
+
+    def __init__(self, message: str):
+        self.message = message
+
+    def __del__(self):
+        raise RuntimeError(self.message)
+
+
+def test_writes_that_end_after_their_checkpoint_was_given_up_are_not_heard(tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(str(unraisable.exc_value)))
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    for message in ("Event loop is closed", "something else"):
+        Orphan(message)
+    checkpoints.close()
+    Orphan("Event loop is closed")
+    assert heard == ["something else", "Event loop is closed"]
 
 
 def test_those_not_to_go_on_from_are_moved_aside(written):

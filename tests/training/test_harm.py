@@ -29,7 +29,7 @@ LATE = {
 }
 PHASES = {
     "start": (None, 10.0),
-    "data and state": (r"; \d process\(es\)$", 0.6),
+    "data and state": (r"; \d process(es)?$", 0.6),
     "compilation": (r"parameters, ", 2.0),
     "training": (r"^step ", 0.5),
     "evaluation within the loop": (r"^step [123]0/", 0.2),
@@ -65,9 +65,10 @@ class Listener:
                 self._heard.notify_all()
 
     def wait_for(self, mark: str) -> None:
-        """Returns once a line holds the mark, or the process has ended."""
+        """Returns once a line holds the mark; the phase must come, else a program of other words goes unharmed."""
         with self._heard:
-            while not re.search(mark, self.said, re.MULTILINE) and self._thread.is_alive():
+            while not re.search(mark, self.said, re.MULTILINE):
+                assert self._thread.is_alive(), f"no line matches {mark}\n{self.said}"
                 self._heard.wait(0.2)
 
     def end(self, timeout: float) -> int:
