@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from models.pretrained import Pretrained
 from models.sampling import UNDEFINED, Sampling, undefined_message
+from s2jax.counted import counted
 
 WIDEST = 256
 """Tokens of a step are padded to a power of two up to this, or to a multiple of it, so that few widths are compiled."""
@@ -232,7 +233,8 @@ class Spent:
         rate = max(0, self.tokens - self.sequences) / self.decode if self.decode else 0.0
         prompts = "prompt" if self.sequences == 1 else f"{self.sequences} prompts"
         return (
-            f"{prompts}: {self.prompt} tokens in {self.prefill:.2f} s; then {self.tokens} tokens, {rate:.1f} a second; "
+            f"{prompts}: {counted(self.prompt, 'token')} in {self.prefill:.2f} s; "
+            f"then {counted(self.tokens, 'token')}, {rate:.1f} a second; "
             f"cache: {self.cache_bytes / 2**20:.1f} MiB, {share:.0%} of a full one"
         )
 

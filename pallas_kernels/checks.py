@@ -7,7 +7,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.head_place import (
     UNNAMED,
@@ -24,8 +24,8 @@ from pallas_kernels.selection import BlockSelection
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-def check_number(name: str, value, above: float | None = None) -> float:
-    """The value as a float; raises ValueError unless it is a finite number, greater than `above`."""
+def check_number(name: str, value, above: float | None = None, most: float = math.inf) -> float:
+    """The value as a float; raises ValueError unless it is a finite number, greater than `above`, at most `most`."""
     scalar = isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "iuf"
     if isinstance(value, bool) or not (scalar or isinstance(value, numbers.Real)):
         raise ValueError(f"{name} must be a number known while tracing, got {type(value).__name__}")
@@ -36,6 +36,8 @@ def check_number(name: str, value, above: float | None = None) -> float:
     if not math.isfinite(number) or (above is not None and number <= above):
         bound = "a finite number" if above is None else f"a finite number greater than {above:g}"
         raise ValueError(f"{name} must be {bound}, got {value!r}")
+    if number > most:
+        raise ValueError(f"{name} must be a number of at most {most:g}, got {number:g}")
     return number
 
 
@@ -46,14 +48,24 @@ def check_flag(name: str, value) -> bool:
     return bool(value)
 
 
-def _kind(value) -> tuple[np.dtype | None, tuple[int, ...], str]:
+def kind_of(value) -> tuple[np.dtype | None, tuple[int, ...], str]:
     """dtype and shape of a number or an array, and both in words; no dtype if the value is neither."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return value.dtype, value.shape, f"{value.dtype} {value.shape}"
     if isinstance(value, int | float):
         kind = next(kind for kind in (bool, int, float) if isinstance(value, kind))
-        return np.dtype(kind), (), f"{value!r}"  # of an int beyond 64 bits, too
+        return np.dtype(kind), (), f"{value!r}"[:100]  # of an int beyond 64 bits, too
     return None, (), f"{type(value).__name__} {value!r}"[:100]
+
+
+def as_dtype(value) -> np.dtype | None:
+    """The dtype that a value names; None if it names none."""
+    if value is None or isinstance(value, numbers.Number | np.ndarray | jax.Array):
+        return None
+    try:
+        return jnp.dtype(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def check_operands(
@@ -161,25 +173,30 @@ def _check_selection(selection: BlockSelection, batch: int, query_length: int, n
 
 
 def _offsets(query_offset, batch: int):
-    most = np.iinfo(np.int32).max // 2  # lengths are added
-    dtype, shape, came = _kind(query_offset)
+    dtype, shape, came = kind_of(query_offset)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or shape not in ((), (batch,)):
         raise ValueError(
             f"query_offset must be an integer or an integer array [{batch}], one for each sequence, got {came}"
         )
-    if isinstance(query_offset, int | np.integer | np.ndarray):
-        query_offset = np.clip(query_offset, -1, most)  # what JAX would cut off is out of range all the same
-    return _clipped_offsets(query_offset, most, batch)
+    return clipped(query_offset, batch)
+
+
+def clipped(integers, batch: int) -> Int32[Array, " batch"]:
+    """int32 integers of at least -1, one for each sequence; what exceeds int32 is out of every range all the same."""
+    most = np.iinfo(np.int32).max // 2  # lengths are added
+    if isinstance(integers, int | np.integer | np.ndarray):
+        integers = np.clip(integers, -1, most)
+    return _clipped(integers, most, batch)
 
 
 # Compiled, as are all conversions here: under JAX's transfer guard, single operations may not bring their constants.
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _clipped_offsets(offset, most: int, batch: int):
-    if jnp.iinfo(offset.dtype).max > most:
-        offset = jnp.minimum(offset, most)
-    if jnp.iinfo(offset.dtype).min < 0:
-        offset = jnp.maximum(offset, -1)
-    return jnp.broadcast_to(offset.astype(jnp.int32), (batch,))
+def _clipped(integers, most: int, batch: int):
+    if jnp.iinfo(integers.dtype).max > most:
+        integers = jnp.minimum(integers, most)
+    if jnp.iinfo(integers.dtype).min < 0:
+        integers = jnp.maximum(integers, -1)
+    return jnp.broadcast_to(integers.astype(jnp.int32), (batch,))
 
 
 def _segments(query_segment_ids, kv_segment_ids, query_shape, kv_shape):
@@ -190,7 +207,7 @@ def _segments(query_segment_ids, kv_segment_ids, query_shape, kv_shape):
     for name, (ids, shape) in given.items():
         if ids is None:
             continue
-        dtype, given_shape, came = _kind(ids)
+        dtype, given_shape, came = kind_of(ids)
         if dtype is None or given_shape != shape or not jnp.issubdtype(dtype, jnp.integer):
             raise ValueError(f"{name} must be integers {shape}, got {came}")
     if any(isinstance(ids, jax.Array) for ids in (query_segment_ids, kv_segment_ids)):
@@ -250,7 +267,7 @@ def check_sinks(sinks, num_heads: int) -> Array | None:
     """The sinks as an array; raises ValueError unless they are floats, one for each query head."""
     if sinks is None:
         return None
-    dtype, shape, came = _kind(sinks)
+    dtype, shape, came = kind_of(sinks)
     if dtype is None or shape != (num_heads,) or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"sinks must be floats ({num_heads},), one for each query head, got {came}")
     return sinks if isinstance(sinks, jax.Array) else jnp.asarray(sinks)

@@ -6,11 +6,10 @@ import typing
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.checks import check_sinks
+from pallas_kernels.checks import check_flag, check_sinks
 from pallas_kernels.head_place import HeadAxis, possible_head_axes
 from pallas_kernels.sharding import Axes, Sharding
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
@@ -23,7 +22,7 @@ from s2jax.cache_step import NEVER, Step, Tables
 from s2jax.compiler import refuse_unsaid_heads
 from s2jax.functional import ATTENTION_OPTIONS, attention
 from s2jax.patterns import PatternLike, as_pattern
-from s2jax.patterns.checks import check_count
+from s2jax.patterns.checks import check_counts
 
 
 @jax.tree_util.register_dataclass
@@ -107,8 +106,9 @@ class KVCache:
         """
         dtype = cache_step.check_dtype(dtype)
         value_dim = head_dim if value_dim is None else value_dim
-        for name, number in (("batch", batch), ("head_dim", head_dim), ("value_dim", value_dim)):
-            check_count(name, number, at_least=1)
+        check_counts(
+            batch=batch, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim
+        )
         pattern = as_pattern(pattern)
         if head_axis is None:
             refuse_unsaid_heads(pattern, possible_head_axes(), num_heads, num_kv_heads, *[max_length or 1] * 2)
@@ -193,6 +193,7 @@ class KVCache:
           ValueError: there is no token; arrays do not fit the cache.
         """
         counts, sharding = self._checked(query, key, value, counts), self._sharding(query)
+        return_lse = check_flag("return_lse", return_lse)
         options, sinks = Options.of(query.shape[3], scale, logits_soft_cap), check_sinks(sinks, query.shape[2])
         tables = OwnTables(self.layout, self.room, self.head_axis)
         # An lse that nobody asked for is no result: it may be -inf, which JAX's debug_infs refuses.
@@ -210,15 +211,7 @@ class KVCache:
         Raises:
           ValueError: more tokens than `max_rollback`, where that is known; or they are not integers.
         """
-        most = self.layout.max_rollback
-        if not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-            raise ValueError(f"tokens must be integers, got {jnp.result_type(tokens)}")
-        if isinstance(tokens, (int, np.integer)) and not 0 <= tokens <= most:
-            raise ValueError(
-                f"from 0 to max_rollback={most} tokens can be taken back, got {tokens}; see KVCache.create"
-            )
-        batch, is_one = len(self.lengths), isinstance(tokens, (int, np.integer))
-        counts = cache_step.equal_counts(batch, int(tokens)) if is_one else cache_step.counts_of(tokens, batch)
+        counts = cache_step.check_removed(tokens, self.layout.max_rollback, len(self.lengths))
         arguments = KVCache._shortened, self._sharding(), "cc", "c", self, counts
         return dataclasses.replace(self, lengths=over_shards(*arguments, like=(self.lengths,))[0])
 
@@ -228,9 +221,7 @@ class KVCache:
         Raises:
           ValueError: the sequences share a prefix, or `which` does not say of every sequence whether.
         """
-        which, batch = jnp.asarray(which), len(self.lengths)
-        if which.shape != (batch,) or which.dtype != bool:
-            raise ValueError(f"which must be bool of shape [{batch}], got {which.dtype} {list(which.shape)}")
+        which = cache_step.check_which(which, len(self.lengths))
         if self.prefix is not None:
             raise ValueError("sequences that share a prefix cannot be reset alone: fork the prompt's cache anew")
         held = tuple(each.held for each in self.buffers)
@@ -250,8 +241,7 @@ class KVCache:
         Raises:
           ValueError: the cache is a fork itself, or a number is below 1.
         """
-        for name, number in (("samples", samples), ("max_new_tokens", max_new_tokens)):
-            check_count(name, number, at_least=1)
+        check_counts(samples=samples, max_new_tokens=max_new_tokens)
         if self.prefix is not None:
             raise ValueError("a fork cannot be forked again: fork the prompt's cache into all samples at once")
         size = self.layout.block_size
@@ -278,6 +268,8 @@ class KVCache:
         Raises:
           ValueError: the caches differ in layout, sequences, mesh, or in how they were forked.
         """
+        if not isinstance(other, KVCache):
+            raise ValueError(f"a cache can stand beside another KVCache alone, got {type(other).__name__}")
         if self.arrangement != other.arrangement:
             raise ValueError("a cache can stand beside one of its own arrangement alone, this one is of another")
 

@@ -17,12 +17,16 @@ from s2jax.bands import UNBOUNDED, Band
 from s2jax.compiler import compile_schedule
 from s2jax.patterns import Heads, Pattern, PatternLike, as_pattern
 from s2jax.patterns.agreement import check_agreement
+from s2jax.patterns.checks import check_count, is_integer, shown
 
 TRIAL_BLOCKS = 64
 """A pattern of bounded reach shows what it does to a context this long, or to four times its reach."""
 
 MANY_BLOCKS = 1 << 16
 """So far a pattern that streams is seen to repeat itself."""
+
+MOST_TOKENS = 1 << 30
+"""Lengths are int32, and are added."""
 
 ALIKE = 16
 """KV heads share a buffer where each leaves at most one slot, or one in so many, unused: a buffer costs time, too."""
@@ -124,13 +128,13 @@ def compile_cache(
             f"a cache needs a causal s2jax pattern, for nothing later than a token is there; got {pattern!r}"
         )
     for name, number, least in (
-        ("max_length", max_length, 1),
+        ("max_length", 1 if max_length is None else max_length, 1),
         ("max_rollback", max_rollback, 0),
         ("shards", shards, 1),
     ):
-        is_integer = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
-        if number is not None and not (is_integer and number >= least):
-            raise ValueError(f"{name} must be an integer of at least {least}, got {number!r}")
+        if is_integer(number) and number >= MOST_TOKENS:
+            raise ValueError(f"{name} must be an integer below 2**30, got {shown(number)}")
+        check_count(name, number, at_least=least)
     heads = Heads(num_heads, num_kv_heads)
     if num_kv_heads % shards:
         raise ValueError(

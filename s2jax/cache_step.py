@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from pallas_kernels.checks import as_dtype, clipped, kind_of
 from s2jax.cache_attention import Keys, Options, Parts, Rows, attend, for_each
 from s2jax.cache_layout import CacheLayout
 from s2jax.cache_slots import Buffer, Space, in_blocks, like
+from s2jax.patterns.checks import is_integer, shown
 
 NEVER = 2**30
 """A length beyond every context: that of a sequence which was asked for what cannot be."""
@@ -121,41 +123,77 @@ class Step:
 def check_tokens(
     heads: ShardHeads, buffer: Buffer, batch: int, query: Array, key: Array, value: Array, counts
 ) -> Int32[Array, " b"] | None:
-    """The counts; raises ValueError where tokens do not fit a cache for so many sequences."""
+    """The counts as int32; raises ValueError where tokens do not fit a cache for so many sequences."""
     head_dim, value_dim = buffer.key.shape[-1], buffer.value.shape[-1]
-    length = query.shape[1] if query.ndim == 4 else 0
+    length = query.shape[1] if getattr(query, "ndim", None) == 4 else 0
     for name, array, count, features in (
         ("query", query, heads.query, head_dim),
         ("key", key, heads.kv, head_dim),
         ("value", value, heads.kv, value_dim),
     ):
-        if array.shape != (batch, length, count, features) or not length:
+        dtype, shape, came = kind_of(array)
+        if dtype is None or shape != (batch, length, count, features) or not length:
             raise ValueError(
                 f"{name} must have shape [{batch}, tokens, {count}, {features}] in this cache, with one number of "
-                f"tokens for all three and at least one, got {list(array.shape)}"
+                f"tokens for all three and at least one, got {list(shape) or came}"
             )
         if array.dtype != query.dtype or not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"query, key and value must be of one floating dtype, got {query.dtype}, {array.dtype}")
         if array.dtype == jnp.float64:
             raise ValueError("a cache computes in float32, got float64: cast query, key and value")
-    if counts is None:
-        return None
-    counts = jnp.asarray(counts)
-    if counts.shape != (batch,) or not jnp.issubdtype(counts.dtype, jnp.integer):
-        raise ValueError(f"counts must be integers of shape [{batch}], got {counts.dtype} {list(counts.shape)}")
-    return counts if counts.dtype == jnp.int32 else _as_int32(counts)
+    return None if counts is None else check_counts_of_tokens("counts", counts, batch, ((batch,),))
 
 
-@jax.jit
-def _as_int32(counts: Array) -> Int32[Array, " b"]:
-    return counts.astype(jnp.int32)
+def check_removed(tokens, most: int, batch: int) -> Int32[Array, " b"]:
+    """The tokens to take back of every sequence; raises ValueError if they are no integers, or one beyond `most`."""
+    if is_integer(tokens):
+        if not 0 <= tokens <= most:
+            raise ValueError(
+                f"from 0 to max_rollback={most} tokens can be taken back, got {shown(tokens)}; see KVCache.create"
+            )
+        return equal_counts(batch, int(tokens))
+    return check_counts_of_tokens("tokens", tokens, batch, ((), (1,), (batch,)))
 
 
-def check_dtype(dtype) -> jnp.dtype:
+def check_counts_of_tokens(name: str, given, batch: int, shapes: tuple[tuple[int, ...], ...]) -> Int32[Array, " b"]:
+    """A number of tokens for every sequence; raises ValueError unless they are integers of one of the shapes."""
+    array = as_array(given)
+    dtype, shape, _ = kind_of(array)
+    if dtype is None or shape not in shapes or not jnp.issubdtype(dtype, jnp.integer):
+        integers = "integers" if () not in shapes else "an integer or integers"
+        raise ValueError(
+            f"{name} must be {integers} of shape [{batch}], one for each sequence, got {kind_of(given)[2]}"
+        )
+    if isinstance(array, np.ndarray):
+        array = jnp.asarray(np.clip(array, -1, NEVER))  # what JAX would cut off is no count all the same
+    return array if array.dtype == jnp.int32 and array.shape == (batch,) else clipped(array, batch)
+
+
+def check_which(which, batch: int) -> Bool[Array, " b"]:
+    """The sequences that are named by True; raises ValueError unless it is a bool for each of them."""
+    array = as_array(which)
+    dtype, shape, _ = kind_of(array)
+    if dtype is None or shape != (batch,) or not jnp.issubdtype(dtype, jnp.bool_):
+        raise ValueError(f"which must be bool of shape [{batch}], one for each sequence, got {kind_of(which)[2]}")
+    return jnp.asarray(array)
+
+
+def as_array(given):
+    """The array that a list or the like makes; what makes none, and arrays, as they are."""
+    if isinstance(given, jax.Array | np.ndarray):
+        return given
+    try:
+        return jnp.asarray(given)
+    except (TypeError, ValueError, OverflowError):
+        return given
+
+
+def check_dtype(given) -> np.dtype:
     """The dtype of what a cache stores; raises ValueError if it is none of these."""
-    dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
-        raise ValueError(f"dtype must be bfloat16, float16, float32 or int8, got {dtype}")
+    dtype = as_dtype(given)
+    if dtype is None or dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.int8):
+        came = shown(given) if dtype is None else dtype
+        raise ValueError(f"dtype must be bfloat16, float16, float32 or int8, got {came}")
     return dtype
 
 
@@ -187,12 +225,6 @@ def lengthened(lengths: Array, most: int, counts: Array | None) -> Int32[Array, 
 def equal_counts(batch: int, tokens: int) -> Int32[Array, " b"]:
     """The same number of tokens for every sequence. Compiled: over a mesh it is there where it is needed."""
     return jnp.full(batch, tokens, jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def counts_of(tokens: Array, batch: int) -> Int32[Array, " b"]:
-    """One number of tokens or several, for every sequence."""
-    return jnp.broadcast_to(tokens.astype(jnp.int32), (batch,))
 
 
 @jax.jit

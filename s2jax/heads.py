@@ -5,14 +5,22 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import BlockSelection
-from pallas_kernels.checks import check_flag, check_number
+from pallas_kernels.checks import as_dtype, check_flag, check_number
 from pallas_kernels.head_place import HeadAxis, axis_names
 from pallas_kernels.problem import accumulation_dtype
 from s2jax.cache import KVCache
 from s2jax.patterns import Pattern, PatternLike, as_pattern
+from s2jax.patterns.checks import shown
+
+LARGEST_WIDTH = 2**31 - 1
+"""JAX counts the features of a layer in int32."""
+
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
+"""A larger number would be infinite in the layers' float32."""
 
 
 class RopeScaling(typing.NamedTuple):
@@ -28,6 +36,16 @@ class RopeScaling(typing.NamedTuple):
     low_freq_factor: float
     high_freq_factor: float
     original_length: int
+
+    @classmethod
+    def of(cls, given) -> "RopeScaling":
+        """The scaling that four numbers make; raises ValueError unless they make one."""
+        if not isinstance(given, tuple | list) or len(given) != len(cls._fields):
+            raise ValueError(f"rope_scaling must be a RopeScaling or its four numbers, got {shown(given)}")
+        pairs = zip(cls._fields, given, strict=True)
+        scaling = cls._make(check_number(f"rope_scaling's {name}", value, most=LARGEST_FLOAT) for name, value in pairs)
+        scaling.check()
+        return scaling
 
     def check(self) -> None:
         """Raises ValueError unless the numbers make such a scaling."""
@@ -63,6 +81,7 @@ def head_counts(
     for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("in_features", in_features)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be a positive integer, got {count!r}")
+        check_width(name, count)
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads must be a multiple of num_kv_heads, so that the KV heads serve groups of equal size; "
@@ -77,9 +96,16 @@ def head_counts(
         head_dim = in_features // num_heads
     if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
         raise ValueError(f"head_dim must be a positive integer, got {head_dim!r}")
+    check_width("num_heads * head_dim", num_heads * head_dim)
     if rope_theta is not None and head_dim % 2:
         raise ValueError(f"rotary positions pair the features of a head: head_dim must be even, got {head_dim}")
     return num_kv_heads, head_dim
+
+
+def check_width(name: str, width: int) -> None:
+    """Raises ValueError if a width is beyond int32."""
+    if width > LARGEST_WIDTH:
+        raise ValueError(f"{name} must be at most 2**31 - 1, got {shown(width)}")
 
 
 def check_layer(
@@ -101,21 +127,18 @@ def check_layer(
     for name, value in flags.items():
         check_flag(name, value)
     for name, value in dtypes.items():
-        try:
-            number = isinstance(value, bool | int | float)
-            known = value is None or (not number and jnp.issubdtype(jnp.dtype(value), jnp.inexact))
-        except (TypeError, ValueError):
-            known = False
-        if not known:
+        dtype = as_dtype(value)
+        if value is not None and (dtype is None or not jnp.issubdtype(dtype, jnp.inexact)):
             raise ValueError(f"{name} must be a dtype of floats, such as jnp.bfloat16, got {value!r}")
     axis_names(head_axis)
     if rope_theta is not None:
-        check_number("rope_theta", rope_theta, above=0)
-    if check_number("norm_eps", norm_eps) < 0:
+        check_number("rope_theta", rope_theta, above=0, most=LARGEST_FLOAT)
+    if check_number("norm_eps", norm_eps, most=LARGEST_FLOAT) < 0:
         raise ValueError(f"norm_eps must be at least 0, got {norm_eps!r}")
     whole = isinstance(out_features, int) and not isinstance(out_features, bool)
     if out_features is not None and (not whole or out_features < 1):
         raise ValueError(f"out_features must be a positive integer or None, got {out_features!r}")
+    check_width("out_features", out_features or 1)
 
 
 def rms_norm(x: Float[Array, "... d"], gain: Float[Array, "d"], epsilon: float = 1e-6) -> Float[Array, "... d"]:
@@ -169,9 +192,7 @@ def rotary(
     wide = accumulation_dtype(x.dtype)
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=wide) / head_dim)
     if scaling is not None:
-        scaling = RopeScaling(*scaling)  # its four numbers will do
-        scaling.check()
-        frequencies = scaling.scaled(frequencies)
+        frequencies = RopeScaling.of(scaling).scaled(frequencies)
     angles = positions.reshape((-1, length, 1, 1)).astype(wide) * frequencies.reshape((1, 1, 1, -1))
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
@@ -195,7 +216,7 @@ def place(
         ValueError: if positions or a scaling are given that nothing would use, or positions that do not fit.
     """
     if gain is not None:
-        heads = rms_norm(heads, gain, norm_eps)
+        heads = rms_norm(heads, gain, float(norm_eps))
     if rope_theta is None:
         for name, given in (("positions", positions), ("rope_scaling", rope_scaling)):
             if given is not None:
@@ -205,7 +226,7 @@ def place(
         steps = jnp.arange(heads.shape[1], dtype=jnp.int32)
         offset = jnp.asarray(offset, jnp.int32)
         positions = offset.reshape(-1, 1) + steps.reshape(1, -1) if offset.ndim else offset + steps
-    return rotary(heads, positions, rope_theta, rope_scaling)
+    return rotary(heads, positions, float(rope_theta), rope_scaling)  # JAX takes no int beyond int32
 
 
 def as_layer_pattern(given: PatternLike | BlockSelection) -> Pattern | BlockSelection:

@@ -32,6 +32,12 @@ def check_count(name: str, value, *, at_least: int) -> None:
         raise ValueError(f"{name} must be an integer of at most 2**40, got {shown(value)}")
 
 
+def check_counts(**values) -> None:
+    """Raises ValueError unless each of these, by name, is an integer of at least 1."""
+    for name, value in values.items():
+        check_count(name, value, at_least=1)
+
+
 def check_flag(name: str, value) -> None:
     """Raises ValueError unless `value` is True or False."""
     if not isinstance(value, (bool, np.bool_)):

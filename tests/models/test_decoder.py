@@ -154,3 +154,10 @@ class TestModel:
 )
 def test_few_widths_are_compiled(tokens, width):
     assert padded_width(tokens) == width
+
+
+def test_measurements_in_words():
+    one = Spent(1, 0.5, 0.25, 1, 1, 1 << 20, 4 << 20)
+    assert str(one) == "prompt: 1 token in 0.50 s; then 1 token, 0.0 a second; cache: 1.0 MiB, 25% of a full one"
+    several = Spent(1200, 0.5, 0.25, 6, 2, 1 << 20, 4 << 20)
+    assert str(several).startswith("2 prompts: 1,200 tokens in 0.50 s; then 6 tokens, 16.0 a second; ")

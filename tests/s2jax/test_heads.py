@@ -1,5 +1,7 @@
 """Rotary positions and RMS norm, and the counts that layers check."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +57,21 @@ def test_numbers_that_make_no_scaling(numbers):
         RopeScaling(*numbers).check()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (5, "rope_scaling must be a RopeScaling or its four numbers, got 5"),
+        ("a", "rope_scaling must be a RopeScaling or its four numbers, got 'a'"),
+        ((8, 1, 4), "rope_scaling must be a RopeScaling or its four numbers, got (8, 1, 4)"),
+        (("a", 1, 4, 8), "rope_scaling's factor must be a number known while tracing, got str"),
+        ((10**39, 1, 4, 8), "rope_scaling's factor must be a number of at most 3.40282e+38, got 1e+39"),
+    ],
+)
+def test_what_is_no_scaling(given, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        rotary(heads(), jnp.arange(7), 1e4, given)
+
+
 def test_rotary_positions_per_batch_entry():
     x = heads()
     shifted = jnp.stack([jnp.arange(7), jnp.arange(7) + 3])
@@ -96,10 +113,14 @@ def test_positions_that_do_not_fit(positions, message):
         ((4, None, 0, 32), "head_dim must be a positive integer, got 0"),
         ((4, None, None, 30), "in_features=30, num_heads=4"),
         ((4, None, 7, 32, 1e4), "even, got 7"),
+        ((4, None, None, 10**30), f"in_features must be at most 2**31 - 1, got {10**30}"),
+        ((2**31, None, 1, 32), "num_heads must be at most 2**31 - 1, got 2147483648"),
+        ((4, None, 10**30, 32), f"num_heads * head_dim must be at most 2**31 - 1, got {4 * 10**30}"),
+        ((4, None, 2**29, 32), "num_heads * head_dim must be at most 2**31 - 1, got 2147483648"),
     ],
 )
 def test_head_counts_that_do_not_fit(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         head_counts(*arguments)
 
 

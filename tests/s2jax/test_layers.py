@@ -243,10 +243,13 @@ def test_head_counts_are_checked_in_both():
         ("param_dtype", "int8", "param_dtype must be a dtype of floats, such as jnp.bfloat16, got 'int8'"),
         ("rope_theta", "a", "rope_theta must be a number known while tracing, got str"),
         ("rope_theta", -1.0, "rope_theta must be a finite number greater than 0, got -1.0"),
+        ("rope_theta", 10**39, r"rope_theta must be a number of at most 3.40282e\+38, got 1e\+39"),
+        ("norm_eps", 10**39, r"norm_eps must be a number of at most 3.40282e\+38, got 1e\+39"),
         ("norm_eps", -1.0, "norm_eps must be at least 0, got -1.0"),
         ("norm_eps", "a", "norm_eps must be a number known while tracing, got str"),
         ("out_features", 1.5, "out_features must be a positive integer or None, got 1.5"),
         ("out_features", True, "out_features must be a positive integer or None, got True"),
+        ("out_features", 10**30, rf"out_features must be at most 2\*\*31 - 1, got {10**30}"),
         ("head_axis", 1.5, r"head_axis must be the name of an axis, several names or \(\), got 1.5"),
     ],
 )
@@ -254,3 +257,12 @@ def test_both_refuse_what_is_none_of_its_kind(argument, value, message):
     for layer in (nnx_layer, linen_layer):
         with pytest.raises(ValueError, match=f"^{message}$"):
             layer(**{argument: value})
+
+
+def test_an_integer_beyond_int32_is_a_theta_as_a_float_is():
+    x, settings = inputs(length=5), {"qk_norm": True, "norm_eps": 10**12}
+    expected = nnx_layer(rope_theta=1e12, **settings)(x)
+    layer = nnx_layer(rope_theta=10**12, **settings)
+    np.testing.assert_array_equal(layer(x), expected)
+    twin = linen_layer(rope_theta=10**12, **settings)
+    np.testing.assert_array_equal(twin.apply({"params": nnx.to_pure_dict(nnx.state(layer, nnx.Param))}, x), expected)
