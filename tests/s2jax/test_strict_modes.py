@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import s2jax
 from s2jax import KVCache, LocalStride, combine
@@ -133,3 +135,19 @@ def test_called_outside_of_jit(dtype: str, modes: list[str]):
         merged = combine(*parts)
     for array in jax.tree.leaves((out, found, before, one, merged, fork.lengths)):
         assert np.isfinite(np.asarray(array, np.float32)).all()
+
+
+def test_called_outside_of_jit_over_a_mesh():
+    """Nothing goes from the host, nor from one device to the others, but what was put there before."""
+    spec = P("data", None, "tensor")
+    with jax.set_mesh(jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)):
+        given = [jax.device_put(each, NamedSharding(jax.sharding.get_mesh(), spec)) for each in tokens(3)]
+        with strict_modes.on():
+            cache = KVCache.create(
+                PATTERN, batch=2, num_heads=4, num_kv_heads=2, head_dim=8, max_length=40, max_rollback=2,
+                dtype=jnp.float32, query_spec=spec,
+            )  # fmt: skip
+            out, cache = cache.extend(*given)
+            cache = cache.rollback(1)
+    assert np.isfinite(np.asarray(out)).all()
+    assert cache.lengths.tolist() == [2, 2]
