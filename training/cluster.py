@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 import jax
@@ -16,6 +17,21 @@ _LONGEST = 1000  # bytes of an error that the other processes hear of
 
 class Failed(Exception):
     """Another process could not do its part."""
+
+
+class Lost(Failed):
+    """Another process is gone: what all do together cannot be done."""
+
+
+# How a collective of JAX ends where a peer is gone: by Gloo (CPUs), NCCL (GPUs) or the coordination service.
+_PEER_IS_GONE = re.compile(r"\bGloo\b|\bNCCL\b|coordination service|Connection (?:closed|reset) by peer", re.IGNORECASE)
+
+
+def lost_peer(error: BaseException) -> Lost | None:
+    """The error in words, if it is that of a collective whose peer is gone."""
+    if not isinstance(error, ValueError | RuntimeError) or not _PEER_IS_GONE.search(str(error)):
+        return None
+    return Lost(f"another process of the run is gone ({' '.join(str(error).split())[:200]})")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import time
 import jax
 
 from training.checkpoint import Checkpoints, SaveFailed, written_steps
-from training.cluster import Failed, say
+from training.cluster import Failed, Lost, lost_peer, say
 from training.config import Config
 from training.output import warn
 from training.pretrained import exported
@@ -39,19 +39,22 @@ def ended_by(error: BaseException, config: Config | None, checkpoints: Checkpoin
     if isinstance(error, KeyboardInterrupt):
         warn("train.py: ended at once; the same --run-dir goes on from the last checkpoint")
         return 130
+    if jax.process_count() > 1:
+        error = lost_peer(error) or error
     more = ""
     if isinstance(error, Diverged) and config is not None and checkpoints is not None:
         more = _good_before(error.step, config, checkpoints)
-    elif isinstance(error, (OSError, SaveFailed)) and config is not None and config.run_dir is not None:
+    elif isinstance(error, (OSError, SaveFailed, Lost)) and config is not None and config.run_dir is not None:
         more = _good_in(config) if checkpoints or written_steps(run_dir(config) / "checkpoints") else ""
     elif not isinstance(error, (OSError, Failed) if checkpoints else (OSError, Failed, ValueError)):
         raise error
     warn(f"train.py: {' '.join(str(error).split())}{more}")
-    if checkpoints and jax.process_count() > 1 and not isinstance(error, Diverged):
+    begun = checkpoints is not None or isinstance(error, Lost)
+    if begun and jax.process_count() > 1 and not isinstance(error, Diverged):
         # Letting go would wait within Orbax for a checkpoint that not all processes can write.
         time.sleep(2 if jax.process_index() == 0 else 0)  # the coordinator leaves last
         os._exit(1)
-    return 1 if checkpoints else 2
+    return 1 if begun else 2
 
 
 def _left_by_stopping(config: Config, checkpoints: Checkpoints) -> str:

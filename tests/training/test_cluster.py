@@ -6,9 +6,11 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from tests.training.programs import SMALL, TINY, cluster, ends, free_port, losses, train, write_text
+from training.cluster import lost_peer
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +125,20 @@ def test_two_processes_give_the_losses_of_one(text, tmp_path):
     for step, loss in losses(run_dir):
         assert loss == pytest.approx(expected[step], abs=2e-5)
     assert len(losses(run_dir)) == 30
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:27335"), True),
+        (jax.errors.JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: unhandled system error"), True),
+        (ValueError("expected token ids from 0 to 271, got 999"), False),
+        (OSError("Connection reset by peer"), False),  # of a file system, and says itself what it is
+    ],
+)
+def test_a_peer_that_is_gone_is_told_from_other_errors(error, found):
+    lost = lost_peer(error)
+    assert (lost is not None) == found
+    if lost is not None:
+        assert str(lost).startswith("another process of the run is gone (")
+        assert "\n" not in str(lost)
