@@ -9,6 +9,11 @@ oldest turns are forgotten, and it is said. Ctrl-C stops an answer; at the promp
 ends the program, as Ctrl-D does. Answers go to stdout, all else to stderr.
 """
 
+from models.interruption import end_at_once
+
+if __name__ == "__main__":
+    end_at_once("models.chat")  # the imports below take seconds
+
 import contextlib
 import sys
 from collections.abc import Iterator

@@ -199,8 +199,8 @@ def run(program: str, body: Callable[[list[str] | None], None], argv: list[str] 
     try:
         with none_lost():
             body(argv)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:
         assert sys.stdout is not None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still in the buffer has no reader

@@ -7,6 +7,11 @@ read. The layers that lose most stay dense, as many as the budget allows. The ch
 models.generate takes, what it rests on to stderr.
 """
 
+from models.interruption import end_at_once
+
+if __name__ == "__main__":
+    end_at_once("models.convert")  # the imports below take seconds
+
 import functools
 import pathlib
 import sys

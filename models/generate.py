@@ -10,6 +10,11 @@ line of JSON with its `text` and what ended it (`end`: "token", "stop" or "lengt
 Progress and measurements go to stderr.
 """
 
+from models.interruption import end_at_once
+
+if __name__ == "__main__":
+    end_at_once("models.generate")  # the imports below take seconds
+
 import argparse
 import json
 import pathlib

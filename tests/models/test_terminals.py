@@ -3,15 +3,20 @@
 import gc
 import io
 import json
+import pathlib
 import signal
+import subprocess
 import sys
 
 import pytest
 
+import models
 from models import chat, generate
 from tests.models.programs import ran, write
 
 pytestmark = pytest.mark.usefixtures("kept_compilations")
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +123,32 @@ class TestCtrlC:
         code, _, err = ran(chat, "--model", directory, out=Interrupted(1))
         assert (code, err.splitlines()[-1]) == (130, "models.chat: ended by Ctrl-C")
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("program", ["generate", "chat", "convert", "smollm2"])
+def test_ctrl_c_during_the_imports(program):
+    with subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", f"models.{program}", "--help"],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.rstrip().endswith(" numpy"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == f"models.{program}: ended by Ctrl-C"
+    assert "Traceback" not in said
+
+
+def test_names_of_the_package_are_imported_when_they_are_used():
+    code = "import sys, models; print('jax' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
+    assert {*models.__all__} <= {*dir(models)}
+    assert all(hasattr(models, name) for name in models.__all__)
+    assert not hasattr(models, "nothing")
