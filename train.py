@@ -135,7 +135,12 @@ def prepare(config: Config, held: contextlib.ExitStack, flags: Collection[str]) 
 
     trainer = Trainer(config, mesh)
     say(f"Model {config.name}: {models.param_count(trainer.model_config):,} parameters, {layers_of(trainer)}")
-    checkpoints = Checkpoints(run_dir(config) / "checkpoints", keep=config.output.keep, say=say)
+    checkpoints = Checkpoints(
+        run_dir(config) / "checkpoints",
+        keep=config.output.keep,
+        say=say,
+        ended_by=lambda error: ended_by(error, config, checkpoints),
+    )
     held.callback(checkpoints.close)
     data_name = f"{train_set.fingerprint()} seq_len {config.input.seq_len} seed {config.seed}"
     state, first_step, first_row = start_state(trainer, checkpoints, data_name, checkpoint)

@@ -54,14 +54,23 @@ class Checkpoints:
         directory: where they lie; made if missing.
         keep: how many of the newest are kept.
         say: is told, in a line, of a checkpoint that cannot be read.
+        ended_by: is called in a cluster, on a thread of its own, where this process alone may have failed to write: it
+            has to end the process, as Orbax would wait for it on all others, and it for them, for up to 20 minutes.
     """
 
-    def __init__(self, directory: Path, *, keep: int, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        say: Callable[[str], None] = print,
+        ended_by: Callable[[SaveFailed], Any] | None = None,
+    ):
         self.directory = directory.resolve()
         self._say, self._saving = say, 0
         self._held = contextlib.ExitStack()
         self._held.enter_context(_orphans_unheard())
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every file; its errors are raised, too
+        self._held.enter_context(_orbax_records(None if ended_by is None else lambda e: ended_by(self._failed(e))))
         self._remove_unfinished()
         self._alias = None if _PLAIN.fullmatch(str(self.directory)) else _alias_of(self.directory)
         newest: Any = ocp.training.preservation_policies.LatestN(keep)  # its annotation is not the one asked for
@@ -112,10 +121,11 @@ class Checkpoints:
             yield
         except _UNWRITABLE as error:
             self._remove_unfinished()  # it takes room that the next attempt needs
-            reason = re.sub(r".*?: (?=Failed to |No space)", "", _one_line(error))
-            raise SaveFailed(
-                f"checkpoint {self._saving} could not be written to {self.directory} ({reason})"
-            ) from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: BaseException) -> SaveFailed:
+        reason = re.sub(r".*?: (?=Failed to |No space)", "", _one_line(error))
+        return SaveFailed(f"checkpoint {self._saving} could not be written to {self.directory} ({reason})")
 
     def _remove_unfinished(self) -> None:
         """Removes what a run that was killed, or a full disk, left of a checkpoint that never came to be."""
@@ -249,6 +259,35 @@ def _check_shapes(path: Path, stored: Any, like: Any) -> None:
                 f"expected a checkpoint with {name} {expected.get(name, 'absent')} in {path}, got "
                 f"{got.get(name, 'none')}; the model or optimizer is another one: choose another --run-dir"
             )
+
+
+@contextlib.contextmanager
+def _orbax_records(failed: Callable[[BaseException], Any] | None) -> Iterator[None]:
+    """Silences Orbax, which tells of every file, and raises its errors, too.
+
+    Args:
+        failed: is called in a cluster with the error of a save in the background, before Orbax waits for the others.
+    """
+    logger = logging.getLogger("absl")
+
+    def heard(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if (
+            failed
+            and jax.process_count() > 1
+            and isinstance(error, _UNWRITABLE)
+            and "background save" in str(record.msg)
+        ):
+            failed(error)
+        return False
+
+    logger.setLevel(logging.ERROR)
+    logger.addFilter(heard)
+    try:
+        yield
+    finally:
+        logger.removeFilter(heard)
+        logger.setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager
