@@ -120,7 +120,7 @@ def _line(typed: bool) -> str:
 
 
 def _show(text: str) -> None:
-    """Prints what is no answer but read beside them: to stdout only if it is a terminal."""
+    """Prints a prompt or a line end that is part of no answer: to stdout if that is a terminal, else to stderr."""
     stream = sys.stdout if _on_screen() else sys.stderr
     if stream is not None:
         print(text, end="", file=stream, flush=True)

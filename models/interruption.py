@@ -55,8 +55,11 @@ def none_lost() -> Iterator[None]:
         if ours:
             signal.signal(signal.SIGINT, handler)
         sys.unraisablehook = before
-        for timer in timers:
+        waiting = [timer for timer in timers if timer.is_alive()]
+        for timer in waiting:
             timer.cancel()
+    if waiting:  # dropped just before the end
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
