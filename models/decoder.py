@@ -150,12 +150,14 @@ class Decoder:
         counts = jax.device_put(np.asarray(tokens, np.int32))
         self.caches = tuple(cache.rollback(counts) for cache in self.caches)
         self.lengths -= np.asarray(tokens)
+        self._fed &= np.asarray(tokens) == 0
 
     def reset(self, which: Sequence[bool]) -> None:
         """Empties some of the sequences, for others to take their places."""
         emptied = jax.device_put(np.asarray(which, bool))
         self.caches = tuple(cache.reset(emptied) for cache in self.caches)
         self.lengths[np.asarray(which)] = 0
+        self._fed[np.asarray(which)] = False
 
     def wait(self) -> None:
         """Returns when the device has done what it was given."""

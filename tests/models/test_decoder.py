@@ -139,9 +139,13 @@ class TestModel:
         decoder.rollback([3, 1])
         assert decoder.lengths.tolist() == [40, 20]
         decoder.rollback([1, 1])
+        with pytest.raises(FloatingPointError, match=r"sequence 1: .* position 39"):
+            decoder.draw()  # the logits are of the tokens that were taken back
         decoder.feed([[ids[39]], [ids[19]]])
         assert decoder.draw() == expected
         decoder.reset([True, False])
+        with pytest.raises(FloatingPointError, match=r"sequence 1: .* position 0"):
+            decoder.draw()
         decoder.feed([ids[:20], []])
         assert decoder.draw() == [expected[1]] * 2
         assert decoder.lengths.tolist() == [20, 20]
