@@ -157,7 +157,7 @@ class Keys(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a call of attention has besides arrays.
+    """The settings of a call of attention that are no arrays.
 
     Attributes:
       pairs_at_once: logits computed together.

@@ -66,7 +66,7 @@ def heads_of_shard(layout: CacheLayout, axes: Axes | None) -> ShardHeads:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class OwnTables:
-    """What differs from head to head, of the heads that a cache has here; an argument of `over_shards`.
+    """The tables of the heads that a cache has here, not made yet; an argument of `over_shards`.
 
     The arrays are made where they are compiled in: brought to every call, they would be transfers from the host.
 
