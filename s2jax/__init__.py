@@ -32,6 +32,8 @@ from s2jax.patterns import (
     parse_pattern,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BlockMask",
     "BlockSchedule",

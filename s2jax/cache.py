@@ -44,7 +44,8 @@ class KVCache:
     """The keys and values of one layer that later tokens will read, of several sequences at lengths of their own.
 
     A pytree of arrays of fixed shapes, passed in and given back: a step that is jitted once serves every length. Make
-    one with `KVCache.create`; donate it to the step, so that it is updated in place.
+    one with `KVCache.create`; donate it to the step, so that it is updated in place. Outside of `jit` each call is
+    compiled on its own, once for every layout and shapes, and JAX keeps these programs, a few megabytes a pattern.
 
     Where a length is only known at run time, what cannot be is told by NaN in the results of `extend`: tokens beyond
     `max_length`, more taken back than `max_rollback`, counts below 0 or above the tokens that there are.

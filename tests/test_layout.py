@@ -1,10 +1,13 @@
 """The layout of the tree: which way imports point, how long files get, what the wheel ships."""
 
 import ast
+import importlib.metadata
 import pathlib
 import tomllib
 
 import pytest
+
+import s2jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = ["pallas_kernels", "s2jax", "models", "training", "train"]  # each imports only from those before it
@@ -48,6 +51,11 @@ def test_files_stay_short():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
     limits = {path: 700 if path.startswith("pallas_kernels/mosaic_") else 400 for path in lengths}
     assert {path: length for path, length in lengths.items() if length > limits[path]} == {}
+
+
+def test_the_version_is_the_same_everywhere():
+    assert importlib.metadata.version("s2jax") == s2jax.__version__
+    assert f"\nversion: {s2jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_wheel_ships_the_two_packages_alone():
