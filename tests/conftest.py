@@ -1,7 +1,11 @@
 """What must stand before jax is imported, and what all tests share."""
 
 import os
+import signal
 
+# Where the tests run in the background Ctrl-C is ignored, and would be by all that they start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Eight devices, on a CPU; and where the TPU compiler is installed, neither a lock nor a look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
