@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop needs, made by `prepare`."""
+    """State and settings of the loop, made by `prepare`."""
 
     config: Config
     trainer: Trainer
@@ -161,7 +161,7 @@ def prepare(config: Config, held: contextlib.ExitStack, flags: Collection[str]) 
 
 
 def layers_of(trainer: Trainer) -> str:
-    """How many there are, and what the sparse ones read."""
+    """The number of layers, and the pattern of the sparse ones."""
     config = trainer.model_config
     sparse = sum(config.layer_pattern(layer) != s2jax.Dense() for layer in range(config.num_layers))
     kinds = f"{sparse} of them sparse: {config.pattern}" if sparse else "all dense"

@@ -83,7 +83,7 @@ def _answer(conversation: Conversation, text: str, typed: bool) -> None:
 
 
 def _lines(typed: bool) -> Iterator[str]:
-    """What the user says, until Ctrl-D or the end of the file; blank lines are left out."""
+    """The user's lines until Ctrl-D or the end of the file; blank lines are left out."""
     if typed:
         say("Ctrl-D ends the conversation.")
         with contextlib.suppress(ModuleNotFoundError):  # Windows has none

@@ -1,4 +1,4 @@
-"""What the programs of this package share: flags, the model that they name, and how they end."""
+"""Common parts of the programs of this package: flags, loading of the model, exit codes."""
 
 import argparse
 import dataclasses
@@ -105,7 +105,7 @@ def check_sampling(given: argparse.Namespace) -> None:
 
 
 def sampling_of(given: argparse.Namespace, pretrained: Pretrained) -> Sampling:
-    """How tokens are chosen: by the flags, and by the checkpoint in what they leave open; says which flags do nothing.
+    """The sampling that the flags and, where they are silent, the checkpoint ask for; names flags without effect.
 
     Raises:
         ValueError: no flag is given, and the checkpoint asks for what is not supported.

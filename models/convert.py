@@ -1,4 +1,4 @@
-"""Which layers of a dense model may become sparse: those whose attention the pattern already has.
+"""Chooses the layers of a dense model that become sparse: those whose attention the pattern already has.
 
     python -m models.convert --text novel.txt --pattern "LocalStride(64, 4, 3) | FirstBlocks(1)" --kv-budget 0.5
 
@@ -81,7 +81,7 @@ def dense_layers_within(lost: Float[np.ndarray, " layers"], share: float, budget
 
 
 def kv_share(config: TransformerConfig, pattern: Pattern, length: int) -> float:
-    """Of a dense layer's cache, what a sparse one's takes at a context of so many tokens."""
+    """The share of a dense layer's cache that a sparse layer needs at a context of `length` tokens."""
     layout = compile_cache(pattern, num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, max_length=length)
     return layout.nbytes(1, 1, 1) / (2 * config.num_kv_heads * -(-length // layout.block_size) * layout.block_size)
 

@@ -1,4 +1,4 @@
-"""Where a model's files are: a path, a run of train.py, or a name on Hugging Face."""
+"""Finds a model's files: a path, a run of train.py, or a name on Hugging Face."""
 
 import functools
 import os

@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Conventions(abc.ABC):
-    """What it takes to talk to a model."""
+    """Conventions of a model's text: tokenizer, special tokens, chat template, sampling."""
 
     max_context: int
     tokenizer: Tokenizer | None = None
@@ -81,14 +81,14 @@ class _Conventions(abc.ABC):
         """The model's, which may be above or below that of the tokenizer."""
 
     def end_of_text(self) -> str | None:
-        """What the tokenizer calls the end of a text; where nothing says, the first of the tokens that end one."""
+        """The token that ends a text, as the tokenizer names it; by default the first of the end tokens."""
         end = self.special_tokens.get("eos_token")
         if end is not None or self.tokenizer is None or not self.eos_ids:
             return end
         return self.tokenizer.id_to_token(self.eos_ids[0])
 
     def own_sampling(self) -> Sampling:
-        """How the checkpoint wants its tokens to be chosen.
+        """The sampling that the checkpoint asks for.
 
         Raises:
             ValueError: it asks for what `Sampling` cannot do, such as a penalty on repetition.

@@ -142,7 +142,7 @@ def _check_schedule(schedule: BlockSchedule, query, key, has_offset: bool, heads
 
 
 def _hint(schedule: BlockSchedule, heads: tuple[int, int]) -> str:
-    """What to give where a caller split the heads of a schedule."""
+    """A hint at `head_axis`, for callers that may have split the heads of a schedule."""
     axes = [axis for axis in possible_head_axes() if axis != UNNAMED]
     if not axes or schedule.num_heads == heads[0] or schedule.num_heads % heads[0]:
         return ""

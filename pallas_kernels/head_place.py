@@ -118,7 +118,7 @@ def all_heads(head_axis: HeadAxis, heads: HeadRange, num_heads: int, num_kv_head
 
 
 def head_place(head_axis: HeadAxis, heads: HeadRange, num_heads: int, num_kv_heads: int) -> HeadPlace:
-    """Where the heads of this call stand; the arguments are those that `all_heads` accepts."""
+    """The place of this call's heads among all heads; the arguments are those that `all_heads` accepts."""
     total = all_heads(head_axis, heads, num_heads, num_kv_heads)[0]
     if heads is not None:
         given, group = heads[0], num_heads // num_kv_heads

@@ -318,7 +318,7 @@ ad.primitive_transposes[TANGENTS.primitive] = _tangents_transpose
 
 
 def _is_empty(lse: Array) -> Array:
-    """Which rows read nothing, by the finite stand-in of their lse."""
+    """Rows that read nothing, found by the finite stand-in of their lse."""
     return lse == jnp.finfo(lse.dtype).min
 
 

@@ -256,7 +256,7 @@ class KVCache:
 
     @property
     def arrangement(self) -> tuple:
-        """What caches have in common whose lengths and blocks mean the same."""
+        """A key that is equal for caches whose lengths and blocks mean the same."""
         groups = (self.buffers, () if self.prefix is None else self.prefix.buffers)
         shapes = tuple(tuple(buffer.held.shape for buffer in buffers) for buffers in groups)
         return self.layout, self.room, self.query_spec, self.head_axis, self.prefix is None, shapes
@@ -285,11 +285,11 @@ class KVCache:
 
     @property
     def spaces(self) -> tuple[Space, ...]:
-        """Of every buffer, which block has which slot."""
+        """The assignment of blocks to slots, for each buffer."""
         return Tables.of(self.layout, self.room, 1).spaces
 
     def _sharding(self, query: Array | None = None) -> Sharding | None:
-        """How queries are split, or else the arrays of the cache."""
+        """The sharding over a mesh, taken from the queries if given, else from the cache's arrays."""
         example = self.buffers[0].held[:, None] if query is None else query
         return sharding_of(self.layout, example, self.query_spec, self.head_axis)
 
@@ -388,6 +388,6 @@ class KVCache:
         return jnp.minimum(most, self._begins() + self.room * self.layout.block_size)
 
     def _finite(self, value: Array) -> Bool[Array, "b k"]:
-        """Whether no value is NaN or Inf, as it comes or as it is stored."""
+        """True where no value is NaN or Inf, as it comes or as it is stored."""
         stored = self.buffers[0].value.dtype
         return jnp.isfinite(value.astype(stored) if jnp.issubdtype(stored, jnp.floating) else value).all((1, 3))

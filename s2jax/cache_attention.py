@@ -61,7 +61,7 @@ class Parts(typing.NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """How the KV heads of a buffer read, for lookups under `jit`.
+    """The read pattern of a buffer's KV heads, for lookups under `jit`.
 
     Attributes:
       walkers: int32 [k, w], the distinct heads whose lists their query heads walk: all of a group, or one for all.
@@ -84,7 +84,7 @@ class Rows:
     def kinds(
         self, rows: Int32[Array, "b r"], held: Int32[Array, "b k slots"], place: typing.Callable[[Array], Array]
     ) -> Int32[Array, "b k w r slots"]:
-        """Which token mask of the schedule applies to what every slot holds.
+        """The schedule's token mask for the block in each slot.
 
         Args:
           rows: of queries, numbered as blocks of the context are.
@@ -273,7 +273,7 @@ def _weighted(weights: Float[Array, "z u k g t n"], value: Float[Array, "z k n e
 
 
 def _seen(positions: Array, keys: Keys, masks: np.ndarray) -> Bool[Array, "b k w t n"]:
-    """Which tokens of the slots every query reads."""
+    """The mask of the slots' tokens that each query reads."""
     size = masks.shape[1]
     row = positions // size - positions[:, :1] // size
     kind = jnp.take_along_axis(keys.kinds, row[:, None, None, :, None], 3)  # [b, k, w, t, slots]

@@ -1,4 +1,4 @@
-"""Where a KV cache keeps which block: liveness and slots, a product of the compiled pattern.
+"""The layout of a KV cache: liveness and slots of blocks, compiled from the pattern.
 
 A block of keys lives, for one KV head, from when it is written until the last row of queries that reads it. Slots are
 given to lives as registers are to values (linear scan: Poletto and Sarkar, 1999), which for intervals takes as many
@@ -34,7 +34,7 @@ ALIKE = 16
 
 @dataclasses.dataclass(frozen=True)
 class CacheLayout:
-    """What a cache keeps for every KV head, and where.
+    """The blocks that a cache keeps for each KV head, and their slots.
 
     Those of equal arguments are equal, so that what is jitted for one cache serves another.
 
@@ -90,7 +90,7 @@ class CacheLayout:
 
     @property
     def share(self) -> float | None:
-        """Of a full cache's blocks, those that there are slots for; None where there is no `max_length`."""
+        """The share of a full cache's blocks that have slots; None where there is no `max_length`."""
         if self.max_length is None:
             return None
         return float(self.slots.sum()) / (len(self.slots) * -(-self.max_length // self.block_size))
@@ -110,7 +110,7 @@ def compile_cache(
     max_rollback: int = 0,
     shards: int = 1,
 ) -> CacheLayout:
-    """What of a context has to be kept so that its continuation can be attended from. Cached.
+    """Compiles the layout that keeps the blocks which a continuation of the context reads. Cached.
 
     Args:
       pattern: who reads whom; causal.
@@ -202,7 +202,7 @@ def _slots(last: np.ndarray) -> np.ndarray:
 
 
 def _recurrence(pattern: Pattern, heads: Heads, size: int) -> tuple[int, int]:
-    """How many blocks back a row may read, itself included, and after how many rows what it reads repeats itself."""
+    """The reach of a row in blocks, itself included, and the period in rows after which reads repeat."""
     blocks = TRIAL_BLOCKS
     while True:
         bands = [_bands(pattern, heads, head, size, blocks) for head in range(heads.num_heads)]

@@ -21,7 +21,7 @@ from s2jax.cache_step import ShardHeads, Tables
 def split_to_create(
     query_spec: P | None, head_axis: HeadAxis, batch: int, num_kv_heads: int
 ) -> tuple[Axes | None, Sharding | None, int]:
-    """How a new cache is split: the axes of a caller's region, the sharding, and the shards of heads altogether.
+    """The split of a new cache: axes of a caller's region, sharding, and total shards of heads.
 
     Raises:
       ValueError: `head_axis` names no axis of an enclosing `shard_map`, `pmap` or `vmap`, nor of the mesh that is set.
@@ -102,7 +102,7 @@ def vary_by_heads[T](arrays: T, axes: Axes | None) -> T:
 
 
 def sharding_of(layout: CacheLayout, query: Array, query_spec: P | None, axes: Axes | None) -> Sharding | None:
-    """How a cache is split: as it was created, or else over Explicit axes as queries [b, t, h, d] are.
+    """The sharding of a cache: as it was created, or over Explicit axes that of the queries [b, t, h, d].
 
     Raises:
       ValueError: see `find_sharding`; or the cache was created for other shards.
@@ -156,7 +156,7 @@ def _compiled(function, static: tuple, sharding: Sharding | None, takes: str, ou
 
 
 def _specs(sharding: Sharding, kind: str, tree: typing.Any) -> typing.Any:
-    """How the arrays of a pytree are split, by its letter in `over_shards`."""
+    """The sharding of a pytree's arrays, by its letter in `over_shards`."""
     spec_of = {
         "c": lambda array: sharding.of(0, 1 if array.ndim > 1 else None, array.ndim),
         "k": lambda array: sharding.of(heads=0, ndim=array.ndim),

@@ -31,14 +31,14 @@ class Buffer:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], head_dim: int, value_dim: int, dtype) -> "Buffer":
-        """Of `shape` [b, k, slots, block]."""
+        """Builds an empty buffer; `shape` is [b, k, slots, block]."""
         key, value = (jnp.zeros((*shape, features), dtype) for features in (head_dim, value_dim))
         key_scale, value_scale = (jnp.ones(shape, jnp.float32) if dtype == jnp.int8 else None for _ in range(2))
         return cls(key, value, key_scale, value_scale, jnp.full(shape[:3], -1, jnp.int32))
 
     @classmethod
     def over(cls, function: typing.Callable[..., Array], held: Array, *buffers: "Buffer") -> "Buffer":
-        """Of what the buffers hold in every slot, the function."""
+        """Applies the function to each array that the buffers hold a slot of."""
         each = zip(*((b.key, b.value, b.key_scale, b.value_scale) for b in buffers), strict=True)
         key, value, key_scale, value_scale = (None if arrays[0] is None else function(*arrays) for arrays in each)
         assert key is not None  # scales alone may be absent
@@ -70,7 +70,7 @@ class Space:
 
     @classmethod
     def of(cls, layout: CacheLayout, heads: tuple[int, ...], room: int | None, shards: int) -> "Space":
-        """Where there is `room` for a fork, but no more of it than the layout takes anyway."""
+        """Builds the space, with `room` blocks after a fork, but no more than the layout takes anyway."""
         chosen, slots = list(heads), int(layout.slots[list(heads)].max())
         slot_of, last = (None if table is None else table[chosen] for table in (layout.slot_of, layout.last))
         local = np.array(heads, np.int32) % (layout.heads.num_kv_heads // shards)
@@ -79,11 +79,11 @@ class Space:
         return cls(local, slot_of, last, layout, slots if room is None else room, room)
 
     def as_laid_out(self) -> "Space":
-        """As it is without a fork, to look blocks up."""
+        """The space as it is without a fork, to look blocks up."""
         return dataclasses.replace(self, room=None)
 
     def take(self, array: Array) -> Array:
-        """Of all KV heads [b, t, k, ...], the buffer's."""
+        """Selects the buffer's KV heads of an array [b, t, k, ...]."""
         return array if len(self.heads) == array.shape[2] else array[:, :, self.heads]
 
     def empty(self, batch: int, head_dim: int, value_dim: int, dtype) -> Buffer:
@@ -102,7 +102,7 @@ class Space:
         return self._look_up(self.slot_of, block)
 
     def kept(self, block: Int32[Array, "b k ..."], row: Int32[Array, " b"]) -> Bool[Array, "b k ..."]:
-        """Whether blocks are still kept at a row of queries."""
+        """True where a block is still kept at a row of queries."""
         if self.room is not None:
             return jnp.ones(block.shape, bool)
         if self.last is None:
@@ -110,7 +110,7 @@ class Space:
         return self._look_up(self.last, block) >= like(row, block)
 
     def _look_up(self, table: np.ndarray | Array, block: Array) -> Array:
-        """Of a table [k, blocks]; -1 beyond it."""
+        """Entries of a table [k, blocks] for the blocks; -1 beyond its end."""
         head = jnp.arange(len(self.heads), dtype=jnp.int32).reshape(1, -1, *[1] * (block.ndim - 2))
         most = table.shape[1] - 1
         return jnp.where(block <= most, jnp.asarray(table)[head, jnp.clip(block, 0, most)], -1)
@@ -124,7 +124,7 @@ class Space:
         end: Int32[Array, " b"],
         first: Int32[Array, " b"] | None,
     ) -> Buffer:
-        """With tokens at their positions: of those before `end`, those that are still kept there."""
+        """The buffer with tokens stored at their positions: those before `end` that are still kept there."""
         size = self.layout.block_size
         block = jnp.broadcast_to(positions[:, None] // size, (len(positions), *key.shape[2:0:-1]))
         kept = self.kept(block, (end - 1) // size) & (positions < end[:, None])[:, None]
@@ -139,7 +139,7 @@ class Space:
     def survivors(
         self, key: Float[Array, "b s k d"], value: Float[Array, "b s k e"], lengths: Int32[Array, " b"], dtype
     ) -> Buffer:
-        """What is kept of a prompt of so many tokens."""
+        """The blocks that are kept of a prompt of so many tokens."""
         size, length = self.layout.block_size, key.shape[1]
         count = -(-length // size)
         block = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (len(key), len(self.heads), count))

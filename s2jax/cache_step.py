@@ -1,4 +1,4 @@
-"""How the buffers of a KV cache take tokens in and are attended to, on one device or on a shard of a mesh."""
+"""Steps of a KV cache, on one device or on a shard of a mesh: appends tokens and attends to them."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ class ShardHeads(typing.NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tables:
-    """What differs from KV head to KV head: arrays with a row for each, which a mesh splits as it does the heads.
+    """Arrays with a row for each KV head, which a mesh splits as it does the heads.
 
     Attributes:
       spaces, rows: of every buffer.
@@ -44,14 +44,14 @@ class Tables:
 
     @classmethod
     def of(cls, layout: CacheLayout, room: int | None, shards: int) -> "Tables":
-        """Of a cache, after a fork with so much room, split over so many of its layout's shards."""
+        """Builds the tables of a cache with `room` blocks after a fork, split over `shards` of the layout's shards."""
         spaces = tuple(Space.of(layout, heads, room, shards) for heads in layout.buffers)
         stand = [space.heads.reshape(shards, -1) for space in spaces]
         order = np.argsort(np.concatenate(stand, 1), 1).astype(np.int32).reshape(-1)
         return cls(spaces, tuple(Rows.of(layout, heads) for heads in layout.buffers), order)
 
     def join(self, parts: list[Parts]) -> Parts:
-        """Of all KV heads, what was found for those of every buffer."""
+        """Joins the results of the buffers into those of all KV heads, in their order."""
         if len(parts) == 1:
             return parts[0]
         return jax.tree.map(lambda *each: jnp.concatenate(each, 2)[:, :, self.order], *parts)
@@ -88,7 +88,7 @@ class Step:
         key: Float[Array, "b t k d"],
         value: Float[Array, "b t k e"],
     ) -> tuple[Parts, Buffer]:
-        """Of one buffer, of whose KV heads the tokens are."""
+        """Attends over one buffer, for the tokens of its own KV heads."""
         batch, length = self.positions.shape
         size, masks = self.layout.block_size, self.layout.schedule.token_masks
         count = (length + size - 2) // size + 1

@@ -267,7 +267,7 @@ class _Compiler:
     # Everything else: one list per row.
 
     def entries(self, pattern: Pattern, heads: Heads, head: int) -> list[Entries]:
-        """What a head reads whole and in part, known only by its block states and its rule."""
+        """Blocks that a head reads whole and in part, computed from its block states and its rule alone."""
         groups = max(1, len(self.rows) * self.num_columns // PAIRS_AT_ONCE)
         found = [self._entries_of(pattern, heads, head, rows) for rows in np.array_split(self.rows, groups)]
         joined = [

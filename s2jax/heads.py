@@ -1,4 +1,4 @@
-"""What the NNX and the Linen layer share: head counts, and what befalls q and k between projection and attention."""
+"""Common parts of the NNX and Linen layers: head counts, and what befalls q and k before the attention."""
 
 import math
 import typing
@@ -57,7 +57,7 @@ class RopeScaling(typing.NamedTuple):
             )
 
     def scaled(self, frequencies: Float[Array, " d/2"]) -> Float[Array, " d/2"]:
-        """Of frequencies in radians per token."""
+        """Scales frequencies, in radians per token."""
         turns = frequencies * (self.original_length / (2 * math.pi))
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = kept.clip(0, 1)

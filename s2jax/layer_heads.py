@@ -17,7 +17,7 @@ from s2jax.patterns import as_pattern
 
 @dataclasses.dataclass(frozen=True)
 class LayerHeads:
-    """What a layer is told of heads: how many it has in all, and over which axes a caller splits them.
+    """Head counts of a layer, and the axes that a caller splits its heads over.
 
     Attributes:
       query, kv, features: counts of all query and KV heads, and features of a head.

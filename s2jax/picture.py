@@ -26,7 +26,7 @@ SAMPLES = 8
 
 
 class Panel(typing.NamedTuple):
-    """What one kind of head reads, or all of them together, on a grid of cells."""
+    """The cells that one kind of head reads, or all heads together."""
 
     title: str
     share: np.ndarray  # float [cells, cells]: how much of the visible part of a cell is read; NaN: nothing is visible

@@ -40,7 +40,7 @@ class SaveFailed(Exception):
 
 @dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held."""
+    """The contents of a checkpoint."""
 
     step: int
     state: Any
@@ -169,7 +169,7 @@ class Checkpoints:
         return metadata
 
     def _attempt(self, step: int, read: Callable[[int], Any]) -> Any:
-        """What `read(step)` returns, or None, with a line said, if the checkpoint is torn."""
+        """The result of `read(step)`, or None, with a line said, if the checkpoint is torn."""
         reason = None
         with _quietly():
             try:

@@ -161,7 +161,7 @@ def _first(name: str, given: dict[str, str], values: dict[str, Any], file: str |
 
 
 def _defaults_for_help(argv: Sequence[str]) -> Config:
-    """What the help shows: the defaults that the other flags lead to, or the usual ones if those are wrong."""
+    """Defaults for the help: those that the other flags lead to, or the usual ones if those are wrong."""
     try:
         given = _values([word for word in argv if word not in ("--help", "-h")])
         return _defaults({flag: values[0] for flag, values in given.items() if values and values[0] != "None"})
@@ -276,7 +276,7 @@ def _described(kind: Any) -> str:
 
 
 def _reason(stop: SystemExit, box: str) -> str:
-    """What tyro objects to: the ValueError of the config itself, or else its own words."""
+    """The reason that tyro gives: the ValueError of the config itself, or else its own words."""
     error: BaseException | None = stop
     while error is not None:
         if isinstance(error, ValueError):

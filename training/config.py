@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses whose fields are the flags of train.py, and a recipe for each model preset.
+"""The settings of a run: frozen dataclasses whose fields are flags of train.py, and a recipe for each preset.
 
 Every flag is checked where the values meet (`__post_init__`), so a config that exists is a config that makes sense;
 what depends on the devices is checked in `training.mesh`.
@@ -58,7 +58,7 @@ def _require_paths(options: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How --data is read and cut into rows."""
+    """Options for reading --data and cutting it into rows."""
 
     seq_len: int = 1024
     """Tokens in a row: documents are packed into rows of this length, and attention sees no further."""

@@ -1,4 +1,4 @@
-"""How a run ends: the exit code, and one line on why, and what is left to go on from."""
+"""The end of a run: its exit code, and one line with the reason and what is left to go on from."""
 
 from __future__ import annotations
 

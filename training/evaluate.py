@@ -1,4 +1,4 @@
-"""What a trained model is worth: held-out bits, beside what needs no model; what far context brings; a sample."""
+"""Scores of a trained model: held-out bits beside baselines, the gain of far context, a sample."""
 
 from __future__ import annotations
 

@@ -108,10 +108,10 @@ def with_batch_size(config: Config, mesh: Mesh) -> Config:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch `[b, t]`."""
+    """The sharding of a batch `[b, t]`."""
     return NamedSharding(mesh, BATCH_SPEC)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of a scalar."""
+    """The sharding of a scalar."""
     return NamedSharding(mesh, PartitionSpec())

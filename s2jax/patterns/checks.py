@@ -64,7 +64,7 @@ def check_window(name: str, value, causal: bool) -> None:
 
 
 def window_sides(value: Window, causal: bool) -> tuple[int, int]:
-    """How far a window reaches to the left and to the right; the right of a causal one is cut by causality instead."""
+    """The reach of a window to the left and right; causality cuts the right of a causal one."""
     if isinstance(value, tuple):
         return value
     return value, UNBOUNDED if causal else value
