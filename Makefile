@@ -49,13 +49,13 @@ format: .venv/.dev ## let ruff rewrite what it can
 	@$(PY) -m ruff format .
 
 bench: .venv/.train ## the benchmarks into benchmarks/results/, and their tables into docs/results.md
-	$(PY) benchmarks/schedules.py
-	$(PY) benchmarks/attention.py $(ARGS)
-	@$(PY) benchmarks/report.py
+	$(PY) -m benchmarks.schedules
+	$(PY) -m benchmarks.attention $(ARGS)
+	@$(PY) -m benchmarks.report
 
 docs: .venv/.train ## what is generated: pictures, the tables of docs/results.md
 	@$(PY) -m s2jax.picture
-	@$(PY) benchmarks/report.py
+	@$(PY) -m benchmarks.report
 
 compilers: .venv/.compilers ## the compilers for TPU and NVIDIA, to compile kernels with no device (1.5 GB)
 

@@ -1,8 +1,8 @@
 """Sparse attention against dense attention, forward and backward, side by side in one run.
 
-    python benchmarks/attention.py                 # all points that fit this machine
-    python benchmarks/attention.py --points cpu-8k --repeats 9
-    python benchmarks/attention.py --all           # on a Hopper GPU: all points and sides, in less than 8 minutes
+    python -m benchmarks.attention                 # all cases that fit this machine
+    python -m benchmarks.attention --cases cpu-8k --repeats 9
+    python -m benchmarks.attention --all           # on a Hopper GPU: all cases and sides, in less than 8 minutes
 
 All sides take turns, on random inputs; the median of the repeats counts. "of ideal" is the speedup times the density: 1
 means that the time shrank exactly as the blocks that are read did. On a CPU the speedup is over the faster of two dense
@@ -19,12 +19,13 @@ import time
 
 import jax
 import jax.numpy as jnp
-from dense import chunked_causal
-from gpu import machine, run
-from gpu.options import GPU_POINTS, SIDE_NAMES, Options
-from points import CPU_POINTS, RESULTS, Point, parser, save, table
 
 import s2jax
+from benchmarks.cases import CPU_CASES, Case
+from benchmarks.dense import chunked_causal
+from benchmarks.gpu import machine, run
+from benchmarks.gpu.options import GPU_CASES, SIDE_NAMES, Options
+from benchmarks.record import RESULTS, parser, save, table
 
 
 def timed(functions: dict, arguments, repeats: int) -> dict[str, list[float]]:
@@ -50,11 +51,11 @@ def with_gradients(function):
     return jax.jit(both)
 
 
-def measure(point: Point, dtype: str, repeats: int) -> dict:
-    pattern = point.pattern()
+def measure(case: Case, dtype: str, repeats: int) -> dict:
+    pattern = case.pattern()
     keys = jax.random.split(jax.random.key(0), 4)
-    shape = (point.batch, point.tokens, point.num_heads, point.head_dim)
-    kv_shape = (point.batch, point.tokens, point.num_kv_heads, point.head_dim)
+    shape = (case.batch, case.tokens, case.num_heads, case.head_dim)
+    kv_shape = (case.batch, case.tokens, case.num_kv_heads, case.head_dim)
     query, dout = (jax.random.normal(key, shape, dtype) for key in keys[:2])
     key, value = (jax.random.normal(key, kv_shape, dtype) for key in keys[2:])
 
@@ -67,8 +68,8 @@ def measure(point: Point, dtype: str, repeats: int) -> dict:
     sides = {"sparse": sparse, "chunked": chunked_causal, "own dense": own_dense}
     forward = timed({name: jax.jit(side) for name, side in sides.items()}, (query, key, value), repeats)
     both = timed({name: with_gradients(side) for name, side in sides.items()}, (query, key, value, dout), repeats)
-    density = pattern.density(point.num_heads, point.num_kv_heads, point.tokens)
-    row = {"point": point.name, "dtype": dtype, "density": density, "ideal speedup": 1 / density}
+    density = pattern.density(case.num_heads, case.num_kv_heads, case.tokens)
+    row = {"case": case.name, "dtype": dtype, "density": density, "ideal speedup": 1 / density}
     medians = {"forward": _medians(forward), "forward + backward": _medians(both)}
     medians["backward"] = {side: medians["forward + backward"][side] - medians["forward"][side] for side in sides}
     for name, seconds in medians.items():
@@ -95,19 +96,19 @@ def _temporaries(function, *arguments) -> int:
 def on_cpu(chosen: argparse.Namespace) -> None:
     jnp.zeros(()).block_until_ready()
     rows = []
-    for point in CPU_POINTS:
-        if chosen.points is None or point.name in chosen.points:
-            rows.append(measure(point, chosen.dtype, chosen.repeats))
+    for case in CPU_CASES:
+        if chosen.cases is None or case.name in chosen.cases:
+            rows.append(measure(case, chosen.dtype, chosen.repeats))
             print({name: round(value, 3) if isinstance(value, float) else value for name, value in rows[-1].items()})
-    columns = ["point", "density", "ideal speedup", "forward speedup", "forward of ideal", "backward speedup"]
+    columns = ["case", "density", "ideal speedup", "forward speedup", "forward of ideal", "backward speedup"]
     print(table(rows, [*columns, "backward of ideal", "sparse temporaries MB", "chunked temporaries MB"]))
     save("attention_cpu", rows, chosen.folder)
 
 
 def on_gpu(chosen: argparse.Namespace) -> None:
-    points = tuple(point for point in GPU_POINTS if chosen.points is None or point.name in chosen.points)
+    cases = tuple(case for case in GPU_CASES if chosen.cases is None or case.name in chosen.cases)
     options = Options(
-        points, tuple(chosen.sides or SIDE_NAMES), chosen.repeats, chosen.budget_s, folder=chosen.folder,
+        cases, tuple(chosen.sides or SIDE_NAMES), chosen.repeats, chosen.budget_s, folder=chosen.folder,
         xla_s=chosen.xla_s,
     )  # fmt: skip
     machine.leave_alone()
@@ -121,10 +122,10 @@ def on_gpu(chosen: argparse.Namespace) -> None:
 
 def arguments(cpu: bool) -> argparse.ArgumentParser:
     options = parser(__doc__.splitlines()[0])
-    names = [point.name for point in (CPU_POINTS if cpu else GPU_POINTS)]
+    names = [case.name for case in (CPU_CASES if cpu else GPU_CASES)]
     which = options.add_mutually_exclusive_group()
-    which.add_argument("--all", action="store_true", help="all points, as without --points")
-    which.add_argument("--points", nargs="+", choices=names, help="which points; all by default")
+    which.add_argument("--all", action="store_true", help="all cases, as without --cases")
+    which.add_argument("--cases", nargs="+", choices=names, help="which cases; all by default")
     options.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
     options.add_argument("--folder", type=pathlib.Path, default=RESULTS, help="where the results go")
     if cpu:
@@ -132,7 +133,7 @@ def arguments(cpu: bool) -> argparse.ArgumentParser:
     else:
         options.add_argument("--sides", nargs="+", choices=SIDE_NAMES, help="which sides; all by default")
         options.add_argument(
-            "--budget-s", type=float, default=Options.budget_s, help="seconds in which points should end"
+            "--budget-s", type=float, default=Options.budget_s, help="seconds in which cases should end"
         )
         options.add_argument(
             "--xla-s", type=float, default=Options.xla_s, help="leaves out XLA's passes that take longer a call"

@@ -1,6 +1,6 @@
 """What a decoded token costs over a cache of what will be read, against one that holds everything.
 
-    python benchmarks/decode.py                # a CPU will do; about 3 minutes
+    python -m benchmarks.decode                # a CPU will do; about 3 minutes
 
 The attention of one layer, phi3's heads (32 query, 8 KV, head dim 128), float32: appending a token to every sequence of
 a batch and attending from it. Both sides are `KVCache.extend`, jitted, warm, caches donated, in turn; one holds the
@@ -13,11 +13,12 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from points import POINTS, parser, save, table
 
+from benchmarks.cases import CASES
+from benchmarks.record import parser, save, table
 from s2jax import Dense, KVCache, Pattern
 
-PHI3 = next(point for point in POINTS if point.name == "phi3-8k")
+PHI3 = next(case for case in CASES if case.name == "phi3-8k")
 NEW = 64
 """Tokens that there is room for, and that are not all used."""
 

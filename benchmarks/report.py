@@ -1,6 +1,6 @@
 """Writes the tables of docs/results.md from benchmarks/results/*.json, between its `results` marks.
 
-python benchmarks/report.py
+python -m benchmarks.report
 """
 
 import json
@@ -37,7 +37,7 @@ def tpu_schedule(record: dict) -> str:
     for row in record["ratios"]:
         shown = [row.get(name) for name in ("of splash", "of tokamax", "ours, block 16 over block 64")]
         ratios = " | ".join("–" if each is None else f"{each:.2f}" for each in shown)
-        lines.append(f"| {row['chip']} | {row['point']} | {row['pass']} | {ratios} |")
+        lines.append(f"| {row['chip']} | {row['case']} | {row['pass']} | {ratios} |")
     return "\n".join([*lines, "", origin(record, "tpu_schedule")])
 
 
@@ -81,7 +81,7 @@ def fine_tuning(record: dict) -> str:
 
 def schedules(record: dict) -> str:
     lines = [
-        "| point | block | density | ideal speedup | executed/ideal, forward | backward | compiled, processor time |",
+        "| case | block | density | ideal speedup | executed/ideal, forward | backward | compiled, processor time |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:
@@ -90,7 +90,7 @@ def schedules(record: dict) -> str:
             for key in (f"{way} executed/ideal" for way in ("forward", "backward"))
         ]
         lines.append(
-            f"| {row['point']} | {row['block']} | {row['density']:.4f} | {row['ideal speedup']:.1f}× "
+            f"| {row['case']} | {row['block']} | {row['density']:.4f} | {row['ideal speedup']:.1f}× "
             f"| {executed[0]} | {executed[1]} | {row['compile s']:.2f} s, {row['peak MB']:.0f} MB |"
         )
     return "\n".join([*lines, "", origin(record, "schedules")])
@@ -98,11 +98,11 @@ def schedules(record: dict) -> str:
 
 def attention(record: dict) -> str:
     lines = [
-        "| point | dtype | density | ideal | forward | backward | temporaries, chunked dense's |",
+        "| case | dtype | density | ideal | forward | backward | temporaries, chunked dense's |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['point']} | {row['dtype']} | {row['density']:.3f} | {row['ideal speedup']:.1f}× "
+        f"| {row['case']} | {row['dtype']} | {row['density']:.3f} | {row['ideal speedup']:.1f}× "
         f"| {row['forward speedup']:.1f}× ({row['forward of ideal']:.0%} of ideal) "
         f"| {row['backward speedup']:.1f}× ({row['backward of ideal']:.0%}) "
         f"| {row['sparse temporaries MB']:.0f} MB, {row['chunked temporaries MB']:.0f} MB |"
@@ -112,20 +112,20 @@ def attention(record: dict) -> str:
 
 
 def attention_gpu(record: dict) -> str:
-    points: dict[str, dict[str, dict]] = {}
+    cases: dict[str, dict[str, dict]] = {}
     for row in record["rows"]:
-        points.setdefault(row["point"], {})[row["side"]] = row
+        cases.setdefault(row["case"], {})[row["side"]] = row
     if "clock" not in record:
         return "\n".join(["It ended before anything was measured.", *_not_there(record["rows"])])
     lines = [
-        "| point | density | forward | over cuDNN | backward | over the best dense | over FlexAttention "
+        "| case | density | forward | over cuDNN | backward | over the best dense | over FlexAttention "
         "| block 32, 16 | cuDNN forward, backward | rows checked |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    steps = {name: sides for name, sides in points.items() if any("train step ms" in row for row in sides.values())}
+    steps = {name: sides for name, sides in cases.items() if any("train step ms" in row for row in sides.values())}
     lines += [
-        _point_on_gpu(name, sides, record["clock"])
-        for name, sides in points.items()
+        _case_on_gpu(name, sides, record["clock"])
+        for name, sides in cases.items()
         if "density" in sides.get("s2jax", {})
     ]
     gpu = record["machine"]["gpu"]
@@ -141,7 +141,7 @@ def attention_gpu(record: dict) -> str:
     return "\n".join([*made, origin(record, "attention_gpu", device)])
 
 
-def _point_on_gpu(name: str, sides: dict[str, dict], clock: str) -> str:
+def _case_on_gpu(name: str, sides: dict[str, dict], clock: str) -> str:
     ours = sides["s2jax"]
 
     def rate(side: str, way: str) -> str:
@@ -183,7 +183,7 @@ def _checked_rows(sides: dict[str, dict]) -> str:
 
 def _small_calls(record: dict) -> list[str]:
     wrong = [call for call in record.get("small calls", ()) if not call["passed"]]
-    told = "; ".join(f"{call['point']}, block {call['block']}, {call['pass']}" for call in wrong)
+    told = "; ".join(f"{call['case']}, block {call['block']}, {call['pass']}" for call in wrong)
     return ["", f"Small calls that were wrong or failed: {told}."] if wrong else []
 
 
@@ -197,7 +197,7 @@ def _steps(steps: dict[str, dict[str, dict]]) -> list[str]:
         if "train step ms" in row
     ]
     head = ["", "A training step of one attention block, its projections, norm and SGD included:", ""]
-    head += ["| point | attention | a step | over s2jax dense | over cuDNN | peak memory, arguments included |"]
+    head += ["| case | attention | a step | over s2jax dense | over cuDNN | peak memory, arguments included |"]
     return [*head, "|---|---|---|---|---|---|", *lines] if lines else []
 
 
@@ -213,7 +213,7 @@ def _not_there(rows: list[dict]) -> list[str]:
     """What is missing and why, a line for each reason."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
-        where = f"{row['side']} at {row['point']}"
+        where = f"{row['side']} at {row['case']}"
         for key in ("left out", "not run"):
             if key in row:
                 reasons.setdefault(row[key], []).append(where)

@@ -1,6 +1,6 @@
 """What patterns cost before any kernel runs: density, executed over ideal pairs, time and memory to compile.
 
-    python benchmarks/schedules.py
+    python -m benchmarks.schedules
 
 Ideal pairs are the token pairs that the pattern lets through. Executed pairs are what a kernel multiplies, masks and
 rounding included, by the tiles that the Hopper kernels choose: forward, and backward the packs of keys.
@@ -11,9 +11,10 @@ import time
 import tracemalloc
 
 import numpy as np
-from points import POINTS, parser, save, table
 
 import s2jax
+from benchmarks.cases import CASES
+from benchmarks.record import parser, save, table
 from pallas_kernels.mosaic_gpu.key_tables import key_tables
 from pallas_kernels.mosaic_gpu.plan import ROWS
 from pallas_kernels.mosaic_gpu.tiles import HopperTiles, choose_heads, choose_key_tiles, choose_tiles
@@ -87,19 +88,19 @@ def compiled(pattern, **shapes) -> tuple[BlockSchedule, float, float]:
 def main() -> None:
     parser(__doc__.splitlines()[0]).parse_args()
     rows = []
-    for point in POINTS:
+    for case in CASES:
         for block_size in (64, 16):
-            pattern = point.pattern(block_size)
-            shapes = {"num_heads": point.num_heads, "num_kv_heads": point.num_kv_heads}
-            lengths = {"query_length": point.tokens, "kv_length": point.tokens}
+            pattern = case.pattern(block_size)
+            shapes = {"num_heads": case.num_heads, "num_kv_heads": case.num_kv_heads}
+            lengths = {"query_length": case.tokens, "kv_length": case.tokens}
             schedule, seconds, peak = compiled(pattern, **shapes, **lengths)
             forward, backward = (
-                forward_over_ideal(schedule, point.head_dim),
-                backward_over_ideal(schedule, point.head_dim),
+                forward_over_ideal(schedule, case.head_dim),
+                backward_over_ideal(schedule, case.head_dim),
             )
-            density = pattern.density(point.num_heads, point.num_kv_heads, point.tokens)
+            density = pattern.density(case.num_heads, case.num_kv_heads, case.tokens)
             rows.append({
-                "point": point.name, "block": block_size, "density": density, "ideal speedup": 1 / density,
+                "case": case.name, "block": block_size, "density": density, "ideal speedup": 1 / density,
                 "forward executed/ideal": forward, "backward executed/ideal": backward,
                 "compile s": seconds, "peak MB": peak, "schedule MB": schedule.nbytes / 2**20,
             })  # fmt: skip
@@ -108,7 +109,7 @@ def main() -> None:
         schedule, seconds, peak = compiled(pattern, **million)
         density = pattern.density(64, 64, 1 << 20)
         rows.append({
-            "point": name, "block": 64, "density": density, "ideal speedup": 1 / density,
+            "case": name, "block": 64, "density": density, "ideal speedup": 1 / density,
             "compile s": seconds, "peak MB": peak, "schedule MB": schedule.nbytes / 2**20,
         })  # fmt: skip
     print(table(rows, list(rows[0])))

@@ -1,6 +1,6 @@
 """What it costs to transpose blocks chosen at run time, which the gradients of keys and values need.
 
-    python benchmarks/selection.py
+    python -m benchmarks.selection
 
 A schedule is transposed once, on the host. A selection is transposed on the device, in every backward pass: one sort of
 its entries by pack of keys and row of queries. It stands beside the forward pass over the same selection, by the
@@ -11,10 +11,10 @@ import functools
 import statistics
 
 import jax
-from attention import timed
-from points import parser, save, table
 
 import s2jax
+from benchmarks.attention import timed
+from benchmarks.record import parser, save, table
 from pallas_kernels.mosaic_gpu.key_tables import selection_key_tables
 from pallas_kernels.problem import Operands
 

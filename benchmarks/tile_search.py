@@ -1,9 +1,9 @@
 """Measures all tiles of the Hopper kernel that fit, and keeps the best for each head dim, block size and group.
 
-    python benchmarks/tile_search.py        # on a Hopper GPU, in 3 minutes
+    python -m benchmarks.tile_search        # on a Hopper GPU, in 3 minutes
 
 The result goes to pallas_kernels/mosaic_gpu/tuned.json, which the kernel reads. What one configuration takes is decided
-by all points that have it: the geometric mean of times over those of the tiles taken without a file.
+by all cases that have it: the geometric mean of times over those of the tiles taken without a file.
 """
 
 import dataclasses
@@ -19,31 +19,32 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-from gpu import correctness, guard, machine
-from gpu.device_time import Clock, Timing, choose_clock, in_turn, matrix_product
-from gpu.guard import Job, Teller
-from gpu.record import device
-from gpu.sides import Arrays, make_arrays
-from points import Point, parser, save
 
 import s2jax
+from benchmarks.cases import Case
+from benchmarks.gpu import correctness, guard, machine
+from benchmarks.gpu.device_time import Clock, Timing, choose_clock, in_turn, matrix_product
+from benchmarks.gpu.guard import Job, Teller
+from benchmarks.gpu.record import device
+from benchmarks.gpu.sides import Arrays, make_arrays
+from benchmarks.record import parser, save
 from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, HopperTiles, choose_heads, usual_tiles
 from pallas_kernels.mosaic_gpu.tuned import PATH, Key
 
 SEARCHED = (
-    (Point("strided", 1, 16, 16, 128, 8, 16, 32 << 10), (64, 32, 16)),
-    (Point("dense d128", 1, 16, 16, 128, 0, 0, 16 << 10), (64,)),
-    (Point("strided group", 2, 32, 8, 128, 16, 8, 8 << 10), (64, 32, 16)),
-    (Point("dense d64", 1, 32, 32, 64, 0, 0, 16 << 10), (64,)),
-    (Point("strided d64", 1, 32, 32, 64, 8, 16, 16 << 10), (64,)),
+    (Case("strided", 1, 16, 16, 128, 8, 16, 32 << 10), (64, 32, 16)),
+    (Case("dense d128", 1, 16, 16, 128, 0, 0, 16 << 10), (64,)),
+    (Case("strided group", 2, 32, 8, 128, 16, 8, 8 << 10), (64, 32, 16)),
+    (Case("dense d64", 1, 32, 32, 64, 0, 0, 16 << 10), (64,)),
+    (Case("strided d64", 1, 32, 32, 64, 8, 16, 16 << 10), (64,)),
 )
-"""Points and the block sizes of their patterns."""
+"""Cases and the block sizes of their patterns."""
 
-Points = list[tuple[Point, int]]
+Cases = list[tuple[Case, int]]
 """Each with the block size of its pattern."""
 
 HANGS_S, COMPILES_S = 60, 150
-"""A call, and compiling all tiles of a point, take less."""
+"""A call, and compiling all tiles of a case, take less."""
 
 KEYS = (32, 64, 128, 256)
 MARGIN = 0.98
@@ -52,7 +53,7 @@ MARGIN = 0.98
 
 @dataclasses.dataclass
 class Candidate:
-    """Tiles, and the milliseconds that they take at each point."""
+    """Tiles, and the milliseconds that they take at each case."""
 
     tiles: HopperTiles
     milliseconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -64,14 +65,14 @@ class Candidate:
         return statistics.geometric_mean(ratios) if ratios and all(map(math.isfinite, ratios)) else math.inf
 
 
-def key_of(point: Point, block: int) -> tuple[Key, tuple[int, ...]]:
-    """What the file knows a point by, and the heads that a tile can have."""
+def key_of(case: Case, block: int) -> tuple[Key, tuple[int, ...]]:
+    """What the file knows a case by, and the heads that a tile can have."""
     schedule = s2jax.compile_schedule(
-        point.pattern(block), num_heads=point.num_heads, num_kv_heads=point.num_kv_heads,
-        query_length=point.tokens, kv_length=point.tokens,
+        case.pattern(block), num_heads=case.num_heads, num_kv_heads=case.num_kv_heads,
+        query_length=case.tokens, kv_length=case.tokens,
     )  # fmt: skip
-    heads = choose_heads(schedule, None, point.num_heads, point.num_kv_heads)
-    return (point.head_dim, point.head_dim, schedule.block_size, heads[-1]), heads
+    heads = choose_heads(schedule, None, case.num_heads, case.num_kv_heads)
+    return (case.head_dim, case.head_dim, schedule.block_size, heads[-1]), heads
 
 
 def fitting(key: Key, heads: tuple[int, ...]) -> Iterator[HopperTiles]:
@@ -84,17 +85,17 @@ def fitting(key: Key, heads: tuple[int, ...]) -> Iterator[HopperTiles]:
             yield tiles
 
 
-def search(key: Key, points: Points, clock: Clock, teller: Teller, implementation: str = "mosaic_gpu") -> dict:
-    """The row of one configuration: points are those that have it."""
-    heads = key_of(*points[0])[1]
-    usual = Candidate(usual_tiles(*key[:3], points[0][0].tokens, key[3]))
+def search(key: Key, cases: Cases, clock: Clock, teller: Teller, implementation: str = "mosaic_gpu") -> dict:
+    """The row of one configuration: cases are those that have it."""
+    heads = key_of(*cases[0])[1]
+    usual = Candidate(usual_tiles(*key[:3], cases[0][0].tokens, key[3]))
     others = [Candidate(tiles) for tiles in fitting(key, heads) if tiles != usual.tiles]
     candidates = [usual, *others]
-    for point, block in points:
+    for case, block in cases:
         # What failed once is not taken, however well it does elsewhere.
-        measure(point, block, [each for each in candidates if each.failed is None], clock, teller, implementation)
+        measure(case, block, [each for each in candidates if each.failed is None], clock, teller, implementation)
         if usual.failed is not None:
-            raise RuntimeError(f"{usual.tiles} at {point.name}: {usual.failed}")
+            raise RuntimeError(f"{usual.tiles} at {case.name}: {usual.failed}")
     best = min(candidates, key=lambda each: each.score(usual))
     if best.score(usual) > MARGIN:
         best = usual
@@ -108,11 +109,11 @@ def search(key: Key, points: Points, clock: Clock, teller: Teller, implementatio
 
 
 def measure(
-    point: Point, block: int, candidates: list[Candidate], clock: Clock, teller: Teller, implementation: str
+    case: Case, block: int, candidates: list[Candidate], clock: Clock, teller: Teller, implementation: str
 ) -> None:
-    """Times all candidates at a point, in turn; one that computes anything else than the pattern's attention fails."""
-    arrays, pattern = make_arrays(point), point.pattern(block)
-    name = f"{point.name}, block {block}"
+    """Times all candidates at a case, in turn; one that computes anything else than the pattern's attention fails."""
+    arrays, pattern = make_arrays(case), case.pattern(block)
+    name = f"{case.name}, block {block}"
     inputs = arrays.query, arrays.key, arrays.value
 
     def job_of(each: Candidate) -> Job:
@@ -167,32 +168,32 @@ def _compiled(pattern, arrays: Arrays, tiles: HopperTiles, implementation: str, 
         return jax.jit(attention).lower(arrays.query, arrays.key, arrays.value).compile()
 
 
-def groups() -> dict[Key, Points]:
-    """All points that are searched, by configuration."""
-    found: dict[Key, Points] = {}
-    for point, blocks in SEARCHED:
+def groups() -> dict[Key, Cases]:
+    """All cases that are searched, by configuration."""
+    found: dict[Key, Cases] = {}
+    for case, blocks in SEARCHED:
         for block in blocks:
-            found.setdefault(key_of(point, block)[0], []).append((point, block))
+            found.setdefault(key_of(case, block)[0], []).append((case, block))
     return found
 
 
-def search_all(teller: Teller, left: dict[Key, Points], stop: float) -> None:
+def search_all(teller: Teller, left: dict[Key, Cases], stop: float) -> None:
     """Searches what is left, in a process that is watched; nothing is begun after `stop`."""
     header: dict = {"machine": machine.describe(), "device": device()}
     clock, header["clocks tried"] = choose_clock(*matrix_product(), machine.MOST_PER_SECOND)
     teller.keep({"header": header | {"clock": clock.name}})
-    for key, points in left.items():
+    for key, cases in left.items():
         if time.monotonic() > stop:
             print(f"{key}: no time left", flush=True)
             continue
-        entry, reason = teller.attempt(lambda key=key, points=points: search(key, points, clock, teller))
+        entry, reason = teller.attempt(lambda key=key, cases=cases: search(key, cases, clock, teller))
         teller.keep({"key": key, "entry": entry, "reason": reason})
 
 
 class Found:
     """What was found so far, by the process that touches no GPU."""
 
-    def __init__(self, folder: pathlib.Path, left: dict[Key, Points]):
+    def __init__(self, folder: pathlib.Path, left: dict[Key, Cases]):
         self.folder, self.left = folder, left
         self.entries, self.failed, self.header = [], [], {}
 

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = ["pallas_kernels", "s2jax", "models", "training", "train"]  # each imports only from those before it
 SOURCES = sorted(
     path
-    for top in [*LAYERS, "tests", "benchmarks", "examples"]
+    for top in [*LAYERS, "tests", "benchmarks", "experiments", "examples"]
     for path in [ROOT / f"{top}.py", *(ROOT / top).rglob("*.py")]
     if path.exists()
 )
@@ -31,7 +31,7 @@ def imported(source: str) -> set[str]:
 
 
 def forbidden(layer: str) -> set[str]:
-    above = set(LAYERS[LAYERS.index(layer) + 1 :]) | {"tests", "benchmarks", "examples"}
+    above = set(LAYERS[LAYERS.index(layer) + 1 :]) | {"tests", "benchmarks", "experiments", "examples"}
     return above | {"flax"} if layer == "pallas_kernels" else above
 
 

@@ -1,1 +1,1 @@
-"""The Hopper kernels measured on a GPU: `python benchmarks/attention.py` there."""
+"""The Hopper kernels measured on a GPU: `python -m benchmarks.attention` there."""

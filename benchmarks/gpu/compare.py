@@ -1,22 +1,21 @@
-"""What the times of a point's sides say of each other."""
+"""What the times of a case's sides say of each other."""
 
 from collections.abc import Iterable
 
-from points import Point
-
-from gpu.flex import NAMES as FLEX
-from gpu.machine import MOST_PER_SECOND
-from gpu.sides import PASSES
+from benchmarks.cases import Case
+from benchmarks.gpu.flex import NAMES as FLEX
+from benchmarks.gpu.machine import MOST_PER_SECOND
+from benchmarks.gpu.sides import PASSES
 
 OPERATIONS = {"forward": 4.0, "backward": 10.0, "forward + backward": 14.0}
 """Floating-point operations of a token pair and feature."""
 
 
-def dense_pairs(point: Point) -> int:
-    return point.batch * point.num_heads * point.tokens * (point.tokens + 1) // 2
+def dense_pairs(case: Case) -> int:
+    return case.batch * case.num_heads * case.tokens * (case.tokens + 1) // 2
 
 
-def compare(rows: dict[str, dict], point: Point, name: str, dense: set[str]) -> None:
+def compare(rows: dict[str, dict], case: Case, name: str, dense: set[str]) -> None:
     """Adds of a pass useful TFLOP/s, and speedups over dense attention and over FlexAttention, to the sides' rows.
 
     Args:
@@ -26,8 +25,8 @@ def compare(rows: dict[str, dict], point: Point, name: str, dense: set[str]) -> 
         milliseconds = row.get(f"{name} ms")
         if milliseconds is None:
             continue
-        pairs = dense_pairs(point) if side in dense else row["pairs"]
-        rate = OPERATIONS[name] * point.head_dim * pairs / milliseconds * 1e3
+        pairs = dense_pairs(case) if side in dense else row["pairs"]
+        rate = OPERATIONS[name] * case.head_dim * pairs / milliseconds * 1e3
         row[f"{name} useful TFLOP/s"] = rate / 1e12
         if rate > MOST_PER_SECOND:
             row[f"{name} suspect"] = "more operations a second than this GPU has"

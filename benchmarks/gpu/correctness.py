@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from gpu.sides import RESULTS, Arrays
+from benchmarks.gpu.sides import RESULTS, Arrays
 from s2jax.patterns import Heads, Pattern
 
 NAMES = RESULTS["forward + backward"]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gpu.attempt import NoDeviceTime, attempt
+from benchmarks.gpu.attempt import NoDeviceTime, attempt
 
 Call = Callable[[], typing.Any]
 """Launches a computation and returns what `wait` waits for."""

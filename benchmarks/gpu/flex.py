@@ -14,10 +14,10 @@ import unittest.mock
 from collections.abc import Callable
 
 import jax
-from points import Point
 
-from gpu.attempt import LeftOut, attempt
-from gpu.sides import PASSES, Arrays, Prepared
+from benchmarks.cases import Case
+from benchmarks.gpu.attempt import LeftOut, attempt
+from benchmarks.gpu.sides import PASSES, Arrays, Prepared
 from s2jax.patterns import Heads, LocalStride
 
 NAMES = {"flex 128x64": (128, 64), "flex 128x128": (128, 128)}
@@ -31,13 +31,13 @@ BACKWARD_TILES = (64, 64, 64, 64, 3, 4)
 
 def prepare_flex(
     name: str,
-    point: Point,
+    case: Case,
     arrays: Arrays,
     device: str = "cuda",
     left_out: dict[str, str] | None = None,
     doing: Callable[[str], None] = lambda what: None,
 ) -> Prepared:
-    """FlexAttention ready for a point; raises LeftOut.
+    """FlexAttention ready for a case; raises LeftOut.
 
     Args:
       left_out: passes that are not to be tried, and why.
@@ -53,16 +53,16 @@ def prepare_flex(
 
     if device == "cuda" and not torch.cuda.is_available():
         raise LeftOut("torch sees no GPU")
-    pattern = point.pattern()
+    pattern = case.pattern()
     if not isinstance(pattern, LocalStride):
         raise LeftOut("dense attention is not what FlexAttention is here for")
-    if name != SMALL_BLOCKS and point.tokens > MOST_TOKENS:
+    if name != SMALL_BLOCKS and case.tokens > MOST_TOKENS:
         raise LeftOut(f"beyond {MOST_TOKENS >> 10}k tokens only {SMALL_BLOCKS}: each has inputs of its own in memory")
     if device == "cuda":
         torch.cuda.empty_cache()
     start = time.perf_counter()
     doing("forward")
-    mask = block_mask(pattern, point, NAMES[name], device)
+    mask = block_mask(pattern, case, NAMES[name], device)
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # sorting took much
@@ -129,21 +129,21 @@ def _add_backward(prepared: Prepared, attention: typing.Any, inputs: list, cotan
     prepared.results |= {"backward": gradients, "forward + backward": results}
 
 
-def block_mask(pattern: LocalStride, point: Point, sizes: tuple[int, int], device: str):
+def block_mask(pattern: LocalStride, case: Case, sizes: tuple[int, int], device: str):
     """A `BlockMask` of the pattern: what is read of every block, and within blocks the rule token by token."""
     import torch
     import torch.nn.attention.flex_attention as flex
 
-    heads, size = Heads(point.num_heads, point.num_kv_heads), pattern.block_size
+    heads, size = Heads(case.num_heads, case.num_kv_heads), pattern.block_size
     window, stride = pattern.local_blocks, pattern.vert_stride
-    residues = [pattern.residues_of(heads, head)[0] for head in range(point.num_heads)]
+    residues = [pattern.residues_of(heads, head)[0] for head in range(case.num_heads)]
     residue = torch.tensor(residues, dtype=torch.int32, device=device)
 
     def mask_mod(batch, head, query, key):
         i, j = query // size, key // size
         return (query >= key) & ((i - j < window) | ((j + residue[head]) % stride == 0))
 
-    block = torch.arange(-(-point.tokens // size), device=device, dtype=torch.int32)
+    block = torch.arange(-(-case.tokens // size), device=device, dtype=torch.int32)
     apart = block[:, None] - block
     stripe = (block + residue[:, None]) % stride == 0
     read = (apart >= 0) & ((apart < window) | stripe[:, None, :])  # [h, n, n]
@@ -154,7 +154,7 @@ def block_mask(pattern: LocalStride, point: Point, sizes: tuple[int, int], devic
     full = whole.reshape(tiles).all(4).all(2)
     tables = [each for kind in (some & ~full, full) for each in _ordered(kind[None])]
     return flex.BlockMask.from_kv_blocks(
-        *tables, BLOCK_SIZE=sizes, mask_mod=mask_mod, seq_lengths=(point.tokens, point.tokens)
+        *tables, BLOCK_SIZE=sizes, mask_mod=mask_mod, seq_lengths=(case.tokens, case.tokens)
     )
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import pathlib
 import subprocess
 import sys
 import threading
@@ -21,9 +20,9 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from gpu import smoke
-from gpu.attempt import attempt
-from gpu.sides import lost_with
+from benchmarks.gpu import smoke
+from benchmarks.gpu.attempt import attempt
+from benchmarks.gpu.sides import lost_with
 
 START_S = 90
 """A process must say something in so many seconds: it imports JAX, finds the GPU and tries its clocks."""
@@ -33,9 +32,9 @@ Lost = dict[int, dict[str, str]]
 
 
 class Job(typing.NamedTuple):
-    """What goes on: at which point, for which side, and of that which pass; empty where it is for nobody."""
+    """What goes on: at which case, for which side, and of that which pass; empty where it is for nobody."""
 
-    point: str = ""
+    case: str = ""
     side: str = ""
     what: str = ""
 
@@ -162,19 +161,19 @@ def tried_first(command: list[str] | None = None, timeout_s: float = 120) -> tup
     Wrong numbers are no reason to leave anything out: they are a failure of the run, and what the kernel does at real
     sizes is to be seen.
     """
-    command = command or [sys.executable, str(pathlib.Path(smoke.__file__))]
+    command = command or [sys.executable, "-m", smoke.__name__]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
         told, ended = done.stdout, f"ended with {done.returncode}: {_last_line(done.stderr)}"
     except subprocess.TimeoutExpired as error:
         told, ended = _text(error.stdout), f"did not end in {timeout_s:g} s"
     found = [json.loads(line) for line in told.splitlines() if line.startswith("{") and line.endswith("}")]
-    answered = {(row["point"], row["block"], row["pass"]): row for row in found}
+    answered = {(row["case"], row["block"], row["pass"]): row for row in found}
     lost: dict[int, dict[str, str]] = {}
-    for point, block, what in smoke.cases():
-        row = answered.get((point.name, block, what), {"error": f"gave nothing: the process {ended}"})
+    for case, block, what in smoke.calls():
+        row = answered.get((case.name, block, what), {"error": f"gave nothing: the process {ended}"})
         if "error" in row:
-            reason = f"the small call {point.name}, block {block}, {what}: {row['error']}"
+            reason = f"the small call {case.name}, block {block}, {what}: {row['error']}"
             lost[block] = dict.fromkeys(lost_with(what), reason) | lost.get(block, {})
     return found, lost
 

@@ -4,15 +4,14 @@ import dataclasses
 import pathlib
 import time
 
-from points import DENSE_POINTS, POINTS, Point
+from benchmarks.cases import CASES, DENSE_CASES, Case
+from benchmarks.gpu import correctness
+from benchmarks.gpu.device_time import Clock
+from benchmarks.gpu.flex import NAMES as FLEX
+from benchmarks.gpu.sides import SIDES, Limits, Side, lost_with
 
-from gpu import correctness
-from gpu.device_time import Clock
-from gpu.flex import NAMES as FLEX
-from gpu.sides import SIDES, Limits, Side, lost_with
 
-
-class TrainStep(Point):
+class TrainStep(Case):
     """A training step of an attention block whose width is that of its heads together; see `gpu.train_step`."""
 
     @property
@@ -26,9 +25,9 @@ FIRST = ("dkernel-32k", "phi3-8k", "dense-16k-d128", "s2-7b-128k", "train-1.3b-3
          "s2-70b-128k")  # fmt: skip
 """In this order, then the rest: what a short run should have."""
 
-GPU_POINTS = tuple(sorted(
-    (*POINTS, *DENSE_POINTS, TRAIN_STEP),
-    key=lambda point: FIRST.index(point.name) if point.name in FIRST else len(FIRST),
+GPU_CASES = tuple(sorted(
+    (*CASES, *DENSE_CASES, TRAIN_STEP),
+    key=lambda case: FIRST.index(case.name) if case.name in FIRST else len(FIRST),
 ))  # fmt: skip
 TRAIN_SIDES = ("s2jax", "s2jax dense", "cudnn")
 SIDE_NAMES = (*(side.name for side in SIDES), *FLEX)
@@ -39,7 +38,7 @@ class Options:
     """What is measured, and how long it may take.
 
     Attributes:
-      budget_s: no point is begun that might end later, were it as long as the longest so far.
+      budget_s: no case is begun that might end later, were it as long as the longest so far.
       folder: where the file goes; None for nowhere.
       pairs: logits held at once when our side is checked, a sixteenth of it for others; more are more rows.
       all_sides: among which `sides` chooses, besides PyTorch's.
@@ -51,7 +50,7 @@ class Options:
       clock: chosen where the process runs, if None.
     """
 
-    points: tuple[Point, ...] = GPU_POINTS
+    cases: tuple[Case, ...] = GPU_CASES
     sides: tuple[str, ...] = SIDE_NAMES
     repeats: int = 5
     budget_s: float = 400
@@ -73,11 +72,11 @@ class Options:
     def block_of(self, name: str) -> int:
         return next((side.block for side in self.all_sides if side.name == name), 64)
 
-    def sides_at(self, point: Point) -> tuple[str, ...]:
+    def sides_at(self, case: Case) -> tuple[str, ...]:
         """The dense pattern has no block size of its own: it is measured once."""
-        if isinstance(point, TrainStep):
+        if isinstance(case, TrainStep):
             return tuple(name for name in TRAIN_SIDES if name.removesuffix(" dense") in self.sides)
-        return tuple(name for name in self.sides if not point.is_dense or self.block_of(name) == 64)
+        return tuple(name for name in self.sides if not case.is_dense or self.block_of(name) == 64)
 
 
 LeftOuts = dict[str, dict[str, str]]
@@ -89,12 +88,12 @@ class Left:
     """What is still to be done, and what is known by now.
 
     Attributes:
-      points: not yet done.
+      cases: not yet done.
       left_out: what is not tried again.
-      longest_s: that a point has taken so far.
+      longest_s: that a case has taken so far.
     """
 
-    points: tuple[Point, ...]
+    cases: tuple[Case, ...]
     left_out: LeftOuts = dataclasses.field(default_factory=dict)
     longest_s: float = 0.0
 
@@ -105,7 +104,7 @@ class Left:
 
 
 class Budget:
-    """The time of the run, from `start` on the clock that all processes share, and how long points have taken."""
+    """The time of the run, from `start` on the clock that all processes share, and how long cases have taken."""
 
     def __init__(self, seconds: float, start: float, longest_s: float = 0.0):
         self._start, self._seconds, self.longest_s = start, seconds, longest_s
@@ -118,12 +117,12 @@ class Budget:
         return self.spent > self._seconds
 
     def skips(self) -> str | None:
-        """Why a further point is not begun."""
+        """Why a further case is not begun."""
         if self.spent + self.longest_s <= self._seconds:
             return None
         return (
             f"time budget: {self.spent:.0f} s of {self._seconds:g} s were spent, "
-            f"and a point has taken {self.longest_s:.0f} s"
+            f"and a case has taken {self.longest_s:.0f} s"
         )
 
     def took(self, seconds: float) -> None:

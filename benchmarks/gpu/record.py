@@ -7,18 +7,18 @@ import typing
 from collections.abc import Iterable
 
 import jax
-from points import save
 
-from gpu.guard import Job
-from gpu.options import Left, Options, TrainStep
-from gpu.sides import PASSES
+from benchmarks.gpu.guard import Job
+from benchmarks.gpu.options import Left, Options, TrainStep
+from benchmarks.gpu.sides import PASSES
+from benchmarks.record import save
 
 TIMED = (*PASSES, "train step")
 
 
-def nobodys(point: str, key: str, reason: str) -> dict:
-    """The row of a point without sides: `key` is "not run" for want of time, "left out" where something is wrong."""
-    return {"point": point, "side": "all", key: reason}
+def nobodys(case: str, key: str, reason: str) -> dict:
+    """The row of a case without sides: `key` is "not run" for want of time, "left out" where something is wrong."""
+    return {"case": case, "side": "all", key: reason}
 
 
 def device() -> str:
@@ -26,7 +26,7 @@ def device() -> str:
 
 
 class Record:
-    """The rows by point and side, and the header of the file."""
+    """The rows by case and side, and the header of the file."""
 
     def __init__(self, options: Options):
         self.header: dict = {}
@@ -38,10 +38,10 @@ class Record:
         return list(self._rows.values())
 
     def keep(self, message: dict) -> None:
-        """Rows, parts of the header, or a point that is done; what a second process says anew stands."""
+        """Rows, parts of the header, or a case that is done; what a second process says anew stands."""
         self.header |= message.get("header", {})
         for row in message.get("rows", ()):
-            key = row["point"], row["side"]
+            key = row["case"], row["side"]
             anew = {name for name in TIMED if f"{name} ms" in row}
             before = {name: value for name, value in self._rows.get(key, {}).items() if _timed(name) not in anew}
             self._rows[key] = before | row
@@ -57,46 +57,46 @@ class Record:
                 save("attention_gpu", self.rows, self._options.folder, **self.header)
 
     def what_is_left(self, left: Left) -> Left:
-        points = tuple(point for point in left.points if point.name not in self._done)
-        return dataclasses.replace(left, points=points, longest_s=max(left.longest_s, self._longest_s))
+        cases = tuple(case for case in left.cases if case.name not in self._done)
+        return dataclasses.replace(left, cases=cases, longest_s=max(left.longest_s, self._longest_s))
 
     def cut_short(self, jobs: Iterable[Job], reason: str) -> None:
-        """Rows of the point at which a process ended, for whatever has no result yet."""
+        """Rows of the case at which a process ended, for whatever has no result yet."""
         jobs = tuple(jobs)
-        points = [point for point in self._options.points if point.name in {job.point for job in jobs}]
-        rows = [self._cut_row(point, side, jobs, reason) for point in points for side in self._options.sides_at(point)]
+        cases = [case for case in self._options.cases if case.name in {job.case for job in jobs}]
+        rows = [self._cut_row(case, side, jobs, reason) for case in cases for side in self._options.sides_at(case)]
         self.keep({"rows": [row for row in rows if row is not None]})
 
-    def _cut_row(self, point: typing.Any, side: str, jobs: tuple[Job, ...], reason: str) -> dict | None:
-        row = {"point": point.name, "side": side} | self._rows.get((point.name, side), {})
+    def _cut_row(self, case: typing.Any, side: str, jobs: tuple[Job, ...], reason: str) -> dict | None:
+        row = {"case": case.name, "side": side} | self._rows.get((case.name, side), {})
         if "left out" in row:
             return None
-        for name in ("train step",) if isinstance(point, TrainStep) else PASSES:
+        for name in ("train step",) if isinstance(case, TrainStep) else PASSES:
             if f"{name} ms" not in row and f"{name} failed" not in row:
                 guilty = any((job.side, job.what) == (side, name) for job in jobs)
                 row[f"{name} failed"] = reason if guilty else f"not run, because {reason}"
         return row
 
     def skip(self, left: Left, key: str, reason: str) -> None:
-        """All that is left, but for the point that has rows already."""
-        known = {point for point, _ in self._rows}
-        self.keep({"rows": [nobodys(point.name, key, reason) for point in left.points if point.name not in known]})
+        """All that is left, but for the case that has rows already."""
+        known = {case for case, _ in self._rows}
+        self.keep({"rows": [nobodys(case.name, key, reason) for case in left.cases if case.name not in known]})
 
     def skip_one(self, left: Left, name: str, reason: str) -> Left | None:
-        """Goes on after a point; None if it was the last."""
+        """Goes on after a case; None if it was the last."""
         self.keep({"rows": [nobodys(name, "left out", reason)], "done": name, "longest s": left.longest_s})
         left = self.what_is_left(left)
-        return left if left.points else None
+        return left if left.cases else None
 
     def failures(self) -> list[str]:
         """What of our own is missing or wrong, a line each: our sides are to run everywhere, and to be right."""
         told = [
-            f"small call {call['point']}, block {call['block']}, {call['pass']}: {call.get('error') or _wrong(call)}"
+            f"small call {call['case']}, block {call['block']}, {call['pass']}: {call.get('error') or _wrong(call)}"
             for call in self.header.get("small calls", ())
             if not call["passed"]
         ]
         for row in self.rows:
-            told += [f"{row['side']} at {row['point']}: {reason}" for reason in _failed(row)]
+            told += [f"{row['side']} at {row['case']}: {reason}" for reason in _failed(row)]
         return told
 
 

@@ -1,4 +1,4 @@
-"""All of it in one run: correctness at real sizes, then times, sides in turn, point by point, saved after each pass.
+"""All of it in one run: correctness at real sizes, then times, sides in turn, case by case, saved after each pass.
 
 What a side cannot do is a line of its row. What there was no time for is a row that says so. The measuring is done in
 another process: when that hangs or dies, what it found is kept, and a new one goes on without the side that did it.
@@ -11,19 +11,19 @@ import time
 from collections.abc import Callable
 
 import jax
-from points import Point
 
-from gpu import guard, machine, record, train_step
-from gpu.device_time import choose_clock, matrix_product
-from gpu.guard import Ending, Teller
-from gpu.options import Budget, Left, Options, TrainStep
-from gpu.point import Measurement
-from gpu.record import Record
+from benchmarks.cases import Case
+from benchmarks.gpu import guard, machine, record, train_step
+from benchmarks.gpu.device_time import choose_clock, matrix_product
+from benchmarks.gpu.guard import Ending, Teller
+from benchmarks.gpu.measurement import Measurement
+from benchmarks.gpu.options import Budget, Left, Options, TrainStep
+from benchmarks.gpu.record import Record
 from pallas_kernels.mosaic_gpu import tuned
 
 
 def run(options: Options) -> Record:
-    """Measures all points; what was found, as saved."""
+    """Measures all cases; what was found, as saved."""
     start = time.monotonic()
     found = Record(options)
     small_calls, untried = guard.tried_first() if options.try_first else ([], {})
@@ -33,7 +33,7 @@ def run(options: Options) -> Record:
         for side in options.all_sides
         if side.name.startswith("s2jax") and side.block in untried
     }
-    left = Left(options.points, left_out)
+    left = Left(options.cases, left_out)
     while True:
         ending = guard.watched(measure_all, (options, left, start), found.keep, start + options.limit_s)
         left = found.what_is_left(left)
@@ -59,7 +59,7 @@ def after(ending: Ending, left: Left, found: Record) -> Left | None:
         side = f"{job.side} {job.what}" if job.what == train_step.NAME else job.side
         left = left.without(side, job.what, reason)
     # What is no side's fault would happen again.
-    return left if guilty else found.skip_one(left, ending.jobs[0].point, reason)
+    return left if guilty else found.skip_one(left, ending.jobs[0].case, reason)
 
 
 def measure_all(teller: Teller, options: Options, left: Left, start: float) -> None:
@@ -82,17 +82,17 @@ def measure_all(teller: Teller, options: Options, left: Left, start: float) -> N
             teller.keep({"rows": [record.nobodys(name, "not run", reason)]})
         else:
             measure()
-        gc.collect()  # of this point's arrays
+        gc.collect()  # of this case's arrays
         budget.took(time.perf_counter() - begun)
         state = {"seconds": budget.spent, "machine after": machine.state()}
         teller.keep({"done": name, "longest s": budget.longest_s, "header": state})
 
-    for point in left.points:
-        timed(point.name, functools.partial(_measure, point, options, left.left_out, clock, budget, teller))
+    for case in left.cases:
+        timed(case.name, functools.partial(_measure, case, options, left.left_out, clock, budget, teller))
 
 
-def _measure(point: Point, *rest) -> None:
-    if isinstance(point, TrainStep):
-        train_step.measure(point, *rest)
+def _measure(case: Case, *rest) -> None:
+    if isinstance(case, TrainStep):
+        train_step.measure(case, *rest)
     else:
-        Measurement(point, *rest).measure()
+        Measurement(case, *rest).measure()

@@ -1,6 +1,6 @@
-"""Who is compared: each side's attention, compiled for a point and ready to be called.
+"""Who is compared: each side's attention, compiled for a case and ready to be called.
 
-A side computes the point's pattern, or dense causal attention, which is what the speedups are over.
+A side computes the case's pattern, or dense causal attention, which is what the speedups are over.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 from jaxtyping import Array, Float
-from points import Point
 
 import s2jax
-from gpu.attempt import LeftOut, attempt
-from gpu.device_time import Call, Timing
+from benchmarks.cases import Case
+from benchmarks.gpu.attempt import LeftOut, attempt
+from benchmarks.gpu.device_time import Call, Timing
 
 PASSES = ("forward", "backward", "forward + backward")
 GRADIENTS = ("dquery", "dkey", "dvalue")
@@ -38,7 +38,7 @@ Attention = Callable[[Array, Array, Array], Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-    """The inputs of a point, and the cotangent of its output."""
+    """The inputs of a case, and the cotangent of its output."""
 
     query: Float[Array, "b t h d"]
     key: Float[Array, "b s k d"]
@@ -53,11 +53,11 @@ class Side:
     Attributes:
       dense: computes dense causal attention whatever the pattern.
       block: tokens in a block of its pattern.
-      make: the attention at a point; raises LeftOut.
+      make: the attention at a case; raises LeftOut.
     """
 
     name: str
-    make: Callable[[Point, int], Attention]
+    make: Callable[[Case, int], Attention]
     dense: bool = False
     block: int = 64
 
@@ -68,7 +68,7 @@ class Side:
 
 @dataclasses.dataclass
 class Prepared:
-    """A side compiled for a point.
+    """A side compiled for a case.
 
     Attributes:
       calls: of the passes that can run, as they are timed.
@@ -91,17 +91,17 @@ class Prepared:
         return Timing(self.calls[name], self.wait, before)
 
 
-def make_arrays(point: Point, dtype: str = "bfloat16", seed: int = 0) -> Arrays:
-    """Random inputs of a point."""
+def make_arrays(case: Case, dtype: str = "bfloat16", seed: int = 0) -> Arrays:
+    """Random inputs of a case."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    queries = (point.batch, point.tokens, point.num_heads, point.head_dim)
-    kv = (point.batch, point.tokens, point.num_kv_heads, point.head_dim)
+    queries = (case.batch, case.tokens, case.num_heads, case.head_dim)
+    kv = (case.batch, case.tokens, case.num_kv_heads, case.head_dim)
     shapes = queries, kv, kv, queries
     return Arrays(*(jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)))
 
 
-def _ours(implementation: str, point: Point, block: int) -> Attention:
-    pattern = point.pattern(block)
+def _ours(implementation: str, case: Case, block: int) -> Attention:
+    pattern = case.pattern(block)
 
     def attention(query, key, value):
         return s2jax.attention(query, key, value, pattern, implementation=implementation)
@@ -109,14 +109,14 @@ def _ours(implementation: str, point: Point, block: int) -> Attention:
     return attention
 
 
-def _cudnn(point: Point, block: int) -> Attention:
+def _cudnn(case: Case, block: int) -> Attention:
     def attention(query, key, value):
         return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
 
     return attention
 
 
-def _tokamax(point: Point, block: int) -> Attention:
+def _tokamax(case: Case, block: int) -> Attention:
     if importlib.util.find_spec("tokamax") is None:
         raise LeftOut("tokamax is not installed")
     import tokamax
@@ -172,7 +172,7 @@ def not_worth(side: Side, operations: float, limits: Limits) -> dict[str, str]:
 
 def prepare(
     side: Side,
-    point: Point,
+    case: Case,
     arrays: Arrays,
     operations: float,
     limits: Limits,
@@ -192,7 +192,7 @@ def prepare(
     left_out = not_worth(side, operations, limits) | (left_out or {})
     if len(left_out) == len(PASSES):
         raise LeftOut(left_out["forward"])
-    functions = Functions(side.make(point, side.block))
+    functions = Functions(side.make(case, side.block))
     inputs = arrays.query, arrays.key, arrays.value
     lowered, seconds = {}, {}
     for name, function in functions.of(left_out).items():

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from points import Point
 
-from gpu.device_time import Clock, Timing, clocked
-from gpu.guard import Job, Teller
-from gpu.options import Budget, LeftOuts, Options, TrainStep
-from gpu.sides import Attention
+from benchmarks.cases import Case
+from benchmarks.gpu.device_time import Clock, Timing, clocked
+from benchmarks.gpu.guard import Job, Teller
+from benchmarks.gpu.options import Budget, LeftOuts, Options, TrainStep
+from benchmarks.gpu.sides import Attention
 
 NAME = "train step"
 RATE = 1e-3
@@ -26,9 +26,9 @@ RATE = 1e-3
 Weights = dict[str, Array]
 
 
-def make_weights(point: TrainStep, dtype: str = "bfloat16") -> Weights:
+def make_weights(case: TrainStep, dtype: str = "bfloat16") -> Weights:
     """norm [f], query, key, value [f, h, d], out [h, d, f]."""
-    width, heads = point.width, (point.num_heads, point.head_dim)
+    width, heads = case.width, (case.num_heads, case.head_dim)
     keys = jax.random.split(jax.random.key(1), 4)
     weights = {
         name: jax.random.normal(key, (width, *heads), dtype) * width**-0.5
@@ -54,32 +54,32 @@ def step(attention: Attention, weights: Weights, x: Float[Array, "b t f"]) -> tu
     return value, jax.tree.map(lambda weight, gradient: weight - RATE * gradient, weights, gradients)
 
 
-def attentions(point: TrainStep, options: Options) -> dict[str, Callable[[], Attention]]:
+def attentions(case: TrainStep, options: Options) -> dict[str, Callable[[], Attention]]:
     """By side; the dense peer is cuDNN's where it is to be had."""
     made = {side.name: side.make for side in options.all_sides}
-    dense = dataclasses.replace(point, local_blocks=0, vert_stride=0)
-    found: dict[str, tuple[str, Point]] = {
-        "s2jax": ("s2jax", point), "s2jax dense": ("s2jax", dense), "cudnn": ("cudnn", dense),
+    dense = dataclasses.replace(case, local_blocks=0, vert_stride=0)
+    found: dict[str, tuple[str, Case]] = {
+        "s2jax": ("s2jax", case), "s2jax dense": ("s2jax", dense), "cudnn": ("cudnn", dense),
     }  # fmt: skip
-    wanted = {name: found[name] for name in options.sides_at(point)}
+    wanted = {name: found[name] for name in options.sides_at(case)}
     return {name: functools.partial(made[side], at, 64) for name, (side, at) in wanted.items()}
 
 
 def measure(
-    point: TrainStep, options: Options, left_out: LeftOuts, clock: Clock, budget: Budget, teller: Teller
+    case: TrainStep, options: Options, left_out: LeftOuts, clock: Clock, budget: Budget, teller: Teller
 ) -> None:
     """Tells a row for each side."""
-    print(f"{point.name} at {budget.spent:.0f} s", flush=True)
-    rows = {name: {"point": point.name, "side": name} for name in options.sides_at(point)}
+    print(f"{case.name} at {budget.spent:.0f} s", flush=True)
+    rows = {name: {"case": case.name, "side": name} for name in options.sides_at(case)}
 
     def doing(side: str, limit_s: float = options.stalled_s) -> None:
-        teller.doing(Job(point.name, side, NAME), limit_s)
+        teller.doing(Job(case.name, side, NAME), limit_s)
 
     doing("")
-    weights = make_weights(point)
-    x = jax.random.normal(jax.random.key(0), (point.batch, point.tokens, point.width), "bfloat16")
+    weights = make_weights(case)
+    x = jax.random.normal(jax.random.key(0), (case.batch, case.tokens, case.width), "bfloat16")
     timings = {}
-    for name, make in attentions(point, options).items():
+    for name, make in attentions(case, options).items():
         hung = left_out.get(f"{name} {NAME}") or left_out.get(name.removesuffix(" dense"))
         doing(name, options.compiling_s)
         ready, reason = (None, next(iter(hung.values()))) if hung else teller.attempt(

@@ -1,6 +1,6 @@
 """Tiles that were measured best, from `tuned.json` beside this file; where there is none, nothing was measured.
 
-`python benchmarks/tile_search.py` writes it.
+`python -m benchmarks.tile_search` writes it.
 """
 
 import functools

@@ -3,9 +3,10 @@
 import time
 
 import pytest
-from gpu import device_time
-from gpu.attempt import LeftOut, NoDeviceTime, one_line
-from gpu.device_time import Cupti, Queued, Sample, Timing, choose_clock, in_turn
+
+from benchmarks.gpu import device_time
+from benchmarks.gpu.attempt import LeftOut, NoDeviceTime, one_line
+from benchmarks.gpu.device_time import Cupti, Queued, Sample, Timing, choose_clock, in_turn
 
 
 class Reader:

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu.attempt import LeftOut
-from gpu.flex import NAMES, block_mask, prepare_flex
-from gpu.sides import make_arrays
-from points import DENSE_POINTS, POINTS, Point
 
 import s2jax
+from benchmarks.cases import CASES, DENSE_CASES, Case
+from benchmarks.gpu.attempt import LeftOut
+from benchmarks.gpu.flex import NAMES, block_mask, prepare_flex
+from benchmarks.gpu.sides import make_arrays
 
-POINT = Point("tiny", 1, 4, 2, 32, 3, 4, 1024)
+CASE = Case("tiny", 1, 4, 2, 32, 3, 4, 1024)
 
 pytestmark = pytest.mark.filterwarnings("default")  # PyTorch's own, too many to name
 
@@ -19,20 +19,20 @@ pytestmark = pytest.mark.filterwarnings("default")  # PyTorch's own, too many to
 def test_what_is_not_compared_says_why():
     pytest.importorskip("torch")
     with pytest.raises(LeftOut, match="dense"):
-        prepare_flex("flex 128x64", DENSE_POINTS[0], make_arrays(POINT), device="cpu")
+        prepare_flex("flex 128x64", DENSE_CASES[0], make_arrays(CASE), device="cpu")
     with pytest.raises(LeftOut, match="no GPU"):
-        prepare_flex("flex 128x64", POINTS[0], make_arrays(POINT))
+        prepare_flex("flex 128x64", CASES[0], make_arrays(CASE))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_the_block_mask_is_the_pattern(name, kv_heads):
     torch = pytest.importorskip("torch")
-    point = Point("tiny", 1, 4, kv_heads, 32, 3, 4, 1024)
-    pattern = point.pattern()
+    case = Case("tiny", 1, 4, kv_heads, 32, 3, 4, 1024)
+    pattern = case.pattern()
     assert isinstance(pattern, s2jax.LocalStride)
     expected = pattern.token_mask(4, kv_heads, 1024, 1024)
-    mask = block_mask(pattern, point, NAMES[name], "cpu")
+    mask = block_mask(pattern, case, NAMES[name], "cpu")
     index = [torch.arange(size).reshape(shape) for size, shape in ((4, (4, 1, 1)), (1024, (-1, 1)), (1024, (-1,)))]
     assert (np.asarray(mask.mask_mod(0, *index)) == expected).all()
     rows, columns = NAMES[name]
@@ -52,10 +52,10 @@ def test_the_block_mask_is_the_pattern(name, kv_heads):
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_it_gives_our_result(name):
     pytest.importorskip("torch")
-    arrays = make_arrays(POINT, "float32")
-    prepared = prepare_flex(name, POINT, arrays, device="cpu")
+    arrays = make_arrays(CASE, "float32")
+    prepared = prepare_flex(name, CASE, arrays, device="cpu")
     (out,) = prepared.results["forward"](arrays.dout)
-    expected = s2jax.attention(arrays.query, arrays.key, arrays.value, POINT.pattern(), implementation="reference")
+    expected = s2jax.attention(arrays.query, arrays.key, arrays.value, CASE.pattern(), implementation="reference")
     assert isinstance(out, jax.Array)
     assert jnp.abs(out - expected).max() < 1e-5
     assert "does not support backward on CPU" in prepared.left_out["backward"]

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu.correctness import NAMES, bands, only, sample_rows, truth
-from gpu.sides import make_arrays
-from points import Point
 
 import s2jax
+from benchmarks.cases import Case
+from benchmarks.gpu.correctness import NAMES, bands, only, sample_rows, truth
+from benchmarks.gpu.sides import make_arrays
 
-POINT = Point("tiny", 2, 4, 2, 16, 2, 4, 512)
+CASE = Case("tiny", 2, 4, 2, 16, 2, 4, 512)
 PAIRS = 256 * 512
 """Half of the rows."""
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def arrays():
-    return make_arrays(POINT)
+    return make_arrays(CASE)
 
 
 def results(pattern, arrays, dout, implementation="reference"):
@@ -45,9 +45,9 @@ def test_rows_are_blocks_and_single_ones():
 
 
 def test_truth_is_that_of_the_token_mask(arrays):
-    found = truth(POINT.pattern(), arrays, PAIRS)
+    found = truth(CASE.pattern(), arrays, PAIRS)
     assert 200 < len(found.rows) <= 256  # where a block and a single row are the same, it counts once
-    mask = jnp.asarray(POINT.pattern().token_mask(4, 2, 512, 512))
+    mask = jnp.asarray(CASE.pattern().token_mask(4, 2, 512, 512))
     query, key, value = (each.astype(jnp.float32) for each in (arrays.query, arrays.key, arrays.value))
 
     def function(query, key, value):
@@ -60,7 +60,7 @@ def test_truth_is_that_of_the_token_mask(arrays):
     assert all(check.error < 1e-5 for check in found.check(exact))
 
 
-@pytest.mark.parametrize("pattern", [POINT.pattern(), s2jax.Dense()], ids=["strided", "dense"])
+@pytest.mark.parametrize("pattern", [CASE.pattern(), s2jax.Dense()], ids=["strided", "dense"])
 def test_right_results_pass(pattern, arrays):
     found = truth(pattern, arrays, PAIRS)
     checks = found.check(results(pattern, arrays, only(found.rows, arrays.dout)))
@@ -70,7 +70,7 @@ def test_right_results_pass(pattern, arrays):
 
 
 def test_other_patterns_fail(arrays):
-    found = truth(POINT.pattern(), arrays, PAIRS)
+    found = truth(CASE.pattern(), arrays, PAIRS)
     dout = only(found.rows, arrays.dout)
     for other in (s2jax.LocalStride(64, 2, 4, head_offset=1), s2jax.LocalStride(64, 3, 4), s2jax.Dense()):
         checks = found.check(results(other, arrays, dout))
@@ -78,8 +78,8 @@ def test_other_patterns_fail(arrays):
 
 
 def test_single_faults_fail(arrays):
-    found = truth(POINT.pattern(), arrays, PAIRS)
-    right = results(POINT.pattern(), arrays, only(found.rows, arrays.dout))
+    found = truth(CASE.pattern(), arrays, PAIRS)
+    right = results(CASE.pattern(), arrays, only(found.rows, arrays.dout))
 
     def failing(*results):
         return [check.name for check in found.check(results) if not check.passed]

@@ -5,26 +5,25 @@ import json
 import pickle
 import time
 
-import attention
 import jax
 import jax._src.cudnn.fused_attention_stablehlo as cudnn
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
-import report
-from gpu import run, train_step
-from gpu.attempt import LeftOut, NoDeviceTime
-from gpu.device_time import Sample
-from gpu.guard import Ending, Job, Teller
-from gpu.options import TRAIN_STEP, Budget, Left, Options, TrainStep
-from gpu.record import Record
-from gpu.sides import PASSES, SIDES, Functions, Limits, Side, make_arrays, not_worth, prepare
-from points import DENSE_POINTS, Point
 
 import s2jax
+from benchmarks import attention, report
+from benchmarks.cases import DENSE_CASES, Case
+from benchmarks.gpu import run, train_step
+from benchmarks.gpu.attempt import LeftOut, NoDeviceTime
+from benchmarks.gpu.device_time import Sample
+from benchmarks.gpu.guard import Ending, Job, Teller
+from benchmarks.gpu.options import TRAIN_STEP, Budget, Left, Options, TrainStep
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.sides import PASSES, SIDES, Functions, Limits, Side, make_arrays, not_worth, prepare
 
-TINY = Point("tiny", 1, 4, 2, 16, 2, 4, 256)
-DENSE = Point("flat", 1, 2, 2, 16, 0, 0, 128)
+TINY = Case("tiny", 1, 4, 2, 16, 2, 4, 256)
+DENSE = Case("flat", 1, 2, 2, 16, 0, 0, 128)
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -48,19 +47,19 @@ class Counting:
         return Sample(float(self.times), 1.0, calls, 1)
 
 
-def ours(point, block):
-    return lambda q, k, v: s2jax.attention(q, k, v, point.pattern(block), implementation="reference")
+def ours(case, block):
+    return lambda q, k, v: s2jax.attention(q, k, v, case.pattern(block), implementation="reference")
 
 
-def dense(point, block):
+def dense(case, block):
     return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 
-def wrong(point, block):
+def wrong(case, block):
     return lambda q, k, v: q + jnp.repeat(k * v, 2, 2)
 
 
-def refuses(point, block):
+def refuses(case, block):
     raise NotImplementedError("needs something else")
 
 
@@ -72,17 +71,17 @@ FAKES = (
 )
 
 
-def options(*points, sides=FAKES, clock=None, **more):
+def options(*cases, sides=FAKES, clock=None, **more):
     names = tuple(side.name for side in sides)
     more = {"repeats": 2, "pairs": 1 << 14, "device": "cpu", "clock": clock or Counting()} | more
-    return Options(points, names, all_sides=sides, try_first=False, **more)
+    return Options(cases, names, all_sides=sides, try_first=False, **more)
 
 
 def measured(options, left=None) -> Record:
     """All in this process."""
     found = Record(options)
     teller = Teller(lambda message: found.keep(message[1]) if message[0] == "keep" else None)
-    run.measure_all(teller, options, left or Left(options.points), time.monotonic())
+    run.measure_all(teller, options, left or Left(options.cases), time.monotonic())
     return found
 
 
@@ -140,7 +139,7 @@ def test_a_point_is_begun_only_if_it_would_end_in_time():
 
 @pytest.mark.slow
 def test_what_the_clock_does_not_see_is_timed_by_the_host_and_not_compared():
-    def cheap(point, block):
+    def cheap(case, block):
         return lambda q, k, v: q * k + v
 
     sides = Side("s2jax", cheap), Side("cudnn", cheap, dense=True)
@@ -162,7 +161,7 @@ def test_the_dense_pattern_is_measured_at_one_block_size():
     assert found.failures() == []
 
 
-def hanging(point, block):
+def hanging(case, block):
     def never(query):
         time.sleep(600)
         return query
@@ -189,9 +188,9 @@ def ended(found: Record, *jobs: Job, too_late: bool = False) -> Left | None:
 
 def test_what_hangs_backward_is_tried_forward():
     found = Record(options(TINY, DENSE, sides=FAKES[:2]))
-    found.keep({"rows": [{"point": "tiny", "side": "s2jax", "forward ms": 1.0, "correct": True}]})
+    found.keep({"rows": [{"case": "tiny", "side": "s2jax", "forward ms": 1.0, "correct": True}]})
     left = ended(found, Job("tiny", "s2jax", "backward"))
-    assert left.points == (TINY, DENSE)
+    assert left.cases == (TINY, DENSE)
     assert set(left.left_out["s2jax"]) == {"backward", "forward + backward"}
     mine, peer = found.rows
     assert mine["forward ms"] == 1
@@ -199,7 +198,7 @@ def test_what_hangs_backward_is_tried_forward():
     assert peer["forward failed"] == "not run, because no answer: tiny, s2jax, backward"
     assert len(found.failures()) == 2
     # What another process finds stands.
-    found.keep({"rows": [{"point": "tiny", "side": "cudnn", "forward ms": 2.0}]})
+    found.keep({"rows": [{"case": "tiny", "side": "cudnn", "forward ms": 2.0}]})
     assert "forward failed" not in found.rows[1]
     assert "backward failed" in found.rows[1]
     # And what hangs forward is not tried again.
@@ -208,37 +207,37 @@ def test_what_hangs_backward_is_tried_forward():
 
 def test_what_is_no_sides_fault_costs_a_point():
     found = Record(options(TINY, DENSE, sides=FAKES[:1]))
-    assert ended(found, Job("tiny", "", "the truth")).points == (DENSE,)
-    assert found.rows[-1] == {"point": "tiny", "side": "all", "left out": "no answer: tiny, the truth"}
+    assert ended(found, Job("tiny", "", "the truth")).cases == (DENSE,)
+    assert found.rows[-1] == {"case": "tiny", "side": "all", "left out": "no answer: tiny, the truth"}
 
 
 def test_when_nothing_can_go_on_the_rows_say_so():
     found = Record(options(TINY, DENSE, sides=FAKES[:1]))
     assert ended(found) is None
-    assert [(row["point"], row["left out"][:9]) for row in found.rows] == [("tiny", "no answer"), ("flat", "no answer")]
+    assert [(row["case"], row["left out"][:9]) for row in found.rows] == [("tiny", "no answer"), ("flat", "no answer")]
     assert len(found.failures()) == 2
     late = Record(options(TINY, DENSE, sides=FAKES[:1]))
     assert ended(late, Job("tiny", "s2jax", "forward"), too_late=True) is None
-    assert [row["point"] for row in late.rows] == ["tiny", "flat"]
+    assert [row["case"] for row in late.rows] == ["tiny", "flat"]
     assert late.rows[1]["not run"].startswith("no answer")
 
 
 def test_small_calls_with_wrong_numbers_are_failures():
     found = Record(options())
-    call = {"point": "a", "block": 64, "pass": "forward", "passed": False, "difference": 0.5}
+    call = {"case": "a", "block": 64, "pass": "forward", "passed": False, "difference": 0.5}
     found.keep({"header": {"small calls": [call]}})
     assert found.failures() == ["small call a, block 64, forward: wrong by 0.5"]
 
 
-def by_xla(point, block):
-    return lambda q, k, v: s2jax.attention(q, k, v, point.pattern(block), implementation="xla")
+def by_xla(case, block):
+    return lambda q, k, v: s2jax.attention(q, k, v, case.pattern(block), implementation="xla")
 
 
 @pytest.mark.slow
 def test_a_training_step():
-    point = TrainStep("step", 1, 2, 2, 16, 1, 4, 256)
+    case = TrainStep("step", 1, 2, 2, 16, 1, 4, 256)
     sides = Side("s2jax", by_xla), Side("cudnn", dense, dense=True)
-    found = measured(options(point, sides=sides))
+    found = measured(options(case, sides=sides))
     sparse, own, peer = found.rows
     assert [row["side"] for row in found.rows] == ["s2jax", "s2jax dense", "cudnn"]
     assert own["correct"]
@@ -249,16 +248,16 @@ def test_a_training_step():
     assert found.failures() == []
     table = report.attention_gpu(found.header | {"rows": found.rows, "date": "today", "jax": "0"})
     assert "| step | s2jax dense |" in table
-    left = Left((point,)).without("cudnn train step", "train step", "it hung")
-    assert measured(options(point, sides=sides), left).rows[2]["left out"] == "it hung"
+    left = Left((case,)).without("cudnn train step", "train step", "it hung")
+    assert measured(options(case, sides=sides), left).rows[2]["left out"] == "it hung"
 
 
 @pytest.mark.slow
 def test_a_training_step_moves_the_weights_downhill():
-    point = TrainStep("step", 1, 2, 2, 16, 1, 4, 256)
-    weights = train_step.make_weights(point, "float32")
+    case = TrainStep("step", 1, 2, 2, 16, 1, 4, 256)
+    weights = train_step.make_weights(case, "float32")
     x = jax.random.normal(jax.random.key(0), (1, 256, 32))
-    taken = jax.jit(functools.partial(train_step.step, by_xla(point, 64)))
+    taken = jax.jit(functools.partial(train_step.step, by_xla(case, 64)))
     before, after = taken(weights, x)
     assert {name: array.shape for name, array in after.items()} == {
         name: array.shape for name, array in weights.items()
@@ -268,22 +267,22 @@ def test_a_training_step_moves_the_weights_downhill():
 
 def test_all_points_or_some(capsys):
     asked = attention.arguments(cpu=False)
-    assert asked.parse_args(["--all"]).points is None
+    assert asked.parse_args(["--all"]).cases is None
     with pytest.raises(SystemExit):
-        asked.parse_args(["--all", "--points", "phi3-8k"])
-    assert "--points: not allowed with argument --all" in capsys.readouterr().err
+        asked.parse_args(["--all", "--cases", "phi3-8k"])
+    assert "--cases: not allowed with argument --all" in capsys.readouterr().err
 
 
 def test_all_fits_before_everything_ends():
     asked = Options()
     assert asked.budget_s < asked.limit_s <= 465
-    assert TRAIN_STEP in asked.points
+    assert TRAIN_STEP in asked.cases
 
 
 def test_what_is_sent_to_the_process_can_be():
     sent = pickle.loads(pickle.dumps(Options()))
     assert [side.name for side in sent.all_sides] == [side.name for side in SIDES]
-    assert sent.points == Options().points
+    assert sent.cases == Options().cases
 
 
 def test_the_backward_pass_alone_gives_the_same():
@@ -330,10 +329,10 @@ def test_cudnn_is_called_as_it_wants_to_be(monkeypatch):
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91300)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     side = next(side for side in SIDES if side.name == "cudnn")
-    for point in (TINY, DENSE_POINTS[0]):
-        attention = side.make(point, 64)
-        shape = jax.ShapeDtypeStruct((1, point.tokens, point.num_heads, 64), jnp.bfloat16)
-        kv = jax.ShapeDtypeStruct((1, point.tokens, point.num_kv_heads, 64), jnp.bfloat16)
+    for case in (TINY, DENSE_CASES[0]):
+        attention = side.make(case, 64)
+        shape = jax.ShapeDtypeStruct((1, case.tokens, case.num_heads, 64), jnp.bfloat16)
+        kv = jax.ShapeDtypeStruct((1, case.tokens, case.num_kv_heads, 64), jnp.bfloat16)
 
         def both(query, key, value, dout, attention=attention):
             out, pull = jax.vjp(attention, query, key, value)
@@ -347,12 +346,12 @@ def test_cudnn_is_called_as_it_wants_to_be(monkeypatch):
 
 @pytest.mark.slow
 def test_the_hopper_kernel_as_a_side():
-    point = Point("tiny", 1, 2, 1, 16, 2, 4, 128)
-    arrays = make_arrays(point)
+    case = Case("tiny", 1, 2, 1, 16, 2, 4, 128)
+    arrays = make_arrays(case)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         side = Side("s2jax", SIDES[0].make)
-        prepared = prepare(side, point, arrays, 1.0, Limits())
+        prepared = prepare(side, case, arrays, 1.0, Limits())
         (out,) = jax.block_until_ready(prepared.calls["forward"]())
-    expected = ours(point, 64)(arrays.query, arrays.key, arrays.value)
+    expected = ours(case, 64)(arrays.query, arrays.key, arrays.value)
     assert jnp.abs(out.astype(jnp.float32) - expected.astype(jnp.float32)).max() < 2**-6
     assert not prepared.left_out

@@ -7,13 +7,14 @@ import sys
 import time
 
 import pytest
-from gpu import guard, machine, smoke
-from gpu.guard import Job, Teller
-from gpu.sides import PASSES
 
-CASES = [
-    {"point": point.name, "block": block, "pass": what, "passed": True, "difference": 0.0}
-    for point, block, what in smoke.cases()
+from benchmarks.gpu import guard, machine, smoke
+from benchmarks.gpu.guard import Job, Teller
+from benchmarks.gpu.sides import PASSES
+
+ANSWERS = [
+    {"case": case.name, "block": block, "pass": what, "passed": True, "difference": 0.0}
+    for case, block, what in smoke.calls()
 ]
 
 
@@ -23,34 +24,36 @@ def process(lines: list[dict], then: str = "") -> list[str]:
 
 
 def test_all_block_sizes_are_tried():
-    assert {block for _, block, _ in smoke.cases()} == {64, 32, 16}
-    assert guard.tried_first(process(CASES)) == (CASES, {})
+    assert {block for _, block, _ in smoke.calls()} == {64, 32, 16}
+    assert guard.tried_first(process(ANSWERS)) == (ANSWERS, {})
 
 
 def test_one_that_hangs_backward_costs_no_forward_pass():
-    found, lost = guard.tried_first(process(CASES[:-2], "time.sleep(60)"), timeout_s=3)
-    assert len(found) == len(CASES) - 2
+    found, lost = guard.tried_first(process(ANSWERS[:-2], "time.sleep(60)"), timeout_s=3)
+    assert len(found) == len(ANSWERS) - 2
     assert {block: set(passes) for block, passes in lost.items()} == {16: {"backward", "forward + backward"}}
     assert "did not end in 3 s" in lost[16]["backward"]
 
 
 def test_one_that_crashes():
-    _, lost = guard.tried_first(process(CASES[:1], "sys.exit('illegal address')"))
+    _, lost = guard.tried_first(process(ANSWERS[:1], "sys.exit('illegal address')"))
     assert set(lost) == {64, 32, 16}
     assert set(lost[64]) == set(PASSES)
     assert "ended with 1: illegal address" in lost[64]["forward"]
 
 
 def test_one_that_refuses():
-    cases = [case | ({"error": "ValueError: no", "passed": False} if case["block"] == 32 else {}) for case in CASES]
-    assert set(guard.tried_first(process(cases))[1]) == {32}
+    answers = [
+        answer | ({"error": "ValueError: no", "passed": False} if answer["block"] == 32 else {}) for answer in ANSWERS
+    ]
+    assert set(guard.tried_first(process(answers))[1]) == {32}
 
 
 @pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 def test_a_small_call(capsys):
-    smoke.main([smoke.cases()[-1]], implementation="reference")
-    smoke.main(smoke.cases()[:1], implementation="nothing")
+    smoke.main([smoke.calls()[-1]], implementation="reference")
+    smoke.main(smoke.calls()[:1], implementation="nothing")
     right, wrong = map(json.loads, capsys.readouterr().out.splitlines())
     assert right["pass"] == "backward"
     assert right["passed"]
@@ -58,7 +61,7 @@ def test_a_small_call(capsys):
     assert "implementation must be among" in wrong["error"]
 
 
-HANGS = Job("point", "side", "forward")
+HANGS = Job("case", "side", "forward")
 
 
 def comes_to_its_end(teller):
@@ -68,7 +71,7 @@ def comes_to_its_end(teller):
 def hangs(teller):
     """Another thread compiles and is done, this one never."""
     teller.keep({"rows": [1]})
-    with teller.beside(Job("point", "other", "forward")):
+    with teller.beside(Job("case", "other", "forward")):
         teller.doing(HANGS, 1.0)
     while True:
         time.sleep(60)

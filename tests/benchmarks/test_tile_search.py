@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tile_search
-from gpu.correctness import truth
-from gpu.device_time import Sample
-from gpu.guard import Ending, Job, Teller
-from gpu.sides import make_arrays
-from points import POINTS, Point
-from schedules import forward_over_ideal
 
 import s2jax
+from benchmarks import tile_search
+from benchmarks.cases import CASES, Case
+from benchmarks.gpu.correctness import truth
+from benchmarks.gpu.device_time import Sample
+from benchmarks.gpu.guard import Ending, Job, Teller
+from benchmarks.gpu.sides import make_arrays
+from benchmarks.schedules import forward_over_ideal
 from pallas_kernels import HopperTiles, mosaic_gpu
 from pallas_kernels.mosaic_gpu import tiles as tiles_module
 from pallas_kernels.mosaic_gpu.tables import schedule_tables
@@ -26,7 +26,7 @@ from pallas_kernels.mosaic_gpu.tuned import tuned_tiles
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
 QUIET = Teller(lambda message: None)
-TINY = Point("tiny", 1, 4, 1, 64, 2, 4, 256)
+TINY = Case("tiny", 1, 4, 1, 64, 2, 4, 256)
 
 
 class Clock:
@@ -42,32 +42,32 @@ class Clock:
         return Sample(self.values[(self.times - 1) % len(self.values)], 1.0, calls, 1)
 
 
-@pytest.mark.parametrize("point", [point for point, _ in tile_search.SEARCHED], ids=lambda point: point.name)
-def test_what_is_tried_fits_and_holds_the_usual(point):
+@pytest.mark.parametrize("case", [case for case, _ in tile_search.SEARCHED], ids=lambda case: case.name)
+def test_what_is_tried_fits_and_holds_the_usual(case):
     for block in (64, 32, 16):
-        key, heads = tile_search.key_of(point, block)
+        key, heads = tile_search.key_of(case, block)
         tried = list(tile_search.fitting(key, heads))
-        assert usual_tiles(*key[:3], point.tokens, key[3]) in tried
+        assert usual_tiles(*key[:3], case.tokens, key[3]) in tried
         assert len(tried) <= 36
         assert {each.heads for each in tried} == set(heads)
 
 
 def test_the_points_of_the_benchmark_are_searched():
-    searched = {tile_search.key_of(point, block)[0] for point, blocks in tile_search.SEARCHED for block in blocks}
-    assert {tile_search.key_of(point, block)[0] for point in POINTS for block in (64, 32, 16)} <= searched
+    searched = {tile_search.key_of(case, block)[0] for case, blocks in tile_search.SEARCHED for block in blocks}
+    assert {tile_search.key_of(case, block)[0] for case in CASES for block in (64, 32, 16)} <= searched
 
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_fastest_is_kept_if_it_is_faster_by_more_than_noise(monkeypatch):
     monkeypatch.setattr(tile_search, "KEYS", (64,))
-    point = dataclasses.replace(TINY, num_kv_heads=4)
-    key, heads = tile_search.key_of(point, 64)
+    case = dataclasses.replace(TINY, num_kv_heads=4)
+    key, heads = tile_search.key_of(case, 64)
     assert (key, heads) == ((64, 64, 64, 1), (1,))
     assert tile_search.key_of(TINY, 64) == ((64, 64, 64, 2), (1, 2))
     times = [10.0] * (1 + len(list(tile_search.fitting(key, heads))))
     for fastest, expected in ((9.9, 0), (5.0, 3)):
         times[3] = fastest
-        row = tile_search.search(key, [(point, 64)], Clock(*times), QUIET, implementation="reference")
+        row = tile_search.search(key, [(case, 64)], Clock(*times), QUIET, implementation="reference")
         assert row["tiles"] == row["tried"][expected]["tiles"]
         assert row["usual"] == row["tried"][0]["tiles"]
         assert row["of usual"] == pytest.approx(0.5 if expected else 1)
@@ -76,8 +76,8 @@ def test_the_fastest_is_kept_if_it_is_faster_by_more_than_noise(monkeypatch):
 @pytest.mark.usefixtures("quick_compilation")
 def test_one_forgotten_block_far_down_is_seen():
     """Where thousands of keys are read, one block of them moves the output by less than the rounding of the first."""
-    point = Point("dense", 1, 1, 1, 64, 0, 0, 4096)
-    arrays = make_arrays(point)
+    case = Case("dense", 1, 1, 1, 64, 0, 0, 4096)
+    arrays = make_arrays(case)
     inputs = arrays.query, arrays.key, arrays.value
     right = s2jax.attention(*inputs, s2jax.Dense(), implementation="xla")
     wrong = right.at[0, 4031].set(_without_a_block(arrays, 4031))
@@ -101,18 +101,18 @@ def test_tiles_that_fail_once_are_not_tried_again(monkeypatch):
     key, _ = tile_search.key_of(TINY, 64)
     measured = []
 
-    def measure(point, block, candidates, clock, teller, implementation):
+    def measure(case, block, candidates, clock, teller, implementation):
         measured.append(len(candidates))
         for each in candidates:
-            each.milliseconds[point.name] = 1.0
+            each.milliseconds[case.name] = 1.0
         candidates[-1].failed, candidates[-1].milliseconds = "wrong by 1", {}
 
     monkeypatch.setattr(tile_search, "measure", measure)
     row = tile_search.search(key, [(TINY, 64), (dataclasses.replace(TINY, name="other"), 64)], Clock(1.0), QUIET)
     assert measured[1] == measured[0] - 1
     assert row["tried"][-1]["failed"] == "wrong by 1"
-    monkeypatch.setattr(tile_search, "measure", lambda point, block, candidates, *rest: measure(
-        point, block, candidates[:1], *rest
+    monkeypatch.setattr(tile_search, "measure", lambda case, block, candidates, *rest: measure(
+        case, block, candidates[:1], *rest
     ))  # fmt: skip
     with pytest.raises(RuntimeError, match="at tiny: wrong by 1"):
         tile_search.search(key, [(TINY, 64)], Clock(1.0), QUIET)
@@ -123,7 +123,7 @@ def test_all_that_is_searched_is_kept(monkeypatch, tmp_path):
     found = tile_search.Found(tmp_path, dict(list(tile_search.groups().items())[:2]))
     one, other = found.left
 
-    def search(key, points, clock, teller):
+    def search(key, cases, clock, teller):
         if key == other:
             raise ValueError("no")
         return {"tiles": {}, "usual": {}, "of usual": 1.0}

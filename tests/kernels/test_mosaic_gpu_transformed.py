@@ -7,10 +7,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deviceless import compile_for, devices, missing
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.compiled.deviceless import compile_for, devices, missing
 from pallas_kernels.op import LSE_NAME, OUT_NAME
 from s2jax import BlockSelection, LocalStride, attention
 from tests.kernels.transformations import passes

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deviceless import compile_for, devices, missing
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import s2jax
+from benchmarks.compiled.deviceless import compile_for, devices, missing
 from pallas_kernels.mosaic_tpu import SCALAR_BYTES, schedule_tables
 from pallas_kernels.mosaic_tpu.tables import key_tables
 from pallas_kernels.mosaic_tpu.tiles import choose_key_tiles, choose_tiles

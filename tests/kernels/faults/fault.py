@@ -48,4 +48,4 @@ def gradients(name: str) -> str:
 
 def machine_code(name: str) -> str:
     """What the compiler for Hopper makes of a call."""
-    return f"tests/benchmarks/test_hopper_code.py::test_code[{name}]"
+    return f"tests/benchmarks/test_ptxas_report.py::test_code[{name}]"

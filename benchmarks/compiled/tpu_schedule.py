@@ -1,7 +1,7 @@
 """What the TPU compiler schedules for attention kernels: bundles, which are cycles, of every step and of a whole call.
 
-    python benchmarks/tpu_schedule.py                       # needs `make compilers`, no TPU; about 20 minutes
-    python benchmarks/tpu_schedule.py --chips v5e --points dense
+    python -m benchmarks.compiled.tpu_schedule                       # needs `make compilers`, no TPU; about 20 minutes
+    python -m benchmarks.compiled.tpu_schedule --chips v5e --cases dense
 
 Ours against JAX's splash attention, and tokamax's where it is installed: bfloat16, head dim 128, causal. Nothing is
 timed: no schedule knows how long copies are waited for. A tile is so many queries by so many keys of one step, and a
@@ -22,20 +22,22 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bundles import DUMP, TpuKernel, kernels_in
-from deviceless import compile_for, missing
-from points import POINTS, Point, parser, save, table
-from tpu_peers import KERNELS, TILES, Tile, gradients_of, has_tokamax, tiles_read
 
 import s2jax
+from benchmarks.cases import CASES, Case
+from benchmarks.compiled.deviceless import compile_for, missing
+from benchmarks.compiled.tpu_bundles import DUMP, TpuKernel, kernels_in
+from benchmarks.compiled.tpu_peers import KERNELS, TILES, Tile, gradients_of, has_tokamax, tiles_read
+from benchmarks.record import parser, save, table
 from pallas_kernels.mosaic_tpu.tables import Tables, key_tables, schedule_tables
 from pallas_kernels.mosaic_tpu.tiles import choose_key_tiles, choose_tiles
 from pallas_kernels.mosaic_tpu.walk import AT_ONCE
 from pallas_kernels.schedule import BlockSchedule
 
+ROOT = pathlib.Path(__file__).parents[2]
 CHIPS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-DENSE = Point("dense", 1, 16, 16, 128, 0, 0, 32 << 10)
-CASES = {each.name: each for each in (DENSE, *POINTS) if each.name in ("dense", "dkernel-32k", "phi3-128k")}
+DENSE = Case("dense", 1, 16, 16, 128, 0, 0, 32 << 10)
+TPU_CASES = {each.name: each for each in (DENSE, *CASES) if each.name in ("dense", "dkernel-32k", "phi3-128k")}
 OURS = {"s2jax_forward": "forward", "s2jax_query_gradient": "dq", "s2jax_key_gradients": "dk, dv"}
 BACKWARD = ("dq", "dk, dv", "dq, dk, dv")
 
@@ -58,9 +60,9 @@ class Pass:
     walk: Walk
 
 
-def compile_ours(chip: str, point: Point, block_size: int) -> None:
+def compile_ours(chip: str, case: Case, block_size: int) -> None:
     """Forward and backward, at the real length: how keys are packed depends on it."""
-    pattern = point.pattern(block_size)
+    pattern = case.pattern(block_size)
 
     def function(query, key, value, dout):
         def attend(*arrays):
@@ -69,8 +71,8 @@ def compile_ours(chip: str, point: Point, block_size: int) -> None:
         out, pull = jax.vjp(attend, query, key, value)
         return out, pull(dout)
 
-    heads = point.num_heads, point.num_kv_heads, point.num_kv_heads, point.num_heads
-    shapes = [jax.ShapeDtypeStruct((1, point.tokens, each, point.head_dim), jnp.bfloat16) for each in heads]
+    heads = case.num_heads, case.num_kv_heads, case.num_kv_heads, case.num_heads
+    shapes = [jax.ShapeDtypeStruct((1, case.tokens, each, case.head_dim), jnp.bfloat16) for each in heads]
     compile_for(CHIPS[chip], function, *shapes)
 
 
@@ -83,17 +85,17 @@ def scheduled(*arguments) -> list[TpuKernel]:
     """Compiled in a process of its own, for libtpu reads where to write when it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "LIBTPU_INIT_ARGS": DUMP.format(folder=folder)}
-        command = [sys.executable, __file__, "--compile", *map(str, arguments)]
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        command = [sys.executable, "-m", "benchmarks.compiled.tpu_schedule", "--compile", *map(str, arguments)]
+        found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if found.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{found.stderr[-2000:]}")
         return kernels_in(pathlib.Path(folder))
 
 
-def schedule_of(point: Point, block_size: int) -> BlockSchedule:
+def schedule_of(case: Case, block_size: int) -> BlockSchedule:
     return s2jax.compile_schedule(
-        point.pattern(block_size), num_heads=point.num_heads, num_kv_heads=point.num_kv_heads,
-        query_length=point.tokens, kv_length=point.tokens,
+        case.pattern(block_size), num_heads=case.num_heads, num_kv_heads=case.num_kv_heads,
+        query_length=case.tokens, kv_length=case.tokens,
     )  # fmt: skip
 
 
@@ -120,9 +122,9 @@ def _walk(tables: Tables, slots: int, rounds: int) -> Walk:
     )
 
 
-def our_rows(chip: str, point: Point, block_size: int) -> list[dict]:
-    passes, rows = our_passes(schedule_of(point, block_size)), []
-    for kernel in scheduled(chip, "ours", point.name, block_size):
+def our_rows(chip: str, case: Case, block_size: int) -> list[dict]:
+    passes, rows = our_passes(schedule_of(case, block_size)), []
+    for kernel in scheduled(chip, "ours", case.name, block_size):
         way = OURS.get(kernel.name.partition(".")[0])
         if way is None:
             continue
@@ -130,18 +132,18 @@ def our_rows(chip: str, point: Point, block_size: int) -> list[dict]:
         # The compiler may write the second one twice, for one turn and for more.
         plain, masked, alone = steps[0], steps[-2], steps[-1]
         if masked.bundles < 0.8 * plain.bundles:
-            print(f"{chip}, {point.name}, {way}: its steps are cut into several regions, which are not told apart here")
+            print(f"{chip}, {case.name}, {way}: its steps are cut into several regions, which are not told apart here")
             continue
         around = kernel.bundles - sum(step.bundles for step in steps)
         tile, walk = passes[way].tile, passes[way].walk
         total = walk.rows * around + walk.plain * plain.bundles + walk.masked * masked.bundles
         rows.append({
-            "chip": chip, "point": point.name, "kernel": "ours" if block_size == 64 else f"ours, block {block_size}",
+            "chip": chip, "case": case.name, "kernel": "ours" if block_size == 64 else f"ours, block {block_size}",
             "pass": way, "tile": str(tile), **_of_step(kernel, plain, AT_ONCE),
             "partial tile": masked.bundles / AT_ONCE, "alone": alone.bundles, "around a row": around,
             "total M": (total + walk.alone * alone.bundles) / 1e6,
         })  # fmt: skip
-        rows[-1]["KB a tile"] = (tile.keys if way != "dk, dv" else tile.queries) * 2 * point.head_dim * 2 / 1024
+        rows[-1]["KB a tile"] = (tile.keys if way != "dk, dv" else tile.queries) * 2 * case.head_dim * 2 / 1024
     return rows
 
 
@@ -168,25 +170,25 @@ def peer_steps(chip: str, name: str) -> list[dict]:
     return rows
 
 
-def peer_rows(steps: list[dict], point: Point) -> list[dict]:
+def peer_rows(steps: list[dict], case: Case) -> list[dict]:
     """Of every pass, the tile size that has the least total; 512×512 besides where the pattern is dense."""
-    schedule, rows = schedule_of(point, 64), []
+    schedule, rows = schedule_of(case, 64), []
     for way in dict.fromkeys(step["pass"] for step in steps):
         mine = []
         for step in steps:
             if step["pass"] == way:
                 total = step["full tile"] * tiles_read(schedule, Tile(*step["size"])) / 1e6
-                mine.append({**step, "point": point.name, "total M": total})
+                mine.append({**step, "case": case.name, "total M": total})
         best = min(mine, key=lambda row: row["total M"])
-        rows += [row for row in mine if row is best or (point.is_dense and row["size"] == (512, 512))]
+        rows += [row for row in mine if row is best or (case.is_dense and row["size"] == (512, 512))]
     return [{name: value for name, value in row.items() if name != "size"} for row in rows]
 
 
 def ratios(rows: list[dict]) -> list[dict]:
     """Our total over the best of each other, forward and backward."""
     found = []
-    for chip, point in dict.fromkeys((row["chip"], row["point"]) for row in rows):
-        here = [row for row in rows if (row["chip"], row["point"]) == (chip, point)]
+    for chip, case in dict.fromkeys((row["chip"], row["case"]) for row in rows):
+        here = [row for row in rows if (row["chip"], row["case"]) == (chip, case)]
         for way, passes in (("forward", ("forward",)), ("backward", BACKWARD)):
             sums = {
                 kernel: sum(
@@ -199,7 +201,7 @@ def ratios(rows: list[dict]) -> list[dict]:
             ours = sums.pop("ours")
             if way == "backward" and len([row for row in here if row["kernel"] == "ours"]) < len(OURS):
                 continue
-            found.append({"chip": chip, "pass": way, "point": point, "ours M": ours} | {
+            found.append({"chip": chip, "pass": way, "case": case, "ours M": ours} | {
                 f"{'of ' + kernel if 'ours' not in kernel else kernel + ' over block 64'}":
                 total / ours if "ours" in kernel else ours / total for kernel, total in sums.items()
             })  # fmt: skip
@@ -209,17 +211,17 @@ def ratios(rows: list[dict]) -> list[dict]:
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--chips", nargs="+", default=list(CHIPS), choices=CHIPS)
-    arguments.add_argument("--points", nargs="+", default=list(CASES), choices=CASES)
+    arguments.add_argument("--cases", nargs="+", default=list(TPU_CASES), choices=TPU_CASES)
     given, rows = arguments.parse_args(), []
     if reason := missing("v5e:2x2"):
         sys.exit(reason)
     for chip in given.chips:
         steps = [row for name in KERNELS if name != "tokamax" or has_tokamax() for row in peer_steps(chip, name)]
-        for point in (CASES[name] for name in given.points):
-            for block_size in (64, 16) if point.name == "dkernel-32k" else (64,):
-                rows += our_rows(chip, point, block_size)
+        for case in (TPU_CASES[name] for name in given.cases):
+            for block_size in (64, 16) if case.name == "dkernel-32k" else (64,):
+                rows += our_rows(chip, case, block_size)
             # Tokamax has one mask for all heads.
-            rows += peer_rows([step for step in steps if point.is_dense or step["kernel"] != "tokamax"], point)
+            rows += peer_rows([step for step in steps if case.is_dense or step["kernel"] != "tokamax"], case)
         print(table([row for row in rows if row["chip"] == chip], list(max(rows, key=len))), flush=True)
     compared = ratios(rows)
     print(table(compared, list(max(compared, key=len))))
@@ -230,7 +232,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--compile"]:
         chip, side, *rest = sys.argv[2:]
         if side == "ours":
-            compile_ours(chip, CASES[rest[0]], int(rest[1]))
+            compile_ours(chip, TPU_CASES[rest[0]], int(rest[1]))
         else:
             compile_peer(chip, side, Tile(*map(int, rest)))
     else:

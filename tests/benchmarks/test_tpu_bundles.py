@@ -1,9 +1,10 @@
 """The parser of the TPU compiler's schedules: on a small one written by hand, and on what the compiler writes."""
 
 import pytest
-from bundles import kernels_in
-from deviceless import missing
-from tpu_schedule import CASES, our_passes, schedule_of, scheduled
+
+from benchmarks.compiled.deviceless import missing
+from benchmarks.compiled.tpu_bundles import kernels_in
+from benchmarks.compiled.tpu_schedule import TPU_CASES, our_passes, schedule_of, scheduled
 
 BUNDLES = """\
      0   :  { %1 = sbr.rel target }  /* Start region 1 */
@@ -68,7 +69,7 @@ def test_a_kernel_without_its_slots_is_an_error(tmp_path):
 
 def test_our_steps_are_counted_by_the_tables():
     """Of a dense pattern: every second tile of queries has one more step of keys, and only the diagonal is masked."""
-    passes = our_passes(schedule_of(CASES["dense"], 64))
+    passes = our_passes(schedule_of(TPU_CASES["dense"], 64))
     rows = 32 * 1024 // 512
     walk = passes["forward"].walk
     assert walk.rows == 16 * rows

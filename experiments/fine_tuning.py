@@ -1,6 +1,6 @@
 """What brief fine-tuning wins back of what sparsity costs: SmolLM2-135M on novels, then on one it did not see.
 
-    python benchmarks/fine_tuning.py                    # needs `make .venv/.test`; about an hour on two cores
+    python -m experiments.fine_tuning                    # needs `make .venv/.test`; about an hour on two cores
 
 Every row is a run of train.py over the same 40 rows of 2,048 tokens of four of Jane Austen's novels (one more is held
 out by it), and then the perplexity of 8,192 tokens of the sixth, before and after. The dense row is there to tell what
@@ -13,10 +13,10 @@ import subprocess
 import sys
 
 import numpy as np
-from novels import novels
-from perplexity import BANDS, EVERY_FIFTH, TITLE, measure
-from points import parser, save, table
 
+from benchmarks.record import parser, save, table
+from experiments.novels import novels
+from experiments.perplexity import BANDS, EVERY_FIFTH, TITLE, measure
 from models import smollm2
 from models.pretrained import load
 

@@ -1,4 +1,4 @@
-"""One point: its sides are made ready, checked, and timed in turn, pass by pass; what is known is told after each."""
+"""One case: its sides are made ready, checked, and timed in turn, pass by pass; what is known is told after each."""
 
 import dataclasses
 import functools
@@ -8,40 +8,38 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
-from points import Point
-from schedules import forward_over_ideal, hopper_tiles, ideal_pairs
 
 import s2jax
-from gpu import correctness, machine
-from gpu.compare import compare, shown
-from gpu.device_time import Clock, clocked
-from gpu.flex import NAMES as FLEX
-from gpu.flex import prepare_flex
-from gpu.guard import Job, Teller
-from gpu.options import Budget, LeftOuts, Options
-from gpu.sides import PASSES, RESULTS, Limits, Prepared, make_arrays, prepare
+from benchmarks.cases import Case
+from benchmarks.gpu import correctness, machine
+from benchmarks.gpu.compare import compare, shown
+from benchmarks.gpu.device_time import Clock, clocked
+from benchmarks.gpu.flex import NAMES as FLEX
+from benchmarks.gpu.flex import prepare_flex
+from benchmarks.gpu.guard import Job, Teller
+from benchmarks.gpu.options import Budget, LeftOuts, Options
+from benchmarks.gpu.sides import PASSES, RESULTS, Limits, Prepared, make_arrays, prepare
+from benchmarks.schedules import forward_over_ideal, hopper_tiles, ideal_pairs
 from s2jax.compiler import forget_schedules
 from s2jax.patterns import Pattern
 
 
 class Measurement:
-    """A point while it is measured."""
+    """A case while it is measured."""
 
-    def __init__(
-        self, point: Point, options: Options, left_out: LeftOuts, clock: Clock, budget: Budget, teller: Teller
-    ):
-        self.point, self.options, self.left_out = point, options, left_out
+    def __init__(self, case: Case, options: Options, left_out: LeftOuts, clock: Clock, budget: Budget, teller: Teller):
+        self.case, self.options, self.left_out = case, options, left_out
         self.clock, self.budget, self.teller = clock, budget, teller
-        self.names = options.sides_at(point)
-        self.rows = {name: {"point": point.name, "side": name} for name in self.names}
+        self.names = options.sides_at(case)
+        self.rows = {name: {"case": case.name, "side": name} for name in self.names}
         self.prepared: dict[str, Prepared] = {}
 
     def measure(self) -> None:
-        print(f"{self.point.name} at {self.budget.spent:.0f} s", flush=True)
+        print(f"{self.case.name} at {self.budget.spent:.0f} s", flush=True)
         self._doing("", "inputs")
-        self.arrays = make_arrays(self.point)
+        self.arrays = make_arrays(self.case)
         for name, row in self.rows.items():
-            row |= facts_of(self.point, self.options.block_of(name))
+            row |= facts_of(self.case, self.options.block_of(name))
         self.make_ready()
         self._tell()
         self.check()
@@ -58,16 +56,16 @@ class Measurement:
         with ThreadPoolExecutor() as threads:
             for side in self.options.all_sides:
                 if side.name in self.names:
-                    operations = 4.0 * self.point.head_dim * self.rows[side.name]["pairs"]
+                    operations = 4.0 * self.case.head_dim * self.rows[side.name]["pairs"]
                     made[side.name] = threads.submit(
-                        prepare, side, self.point, self.arrays, operations, limits,
+                        prepare, side, self.case, self.arrays, operations, limits,
                         self.left_out.get(side.name), functools.partial(self._compiling, side.name),
                     ).result  # fmt: skip
             # PyTorch's in this thread, which is the one that calls it later.
             for name in FLEX:
                 if name in self.names:
                     self._keep(name, functools.partial(
-                        prepare_flex, name, self.point, self.arrays, self.options.device, self.left_out.get(name),
+                        prepare_flex, name, self.case, self.arrays, self.options.device, self.left_out.get(name),
                         functools.partial(self._doing, name, limit_s=self.options.compiling_s),
                     ))  # fmt: skip
             self._doing("", "compiling", self.options.compiling_s)
@@ -88,7 +86,7 @@ class Measurement:
         for name in self.names:
             if name in self.prepared:
                 block = self.options.block_of(name)
-                pattern = s2jax.Dense() if name in self._dense() else self.point.pattern(block)
+                pattern = s2jax.Dense() if name in self._dense() else self.case.pattern(block)
                 pairs = self.options.pairs if name == "s2jax" else self.options.pairs >> 4
                 groups.setdefault((pattern, pairs), []).append(name)
         for (pattern, pairs), names in groups.items():
@@ -132,7 +130,7 @@ class Measurement:
             self.rows[side] |= timing.row(name)
             if timing.samples:
                 self.rows[side][f"{name} clock"] = clocks[side]
-        compare(self.rows, self.point, name, self._dense())
+        compare(self.rows, self.case, name, self._dense())
 
     def _finish(self) -> None:
         self._doing("", "the state of the machine")
@@ -147,33 +145,33 @@ class Measurement:
         return {side.name for side in self.options.all_sides if side.dense}
 
     def _doing(self, side: str, what: str, limit_s: float | None = None) -> None:
-        self.teller.doing(Job(self.point.name, side, what), limit_s or self.options.stalled_s)
+        self.teller.doing(Job(self.case.name, side, what), limit_s or self.options.stalled_s)
 
     def _compiling(self, side: str, what: str):
-        return self.teller.beside(Job(self.point.name, side, what))
+        return self.teller.beside(Job(self.case.name, side, what))
 
     def _tell(self) -> None:
         self.teller.keep({"rows": list(self.rows.values())})
 
 
 @functools.lru_cache
-def facts_of(point: Point, block: int) -> dict:
+def facts_of(case: Case, block: int) -> dict:
     """What a row says of the pattern before anything runs."""
-    pattern = point.pattern(block)
-    shape = {"num_heads": point.num_heads, "num_kv_heads": point.num_kv_heads}
+    pattern = case.pattern(block)
+    shape = {"num_heads": case.num_heads, "num_kv_heads": case.num_kv_heads}
     forget_schedules()
     start = time.perf_counter()
-    schedule = s2jax.compile_schedule(pattern, **shape, query_length=point.tokens, kv_length=point.tokens)
+    schedule = s2jax.compile_schedule(pattern, **shape, query_length=case.tokens, kv_length=case.tokens)
     seconds = time.perf_counter() - start
     heads = np.bincount(schedule.head_index, minlength=schedule.lists.num_walkers)
-    density = pattern.density(**shape, length=point.tokens)
-    tiles = hopper_tiles(schedule, point.head_dim)
+    density = pattern.density(**shape, length=case.tokens)
+    tiles = hopper_tiles(schedule, case.head_dim)
     return {
         "block": schedule.block_size,
         "density": density,
         "ideal speedup": 1 / density,
-        "pairs": int((ideal_pairs(schedule) * heads).sum()) * point.batch,
-        "forward executed/ideal": forward_over_ideal(schedule, point.head_dim),
+        "pairs": int((ideal_pairs(schedule) * heads).sum()) * case.batch,
+        "forward executed/ideal": forward_over_ideal(schedule, case.head_dim),
         "tiles": dataclasses.asdict(tiles),
         "schedule s": seconds,
     }

@@ -1,6 +1,6 @@
 """Long real text: Jane Austen's novels, out of Debian's package r-cran-janeaustenr, fetched with apt-get.
 
-    python benchmarks/novels.py            # prints their titles and lengths
+    python -m experiments.novels          # prints their titles and lengths
 
 In the package every novel is a serialized R vector of lines.
 """

@@ -1,13 +1,13 @@
 """Keeps the results of a finished training run as benchmarks/results/train_tiny.json.
 
 make train ARGS="--run-dir runs/tiny"
-python benchmarks/training.py runs/tiny
+python -m experiments.train_tiny runs/tiny
 """
 
 import json
 import pathlib
 
-from points import parser, save
+from benchmarks.record import parser, save
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ class Tile:
 
 
 TILES = (Tile(512, 512), Tile(512, 128))
-"""On v5e, 256×128 and 128×128 were best at no point."""
+"""On v5e, 256×128 and 128×128 were best at no case."""
 
 KERNELS = {
     "splash": {"splash_mha_fwd": "forward", "splash_mha_dq": "dq", "splash_mha_dkv": "dk, dv"},

@@ -1,6 +1,6 @@
 """What a dense model loses when its attention is made sparse, and what it saves: SmolLM2-135M on a novel.
 
-    python benchmarks/perplexity.py                     # needs `make .venv/.test`; about 15 minutes on two cores
+    python -m experiments.perplexity                     # needs `make .venv/.test`; about 15 minutes on two cores
 
 No weight is changed: every row is the same model, read by another pattern. Perplexity is that of 8,192 tokens in one
 context, the model's longest, by where they stand in it. Times are those of one prefill, the logits of all tokens
@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from novels import novels
-from points import RESULTS, parser, save, table
 from tokenizers import Tokenizer
 
+from benchmarks.record import RESULTS, parser, save, table
+from experiments.novels import novels
 from models import smollm2
 from models.convert import lost_mass
 from models.pretrained import load

@@ -1,0 +1,1 @@
+"""Experiments that train models or evaluate their quality; each is a program, `python -m experiments.NAME`."""
