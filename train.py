@@ -26,8 +26,8 @@ try:
 
     import models
     import s2jax
+    from models.checkpoints.pretrained import Checkpoint, Pretrained
     from models.compilation_cache import keep_compilations
-    from models.pretrained import Checkpoint, Pretrained
     from s2jax.counted import counted
     from training.checkpoint import Checkpoints
     from training.cluster import agreeing, say, wait_for_all

@@ -11,9 +11,9 @@ import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 
+from models.checkpoints.pretrained import Pretrained
 from models.command_line import Parser, add_model_flags, load_model, run
 from models.decoder import Decoder
-from models.pretrained import Pretrained
 
 PROMPTS = (
     "The capital of Italy is",

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.checkpoints.pretrained import Pretrained
 from models.command_line import Parser, add_model_flags, load_model, run
-from models.pretrained import Pretrained
 from models.sampling import Sampling
 
 

@@ -17,8 +17,8 @@ import numpy as np
 from benchmarks.record import parser, save, table
 from experiments.novels import novels
 from experiments.perplexity import BANDS, EVERY_FIFTH, TITLE, measure
-from models import smollm2
-from models.pretrained import load
+from models.checkpoints import smollm2
+from models.checkpoints.pretrained import load
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, LENGTH, RATE = 40, 2048, 2e-4

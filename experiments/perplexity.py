@@ -22,9 +22,9 @@ from tokenizers import Tokenizer
 
 from benchmarks.record import RESULTS, parser, save, table
 from experiments.novels import novels
-from models import smollm2
+from models.checkpoints import smollm2
+from models.checkpoints.pretrained import load
 from models.convert import lost_mass
-from models.pretrained import load
 from s2jax.patterns import parse_pattern
 
 TITLE = "Persuasion"

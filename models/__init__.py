@@ -10,28 +10,28 @@ import typing
 if typing.TYPE_CHECKING:
     from models.accounting import flops_per_token, param_count
     from models.config import TransformerConfig, hybrid_dense_layers
-    from models.preset_table import presets
+    from models.presets import PRESETS
     from models.sharding import partition_specs
     from models.transformer import Transformer
 
 __all__ = [
+    "PRESETS",
     "Transformer",
     "TransformerConfig",
     "flops_per_token",
     "hybrid_dense_layers",
     "param_count",
     "partition_specs",
-    "presets",
 ]
 
 _MODULES = {
+    "PRESETS": "models.presets",
     "Transformer": "models.transformer",
     "TransformerConfig": "models.config",
     "flops_per_token": "models.accounting",
     "hybrid_dense_layers": "models.config",
     "param_count": "models.accounting",
     "partition_specs": "models.sharding",
-    "presets": "models.preset_table",
 }
 
 

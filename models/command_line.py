@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import jax
 
-from models import smollm2
+from models.checkpoints import smollm2
+from models.checkpoints.pretrained import Pretrained, load
 from models.compilation_cache import keep_compilations
 from models.interruption import none_lost
-from models.pretrained import Pretrained, load
 from models.sampling import Sampling
 from s2jax import Dense, Pattern, PatternWarning
 from s2jax.patterns import parse_pattern
@@ -152,7 +152,7 @@ def load_named(name: str | None, *pattern: Pattern | None, **settings: typing.An
 
     Args:
         name: see `MODEL_HELP`; None for the default.
-        pattern: see `models.pretrained.load`, as are the settings.
+        pattern: see `models.checkpoints.pretrained.load`, as are the settings.
 
     Raises:
         ValueError: in one line, if it cannot be found or read.

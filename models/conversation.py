@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
-from models.chat_template import chat_tokens
+from models.checkpoints.chat_template import chat_tokens
+from models.checkpoints.pretrained import Pretrained
 from models.decoder import Decoder
-from models.pretrained import Pretrained
 from models.sampling import Sampling
 from models.text_stream import TextStream
 from s2jax.counted import counted

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from models.pretrained import Pretrained
+from models.checkpoints.pretrained import Pretrained
 from models.sampling import UNDEFINED, Sampling, undefined_message
 from s2jax.counted import counted
 

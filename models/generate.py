@@ -23,7 +23,8 @@ import sys
 from models.extras import exit_for_missing
 
 try:
-    from models.chat_template import chat_tokens
+    from models.checkpoints.chat_template import chat_tokens
+    from models.checkpoints.pretrained import Pretrained
     from models.command_line import (
         Parser,
         add_model_flags,
@@ -37,7 +38,6 @@ try:
     )
     from models.decoder import Spent, generate_batch
     from models.interruption import noted
-    from models.pretrained import Pretrained
     from models.text_stream import TextStream
 except ModuleNotFoundError as error:
     exit_for_missing(error, "models.generate", "generate")

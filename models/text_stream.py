@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-from models.huggingface_tokenizer import of_tokenizers
+from models.checkpoints.huggingface_tokenizer import of_tokenizers
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 _MOST_PENDING = 8

@@ -5,8 +5,8 @@ import pathlib
 import re
 
 from models.byte_tokenizer import byte_tokenizer
-from models.pretrained import Pretrained, save
-from tests.models.checkpoints import LLAMA, transformer
+from models.checkpoints.pretrained import Pretrained, save
+from tests.models.tiny_checkpoints import LLAMA, transformer
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -54,7 +54,7 @@ class _CommandLine(Config):
     preset: Annotated[
         str | None,
         tyro.conf.arg(
-            metavar="{" + ",".join(models.presets) + "}",
+            metavar="{" + ",".join(models.PRESETS) + "}",
             help="Model and recipe that the defaults of all flags come from.",
         ),
     ] = "tiny"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import models
-from models.pretrained import open_checkpoint
+from models.checkpoints.pretrained import open_checkpoint
 from s2jax.counted import counted
 from s2jax.patterns import parse_pattern
 from training.left_out import shown
@@ -327,7 +327,7 @@ class Config:
 
 
 def recipe(preset: str) -> Config:
-    """The defaults of a run with the model `models.presets[preset]`.
+    """The defaults of a run with the model `models.PRESETS[preset]`.
 
     `tiny` takes about five minutes on two CPU cores. The others are the paper's shapes (S2-Attention, arXiv 2407.17678)
     at four million tokens a step, with rates usual at these sizes; they want a cluster and --data.
@@ -335,8 +335,8 @@ def recipe(preset: str) -> Config:
     Raises:
         ValueError: there is no such preset.
     """
-    require(preset in models.presets, "--preset", f"one of {', '.join(models.presets)}", shown(preset))
-    model = ModelOptions.of(models.presets[preset])
+    require(preset in models.PRESETS, "--preset", f"one of {', '.join(models.PRESETS)}", shown(preset))
+    model = ModelOptions.of(models.PRESETS[preset])
     if preset == "tiny":  # one row a step: within five minutes, many small steps beat fewer large ones by far
         return Config(model, steps=1100, optimizer=OptimizerOptions(rest_learning_rate=0.05))
     return Config(

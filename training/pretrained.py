@@ -18,9 +18,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from models.byte_tokenizer import BOUNDARY, BOUNDARY_TOKEN, byte_tokenizer
-from models.huggingface_tokenizer import of_tokenizers
-from models.locate import find_checkpoint
-from models.pretrained import Checkpoint, Pretrained, open_checkpoint, save
+from models.checkpoints.huggingface_tokenizer import of_tokenizers
+from models.checkpoints.locate import find_checkpoint
+from models.checkpoints.pretrained import Checkpoint, Pretrained, open_checkpoint, save
 from models.transformer import Transformer
 from training.cluster import agreeing
 from training.config import Config, ModelOptions, require

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from examples import continuous_batching, fork, speculative_decoding
+from models.checkpoints.pretrained import Pretrained
 from models.command_line import run
-from models.pretrained import Pretrained
 from models.sampling import Sampling
 from s2jax import Dense, FirstBlocks, Local, LocalStride
-from tests.models.checkpoints import LLAMA, greedy, transformer
+from tests.models.tiny_checkpoints import LLAMA, greedy, transformer
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "kept_compilations")
 

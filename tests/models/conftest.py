@@ -2,7 +2,7 @@
 
 import pytest
 
-from models import smollm2
+from models.checkpoints import smollm2
 
 
 @pytest.fixture(scope="session")

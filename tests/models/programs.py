@@ -7,9 +7,9 @@ import io
 import jax.numpy as jnp
 
 from models.byte_tokenizer import BOUNDARY, BOUNDARY_TOKEN, byte_tokenizer
-from models.pretrained import Pretrained, save
+from models.checkpoints.pretrained import Pretrained, save
 from s2jax import LocalStride
-from tests.models.checkpoints import LLAMA, transformer
+from tests.models.tiny_checkpoints import LLAMA, transformer
 
 PATTERN = LocalStride(16, 1, 2)
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"

@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 import models
-from models import Transformer, TransformerConfig, hybrid_dense_layers, presets
+from models import PRESETS, Transformer, TransformerConfig, hybrid_dense_layers
 from s2jax.patterns import Dense, LocalStride
 
-TINY = presets["tiny"]
+TINY = PRESETS["tiny"]
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_hybrid_dense_layers():
         hybrid_dense_layers(3, every=0)
 
 
-@pytest.mark.parametrize("name", presets)
+@pytest.mark.parametrize("name", PRESETS)
 def test_param_count_is_that_of_the_real_model(name):
-    model = nnx.eval_shape(lambda: Transformer(presets[name], rngs=nnx.Rngs(0)))
-    assert models.param_count(presets[name]) == sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    model = nnx.eval_shape(lambda: Transformer(PRESETS[name], rngs=nnx.Rngs(0)))
+    assert models.param_count(PRESETS[name]) == sum(x.size for x in jax.tree.leaves(nnx.state(model)))
 
 
 @pytest.mark.parametrize("change", [{"tie_embeddings": False, "qk_norm": False}, {"num_kv_heads": 2, "head_dim": 40}])
@@ -73,12 +73,12 @@ def test_param_count_of_other_shapes(change):
 
 @pytest.mark.parametrize(("name", "billions"), [("s2-1.3b", 1.3), ("s2-7b", 7), ("s2-70b", 70)])
 def test_presets_are_of_the_size_in_their_names(name, billions):
-    assert models.param_count(presets[name]) / 1e9 == pytest.approx(billions, rel=0.05)
+    assert models.param_count(PRESETS[name]) / 1e9 == pytest.approx(billions, rel=0.05)
 
 
-@pytest.mark.parametrize("name", presets)
+@pytest.mark.parametrize("name", PRESETS)
 def test_heads_of_each_preset_read_all_of_the_context_together(name):
-    config = presets[name]
+    config = PRESETS[name]
     length = config.pattern.block_size * config.pattern.vert_stride * 2
     last_row = config.pattern.block_mask(config.num_heads, config.num_kv_heads, length)[:, -1]
     assert last_row.any(0).all()

@@ -5,10 +5,10 @@ import dataclasses
 import pytest
 
 from models.byte_tokenizer import BOUNDARY, byte_tokenizer
-from models.chat_template import chat_tokens
+from models.checkpoints.chat_template import chat_tokens
+from models.checkpoints.pretrained import Pretrained
 from models.conversation import Conversation
-from models.pretrained import Pretrained
-from tests.models.checkpoints import LLAMA, greedy, transformer
+from tests.models.tiny_checkpoints import LLAMA, greedy, transformer
 
 pytestmark = pytest.mark.usefixtures("kept_compilations")
 

@@ -10,7 +10,7 @@ import pytest
 from models import TransformerConfig
 from models.convert import dense_layers_within, kv_share, lost_mass
 from s2jax import Dense, FirstTokens, Local, LocalStride
-from tests.models.checkpoints import transformer
+from tests.models.tiny_checkpoints import transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 

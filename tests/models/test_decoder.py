@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from models import TransformerConfig
+from models.checkpoints.pretrained import Pretrained
 from models.decoder import Decoder, Spent, generate, generate_batch, padded_width
-from models.pretrained import Pretrained
 from models.sampling import Sampling
 from s2jax import Dense, FirstTokens, Local, LocalStride
-from tests.models.checkpoints import greedy, transformer
+from tests.models.tiny_checkpoints import greedy, transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 

@@ -15,8 +15,8 @@ import pytest
 
 from models import chat, convert, generate
 from models.byte_tokenizer import BOUNDARY, byte_tokenizer
-from models.pretrained import Pretrained, save
-from tests.models.checkpoints import LLAMA, transformer
+from models.checkpoints.pretrained import Pretrained, save
+from tests.models.tiny_checkpoints import LLAMA, transformer
 
 PROGRAMS = {"generate": generate, "convert": convert, "chat": chat}
 ODD = [

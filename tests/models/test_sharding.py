@@ -18,10 +18,10 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from models import Transformer, partition_specs, presets
+from models import PRESETS, Transformer, partition_specs
 
 COLLECTIVE = r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\("
-CONFIG = dataclasses.replace(presets["tiny"], num_layers=2, tie_embeddings=False)
+CONFIG = dataclasses.replace(PRESETS["tiny"], num_layers=2, tie_embeddings=False)
 
 
 def test_specs_stand_in_the_places_of_the_parameters():
@@ -36,8 +36,8 @@ def test_specs_stand_in_the_places_of_the_parameters():
 
 
 def test_every_matrix_is_split_over_fsdp_and_tensor():
-    for name in presets:
-        model = nnx.eval_shape(lambda name=name: Transformer(presets[name], rngs=nnx.Rngs(0)))
+    for name in PRESETS:
+        model = nnx.eval_shape(lambda name=name: Transformer(PRESETS[name], rngs=nnx.Rngs(0)))
         state = nnx.state(model)
         specs = jax.tree.leaves(partition_specs(state))
         for array, spec in zip(jax.tree.leaves(state), specs, strict=True):
@@ -66,11 +66,11 @@ ON_EIGHT_DEVICES = r"""
 import dataclasses, re, jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from models import Transformer, partition_specs, presets
+from models import Transformer, partition_specs, PRESETS
 
 mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
 spec = P(("data", "fsdp"), None, "tensor", None)
-config = dataclasses.replace(presets["tiny"], num_layers=2, d_ff=96)
+config = dataclasses.replace(PRESETS["tiny"], num_layers=2, d_ff=96)
 tokens = jax.random.randint(jax.random.key(0), (4, 64), 0, 272)
 graph, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
 expected = nnx.merge(graph, state)(tokens)

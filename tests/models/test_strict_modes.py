@@ -4,8 +4,8 @@ import pytest
 from flax import nnx
 
 from models import Transformer, TransformerConfig
+from models.checkpoints.pretrained import Pretrained
 from models.decoder import Decoder, generate_batch
-from models.pretrained import Pretrained
 from models.sampling import Sampling
 from s2jax import LocalStride
 from tests import strict_modes

@@ -13,7 +13,7 @@ import models.transformer
 from models import Transformer, TransformerConfig
 from pallas_kernels import reference
 from s2jax.patterns import Dense, LocalStride
-from tests.models import checkpoints
+from tests.models import tiny_checkpoints
 
 PATTERN = LocalStride(block_size=16, local_blocks=1, vert_stride=2)
 CONFIG = TransformerConfig(
@@ -33,7 +33,7 @@ CONFIG = TransformerConfig(
 
 
 def transformer(**changes):
-    return checkpoints.transformer(dataclasses.replace(CONFIG, **changes), unit_gains=True)
+    return tiny_checkpoints.transformer(dataclasses.replace(CONFIG, **changes), unit_gains=True)
 
 
 def tokens(batch=2, length=70, seed=0):

@@ -11,11 +11,11 @@ from training.command_line import parse
 from training.config import Config, ModelOptions, recipe
 
 
-@pytest.mark.parametrize("preset", list(models.presets))
+@pytest.mark.parametrize("preset", list(models.PRESETS))
 def test_every_preset_has_a_recipe_whose_model_is_the_preset(preset):
     config = parse(["--preset", preset])
     assert config == recipe(preset)
-    assert config.model.transformer() == models.presets[preset]
+    assert config.model.transformer() == models.PRESETS[preset]
 
 
 def test_flags_reach_their_fields():
@@ -149,7 +149,7 @@ def test_help_is_shown_whatever_else_is_wrong(flags, capsys):
         parse(flags.split())
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert all(preset in shown for preset in models.presets)
+    assert all(preset in shown for preset in models.PRESETS)
     assert "--config FILE" in shown
 
 
@@ -164,5 +164,5 @@ def test_a_run_found_in_its_directory_gives_the_defaults(tmp_path, small_config)
 
 @pytest.mark.parametrize("pattern", [Local(4) & (Dense() | FirstTokens(2)), LocalStride(64, 4, 8, homo_head=True)])
 def test_every_pattern_has_its_flag(pattern):
-    config = dataclasses.replace(models.presets["tiny"], pattern=pattern)
+    config = dataclasses.replace(models.PRESETS["tiny"], pattern=pattern)
     assert ModelOptions.of(config).transformer() == config

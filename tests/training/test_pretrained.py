@@ -15,11 +15,11 @@ import pytest
 from flax import nnx
 from tokenizers import Tokenizer
 
-from models.gguf_tokenizer import tokenizer_from_gguf
-from models.huggingface import to_huggingface
-from models.pretrained import Pretrained, load, save
+from models.checkpoints.gguf_tokenizer import tokenizer_from_gguf
+from models.checkpoints.huggingface_weights import to_huggingface
+from models.checkpoints.pretrained import Pretrained, load, save
 from s2jax import Dense, FirstBlocks, parse_pattern
-from tests.models.checkpoints import LLAMA, SCALED, TOKENIZER, UNTIED, transformer, write_gguf
+from tests.models.tiny_checkpoints import LLAMA, SCALED, TOKENIZER, UNTIED, transformer, write_gguf
 from train import main
 from training.command_line import parse
 from training.config import DeviceOptions

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.pretrained import load
+from models.checkpoints.pretrained import load
 from s2jax import LocalStride
 from tests.training.programs import ROOT, SMALL, TINY, command, environment, losses, train, write_text
 from training.checkpoint import Checkpoints

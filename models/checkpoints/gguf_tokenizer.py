@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from models.huggingface_tokenizer import of_tokenizers
+from models.checkpoints.huggingface_tokenizer import of_tokenizers
 from models.sampling import Sampling
 from models.untrusted import quoted
 
@@ -53,7 +53,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     unless told otherwise. It puts the token for the beginning of a text in front where the file says so.
 
     Args:
-        metadata: of the file, see `models.gguf.GgufFile`.
+        metadata: of the file, see `models.checkpoints.gguf.GgufFile`.
 
     Raises:
         ValueError: if the tokenizer is not of this kind (SentencePiece, say), its rule for cutting words is not known

@@ -3,11 +3,11 @@
 import pytest
 from huggingface_hub import constants
 
-from models import locate
-from models.locate import find_checkpoint
-from models.pretrained import open_checkpoint, save
-from tests.models.checkpoints import LLAMA
-from tests.models.test_pretrained import pretrained
+from models.checkpoints import locate
+from models.checkpoints.locate import find_checkpoint
+from models.checkpoints.pretrained import open_checkpoint, save
+from tests.models.checkpoints.test_pretrained import pretrained
+from tests.models.tiny_checkpoints import LLAMA
 
 COMMIT, OLDER = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
 

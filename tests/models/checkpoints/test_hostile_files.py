@@ -10,12 +10,12 @@ import sys
 
 import pytest
 
-from models.gguf_tokenizer import tokenizer_from_gguf
-from models.pretrained import Pretrained, save
-from tests.models.checkpoints import LLAMA, TOKENIZER, transformer, write_gguf
-from tests.models.hostile_files import write_case
+from models.checkpoints.gguf_tokenizer import tokenizer_from_gguf
+from models.checkpoints.pretrained import Pretrained, save
+from tests.models.checkpoints.hostile_files import write_case
+from tests.models.tiny_checkpoints import LLAMA, TOKENIZER, transformer, write_gguf
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 SECONDS = 10
 
 
@@ -28,7 +28,7 @@ class Worker:
     def ask(self, kind: str, path: pathlib.Path) -> tuple[str, float, float]:
         if self.process is None:
             environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-            command = [sys.executable, "-m", "tests.models.hostile_files"]
+            command = [sys.executable, "-m", "tests.models.checkpoints.hostile_files"]
             self.process = subprocess.Popen(
                 command, cwd=self.directory, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, text=True,

@@ -14,7 +14,7 @@ import types
 from models.config import TransformerConfig, hybrid_dense_layers
 from s2jax.patterns import LocalStride
 
-presets = types.MappingProxyType(
+PRESETS = types.MappingProxyType(
     {
         # Bytes, and 16 ids to spare for markers such as the beginning of a document. For a context of 1,024 tokens:
         # 4 heads that read 64 tokens back, and every fourth block of 16 beyond, each another fourth.

@@ -8,9 +8,9 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 
-from models.chat_template import chat_tokens
-from models.pretrained import Pretrained, open_checkpoint
-from tests.models.checkpoints import LLAMA, transformer
+from models.checkpoints.chat_template import chat_tokens
+from models.checkpoints.pretrained import Pretrained, open_checkpoint
+from tests.models.tiny_checkpoints import LLAMA, transformer
 
 MODEL = transformer(dataclasses.replace(LLAMA, vocab_size=128))
 LETTERS = {chr(code): code for code in range(128)}

@@ -1,7 +1,8 @@
-"""A process of its own that renders one chat template, under limits of time and memory that the system keeps.
+"""Process that renders one chat template under the operating system's limits on time and memory.
 
-A template is a stranger's program. `models.chat_template` starts this file by its path, so that it imports Jinja alone:
-the template and its variables come in as JSON, the text or the reason why there is none goes out as JSON.
+A template is a program of unknown origin. `models.checkpoints.chat_template` starts this file by its path, so that it
+imports only Jinja. It reads the template and its variables as JSON from stdin, and writes the text, or the reason why
+there is none, as JSON to stdout.
 """
 
 import datetime

@@ -1,6 +1,6 @@
 """Files of a checkpoint that a stranger might send: mutated at random, each from its seed; and what becomes of them.
 
-python -m tests.models.hostile_files   # reads directories and GGUF files from stdin, answers in JSON lines
+python -m tests.models.checkpoints.hostile_files   # reads directories and GGUF files from stdin, answers in JSON lines
 """
 
 import copy
@@ -184,8 +184,8 @@ def _text(values: object) -> bytes:
 
 def outcome(kind: str, path: pathlib.Path) -> str:
     """What comes of reading all of a checkpoint: "right", or "refused: " and why."""
-    from models.chat_template import chat_tokens
-    from models.pretrained import open_checkpoint
+    from models.checkpoints.chat_template import chat_tokens
+    from models.checkpoints.pretrained import open_checkpoint
 
     try:
         checkpoint = open_checkpoint(path)
@@ -209,7 +209,7 @@ def most_megabytes() -> float:
 
 def main() -> None:
     """Answers each line of stdin, with what became of the checkpoint and what it took."""
-    import models.chat_template  # noqa: F401  # before memory is limited
+    import models.checkpoints.chat_template  # noqa: F401  # before memory is limited
 
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + SMALL_LIMIT

@@ -5,11 +5,9 @@ of a head's first half with feature `i` of its second half in both ("rotate half
 of `qk_norm` bear the names that Qwen3 gives them.
 """
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -128,22 +126,6 @@ def _check_names(names: Collection[str], config: TransformerConfig) -> None:
 
 def _refuse_shape(name: str, expected: tuple[int, ...], got: Sequence[int]) -> NoReturn:
     raise ValueError(f"{name} must have shape {list(expected)} for this config, got {list(got)}")
-
-
-def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors to one safetensors file. Needs the package `safetensors`."""
-    import safetensors.numpy
-
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})
-
-
-def load_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads the tensors of one safetensors file, bfloat16 included. Needs the package `safetensors`."""
-    import safetensors.flax
-
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        return {name: np.asarray(tensor) for name, tensor in safetensors.flax.load_file(path).items()}
 
 
 def _name(path: tuple) -> str:

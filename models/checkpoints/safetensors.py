@@ -1,4 +1,4 @@
-"""A checkpoint directory in the Hugging Face format: JSON files, and tensors in one safetensors file or in shards."""
+"""Tensors of a checkpoint directory: one safetensors file, or shards and their index."""
 
 import os
 import pathlib
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import ml_dtypes  # noqa: F401  # teaches NumPy the name bfloat16
 import numpy as np
-import safetensors
+import safetensors.numpy
 
 from models.untrusted import quoted, read_json, regular_file, shortened
 
@@ -86,6 +86,12 @@ class ShardedTensors(Mapping[str, np.ndarray]):
         rows = one.get_shape()[0] if one.get_shape() else 0
         parts = (slice(at, min(at + _ROWS, rows)) for at in range(0, rows, _ROWS))
         return all(np.array_equal(one[part], two[part]) for part in parts)
+
+
+def save_safetensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes tensors to one safetensors file."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from models.checkpoints.huggingface_generation import generation_settings
 from models.config import TransformerConfig
-from models.huggingface_generation import generation_settings
 from models.untrusted import quoted, shortened
 from s2jax.heads import RopeScaling
 

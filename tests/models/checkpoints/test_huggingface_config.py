@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from models.huggingface_config import config_from_huggingface, config_to_huggingface
+from models.checkpoints.huggingface_config import config_from_huggingface, config_to_huggingface
 from s2jax.patterns import Dense, Local
-from tests.models.checkpoints import LLAMA, LLAMA3, QWEN3, SCALED, UNTIED
+from tests.models.tiny_checkpoints import LLAMA, LLAMA3, QWEN3, SCALED, UNTIED
 
 VALUES = {
     "architectures": ["LlamaForCausalLM"],

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.huggingface import save_safetensors
-from models.huggingface_directory import ShardedTensors
+from models.checkpoints.safetensors import ShardedTensors, save_safetensors
 from models.untrusted import read_json
 
 TENSORS = {

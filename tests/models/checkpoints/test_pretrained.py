@@ -10,11 +10,12 @@ import safetensors.numpy
 from flax import nnx
 from tokenizers import AddedToken, Tokenizer
 
-from models.gguf_tokenizer import tokenizer_from_gguf
-from models.huggingface import save_safetensors, to_huggingface
-from models.pretrained import Pretrained, load, open_checkpoint, read_tokenizer, save
+from models.checkpoints.gguf_tokenizer import tokenizer_from_gguf
+from models.checkpoints.huggingface_weights import to_huggingface
+from models.checkpoints.pretrained import Pretrained, load, open_checkpoint, read_tokenizer, save
+from models.checkpoints.safetensors import save_safetensors
 from s2jax.patterns import BlockMask, FirstBlocks, FirstTokens, Local, LocalStride, Strided
-from tests.models.checkpoints import LLAMA, QWEN3, TOKENIZER, UNTIED, logits, transformer, write_gguf
+from tests.models.tiny_checkpoints import LLAMA, QWEN3, TOKENIZER, UNTIED, logits, transformer, write_gguf
 
 SETTINGS = {"dtype": "float32", "implementation": "reference"}
 TOKENS = tokenizer_from_gguf({f"tokenizer.ggml.{name}": value for name, value in TOKENIZER.items()})
@@ -182,7 +183,7 @@ def test_an_interrupted_save_is_not_taken_for_whole(tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("models.pretrained.save_safetensors", interrupted)
+    monkeypatch.setattr("models.checkpoints.pretrained.save_safetensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, pretrained())
     with pytest.raises(ValueError, match=r"config\.json is missing"):

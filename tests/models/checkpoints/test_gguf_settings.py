@@ -5,11 +5,11 @@ import struct
 import numpy as np
 import pytest
 
-from models.gguf_tokenizer import end_ids, tokenizer_from_gguf
-from models.huggingface import to_huggingface
-from models.pretrained import load, open_checkpoint
+from models.checkpoints.gguf_tokenizer import end_ids, tokenizer_from_gguf
+from models.checkpoints.huggingface_weights import to_huggingface
+from models.checkpoints.pretrained import load, open_checkpoint
 from models.sampling import Sampling
-from tests.models.checkpoints import LLAMA, UNTIED, gguf_tensors, transformer, write_gguf
+from tests.models.tiny_checkpoints import LLAMA, UNTIED, gguf_tensors, transformer, write_gguf
 
 SETTINGS = {"dtype": "float32", "implementation": "reference"}
 MODEL = transformer(LLAMA)
@@ -80,14 +80,14 @@ def test_settings_of_a_gguf_tokenizer_that_are_refused(setting, match):
 
 def write_split(path, count=3, missing=()):
     """A file in parts, as llama-gguf-split makes them; returns the first."""
-    import tests.models.checkpoints as checkpoints
+    from tests.models import tiny_checkpoints
 
     model = transformer(UNTIED)
     whole = gguf_tensors(model)
     for part in set(range(count)) - set(missing):
         own = dict(list(whole.items())[part::count])
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoints, "gguf_tensors", lambda _, own=own: own)
+            patch.setattr(tiny_checkpoints, "gguf_tensors", lambda _, own=own: own)
             numbers = {"split.no": part, "split.count": count, "split.tensors.count": len(whole)}
             write_gguf(path / f"a-{part + 1:05}-of-{count:05}.gguf", model, metadata=numbers)
     return model, path / f"a-00001-of-{count:05}.gguf"

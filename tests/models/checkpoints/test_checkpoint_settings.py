@@ -1,5 +1,7 @@
-"""What the settings of a checkpoint's files do, and what is refused; tests/models/test_transformers_settings.py has the
-package transformers say the same."""
+"""Effects of the settings in a checkpoint's files, and the settings that are refused.
+
+test_transformers_settings.py compares with the package transformers.
+"""
 
 import functools
 import json
@@ -12,16 +14,16 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-import models.gguf as gguf_settings
-import models.gguf_tokenizer as gguf_tokens
-import models.huggingface_config as config_settings
-import models.huggingface_generation as generation_settings
+import models.checkpoints.gguf as gguf_settings
+import models.checkpoints.gguf_tokenizer as gguf_tokens
+import models.checkpoints.huggingface_config as config_settings
+import models.checkpoints.huggingface_generation as generation_settings
+from models.checkpoints.huggingface_tokenizer import SPECIAL_TOKENS
+from models.checkpoints.huggingface_weights import to_huggingface
+from models.checkpoints.pretrained import Pretrained, load, open_checkpoint, save
 from models.decoder import generate
-from models.huggingface import to_huggingface
-from models.huggingface_tokenizer import SPECIAL_TOKENS
-from models.pretrained import Pretrained, load, open_checkpoint, save
 from models.sampling import Sampling
-from tests.models.checkpoints import LLAMA, TOKENS, UNTIED, transformer
+from tests.models.tiny_checkpoints import LLAMA, TOKENS, UNTIED, transformer
 
 SETTINGS = {"dtype": "float32", "implementation": "reference"}
 MODEL = transformer(LLAMA)
@@ -247,7 +249,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path):
 
 
 def test_the_list_of_settings_names_all_that_are_read():
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "checkpoint_settings.md").read_text("utf-8")
+    text = (pathlib.Path(__file__).parents[3] / "docs" / "checkpoint_settings.md").read_text("utf-8")
     known = {
         *config_settings._KNOWN,
         *config_settings._SUPPORTED,

@@ -15,7 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from models.gguf_header import GgufTensor, read_gguf
+from models.checkpoints.gguf_header import GgufTensor, read_gguf
 from models.untrusted import quoted, shortened
 from s2jax.heads import RopeScaling
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models.chat_template import chat_tokens
-from models.pretrained import Pretrained, load, save
-from tests.models.checkpoints import LLAMA, LLAMA3, QWEN3, SCALED, UNTIED, transformer
+from models.checkpoints.chat_template import chat_tokens
+from models.checkpoints.pretrained import Pretrained, load, save
+from tests.models.tiny_checkpoints import LLAMA, LLAMA3, QWEN3, SCALED, UNTIED, transformer
 
 # Theirs are not ours to mend.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -8,10 +8,11 @@ from flax import nnx
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import models as tokenizer_models
 
-from models.chat_template import chat_tokens
-from models.huggingface import save_safetensors, to_huggingface
-from models.pretrained import Pretrained, load, open_checkpoint, save
-from tests.models.checkpoints import LLAMA, TOKENS, UNTIED, transformer
+from models.checkpoints.chat_template import chat_tokens
+from models.checkpoints.huggingface_weights import to_huggingface
+from models.checkpoints.pretrained import Pretrained, load, open_checkpoint, save
+from models.checkpoints.safetensors import save_safetensors
+from tests.models.tiny_checkpoints import LLAMA, TOKENS, UNTIED, transformer
 
 # Theirs are not ours to mend.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from models import Transformer, TransformerConfig
-from models.huggingface import to_huggingface
+from models.checkpoints.huggingface_weights import to_huggingface
 from s2jax.heads import RopeScaling
 from s2jax.patterns import Dense
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import smollm2
-from models.pretrained import load
+from models.checkpoints import smollm2
+from models.checkpoints.pretrained import load
 
 TEXT = "The capital of France is Paris. The capital of Italy is"
 IDS = [504, 3575, 282, 4649, 314, 7042, 30, 378, 3575, 282, 7158, 314]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.gguf_tokenizer import tokenizer_from_gguf
+from models.checkpoints.gguf_tokenizer import tokenizer_from_gguf
 
 # The space is spelt Ġ and the newline Ċ.
 TOKENS = [*"abcdst'012Ġ.ABĊ", "ab", "Ġa", "12", "AB", "'s", "Ġab", "ĊĊ", "<|end|>", "<tool>"]

@@ -6,12 +6,12 @@ import gguf
 import numpy as np
 import pytest
 
-from models.gguf import GgufFile
-from models.huggingface import to_huggingface
-from models.pretrained import load
+from models.checkpoints.gguf import GgufFile
+from models.checkpoints.huggingface_weights import to_huggingface
+from models.checkpoints.pretrained import load
 from s2jax.heads import RopeScaling
 from s2jax.patterns import LocalStride
-from tests.models.checkpoints import LLAMA, QWEN3, UNTIED, gguf_tensors, logits, transformer, write_gguf
+from tests.models.tiny_checkpoints import LLAMA, QWEN3, UNTIED, gguf_tensors, logits, transformer, write_gguf
 
 SETTINGS = {"dtype": "float32", "implementation": "reference"}
 

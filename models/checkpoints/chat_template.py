@@ -8,8 +8,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models import template_process
-from models.pretrained import Checkpoint, Pretrained
+from models.checkpoints import chat_template_process
+from models.checkpoints.pretrained import Checkpoint, Pretrained
 from models.untrusted import shortened
 
 _PATIENCE = 5  # seconds by the clock, on a machine that may be busy
@@ -45,7 +45,7 @@ def _rendered(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
     contents = json.dumps({"template": template, "variables": variables, "longest": 0})
     longest = (1 << 20) + 4 * len(contents)
     # None of its directory's modules, and nothing of the environment but what finds Jinja and the time of day.
-    command = [sys.executable, "-P", str(template_process.__file__)]
+    command = [sys.executable, "-P", str(chat_template_process.__file__)]
     environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "TZ", "HOME") if name in os.environ}
     try:
         done = subprocess.run(
@@ -60,7 +60,7 @@ def _rendered(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
     except subprocess.TimeoutExpired:
         return {"error": f"it took more than {_PATIENCE} s"}
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return {"error": f"it took more than {template_process.SECONDS} s of a CPU"}
+        return {"error": f"it took more than {chat_template_process.SECONDS} s of a CPU"}
     if done.returncode != 0 or not done.stdout:
         return {"error": f"its process ended with {done.returncode}: too much memory, or nested too deeply"}
     return json.loads(done.stdout)

@@ -19,17 +19,28 @@ import jax
 from flax import nnx
 from tokenizers import Tokenizer
 
+from models.checkpoints.gguf import GgufFile
+from models.checkpoints.gguf_tokenizer import (
+    end_ids,
+    gguf_chat_template,
+    sampling_of_gguf,
+    special_tokens,
+    tokenizer_from_gguf,
+)
+from models.checkpoints.huggingface_config import (
+    config_from_huggingface,
+    config_to_huggingface,
+    longest_context,
+    unknown_keys,
+)
+from models.checkpoints.huggingface_generation import sampling_from, unknown_settings
+from models.checkpoints.huggingface_tokenizer import of_tokenizers, read_tokenizer, read_tokenizer_files
+from models.checkpoints.huggingface_weights import EMBEDDINGS, HEAD, check_shapes, from_huggingface, to_huggingface
+from models.checkpoints.locate import find_checkpoint
+from models.checkpoints.safetensors import ShardedTensors, save_safetensors
+from models.checkpoints.saved_pattern import pattern_settings, saved_pattern
 from models.config import TransformerConfig
-from models.gguf import GgufFile
-from models.gguf_tokenizer import end_ids, gguf_chat_template, sampling_of_gguf, special_tokens, tokenizer_from_gguf
-from models.huggingface import EMBEDDINGS, HEAD, check_shapes, from_huggingface, save_safetensors, to_huggingface
-from models.huggingface_config import config_from_huggingface, config_to_huggingface, longest_context, unknown_keys
-from models.huggingface_directory import ShardedTensors
-from models.huggingface_generation import sampling_from, unknown_settings
-from models.huggingface_tokenizer import of_tokenizers, read_tokenizer, read_tokenizer_files
-from models.locate import find_checkpoint
 from models.sampling import Sampling
-from models.saved_pattern import pattern_settings, saved_pattern
 from models.transformer import Transformer
 from models.untrusted import quoted, read_json, shortened
 from s2jax.patterns import Dense, Pattern
@@ -188,7 +199,7 @@ def open_checkpoint(
 
     Args:
         path: a GGUF file; a directory with config.json, safetensors and, usually, tokenizer.json; the directory of a
-            run; or `org/name[@revision]` on Hugging Face, see `models.locate`.
+            run; or `org/name[@revision]` on Hugging Face, see `models.checkpoints.locate`.
         pattern: who attends to whom, in the layers that are not dense. By default the pattern and the dense layers that
             `save` recorded in config.json, or else dense attention in every layer.
         tokenizer: a tokenizer.json to take in place of the checkpoint's own tokenizer.
@@ -211,10 +222,10 @@ def open_checkpoint(
 def save(directory: str | os.PathLike, pretrained: Pretrained) -> None:
     """Writes a checkpoint that `load` reads, and transformers as `LlamaForCausalLM` or `Qwen3ForCausalLM`.
 
-    It holds config.json, model.safetensors in float32 and, if there is a tokenizer, tokenizer.json and
+    The files are config.json, model.safetensors in float32 and, if there is a tokenizer, tokenizer.json and
     tokenizer_config.json. config.json records the pattern and the dense layers under the key `s2jax`, see
-    `models.saved_pattern`; other readers ignore it and attend densely in every layer. config.json comes last, so a
-    directory in which writing was interrupted is not taken for whole.
+    `models.checkpoints.saved_pattern`; other readers ignore it and attend densely in every layer. config.json is
+    written last, so an interrupted write leaves no directory that looks complete.
 
     Args:
         directory: made if it does not exist. A checkpoint in it is overwritten.

@@ -1,0 +1,1 @@
+"""Checkpoints: reading and writing weights, tokenizers and settings in the Hugging Face and GGUF formats."""
