@@ -15,57 +15,63 @@ import numpy as np
 import s2jax
 from benchmarks.cases import CASES
 from benchmarks.record import parser, save, table
-from pallas_kernels.mosaic_gpu.key_tables import key_tables
+from pallas_kernels.mosaic_gpu.kv_tables import kv_tables
 from pallas_kernels.mosaic_gpu.plan import ROWS
-from pallas_kernels.mosaic_gpu.tiles import HopperTiles, choose_heads, choose_key_tiles, choose_tiles
+from pallas_kernels.mosaic_gpu.tiles import HopperConfig, choose_config, choose_heads, choose_kv_grad_config
 from pallas_kernels.schedule import BlockSchedule
-from pallas_kernels.tiles import merge, neighbours
+from pallas_kernels.tiling import group_consecutive_rows, merge
 from s2jax.compiler import forget_schedules
 
 
 def ideal_pairs(schedule: BlockSchedule) -> np.ndarray:
     """Token pairs of every distinct head; lengths are whole blocks."""
     lists, sizes = schedule.lists, schedule.token_masks.sum((1, 2))
-    return np.array([sizes[lists.masks[lists.entries(walker)[1]]].sum() for walker in range(lists.num_walkers)])
+    return np.array(
+        [sizes[lists.mask_ids[lists.entries(unique_head)[1]]].sum() for unique_head in range(lists.num_unique_heads)]
+    )
 
 
-def hopper_tiles(schedule: BlockSchedule, head_dim: int) -> HopperTiles:
+def hopper_tiles(schedule: BlockSchedule, head_dim: int) -> HopperConfig:
     """What the Hopper kernel takes."""
     heads = choose_heads(schedule, None, schedule.num_heads, schedule.num_kv_heads)
-    return choose_tiles(head_dim, head_dim, schedule.block_size, schedule.kv_length, heads[-1], heads)
+    return choose_config(head_dim, head_dim, schedule.block_size, schedule.kv_length, heads[-1], heads)
 
 
 def forward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
     """Of the Hopper kernel, all heads together. What is left of the steps without a mask joins the masked ones."""
     tiles = hopper_tiles(schedule, head_dim)
     lists, size = schedule.lists, schedule.block_size
-    rows = tiles.queries // size
-    entries = merge(lists, neighbours(lists.num_walkers, lists.num_rows, rows)).lists.counts().sum(-1, dtype=np.int64)
-    steps = -(-entries * size // tiles.keys)
-    heads = np.bincount(schedule.head_index, minlength=lists.num_walkers)
-    return float((steps.sum(-1) * heads).sum() * tiles.keys * rows * size / _ideal(schedule))
+    rows = tiles.block_q // size
+    entries = (
+        merge(lists, group_consecutive_rows(lists.num_unique_heads, lists.num_rows, rows))
+        .lists.counts()
+        .sum(-1, dtype=np.int64)
+    )
+    steps = -(-entries * size // tiles.block_kv)
+    heads = np.bincount(schedule.head_index, minlength=lists.num_unique_heads)
+    return float((steps.sum(-1) * heads).sum() * tiles.block_kv * rows * size / _ideal(schedule))
 
 
 def backward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
     """Of the packs of the Hopper kernel of the keys' gradients, all heads together."""
     size, group = schedule.block_size, schedule.num_heads // schedule.num_kv_heads
-    tiles = choose_key_tiles(head_dim, head_dim, size, schedule.query_length)
-    tables = key_tables(schedule, tiles.word_bits(size))
-    lengths = (tables.slices[..., 1] - tables.slices[..., 0]).astype(np.int64)
+    tiles = choose_kv_grad_config(head_dim, head_dim, size, schedule.query_length)
+    tables = kv_tables(schedule, tiles.bits_per_word(size))
+    lengths = (tables.ranges[..., 1] - tables.ranges[..., 0]).astype(np.int64)
     turns = group // lengths.shape[3]
     full, masked = (
-        turns * lengths[..., parts].sum(-1) * size // min(size, tiles.keys)
-        for parts in (slice(0, tables.num_full), slice(tables.num_full, None))
+        turns * lengths[..., parts].sum(-1) * size // min(size, tiles.block_kv)
+        for parts in (slice(0, tables.num_full_ranges), slice(tables.num_full_ranges, None))
     )
-    slots = tiles.keys // min(size, tiles.keys)
+    slots = tiles.block_kv // min(size, tiles.block_kv)
     # What does not fill a step without a mask joins the masked ones.
     steps = full // slots + -(-(full % slots + masked) // slots)
-    return float(steps.sum() * tiles.keys * ROWS / _ideal(schedule))
+    return float(steps.sum() * tiles.block_kv * ROWS / _ideal(schedule))
 
 
 def _ideal(schedule: BlockSchedule) -> int:
     """Token pairs of all heads."""
-    heads = np.bincount(schedule.head_index, minlength=schedule.lists.num_walkers)
+    heads = np.bincount(schedule.head_index, minlength=schedule.lists.num_unique_heads)
     return (ideal_pairs(schedule) * heads).sum()
 
 

@@ -15,7 +15,7 @@ import jax
 import s2jax
 from benchmarks.attention import timed
 from benchmarks.record import parser, save, table
-from pallas_kernels.mosaic_gpu.key_tables import selection_key_tables
+from pallas_kernels.mosaic_gpu.kv_tables import selection_key_tables
 from pallas_kernels.problem import Operands
 
 HEADS, FEATURES, BLOCK, MOST = 8, 128, 64, 32
@@ -32,7 +32,7 @@ def measure(tokens: int, repeats: int) -> dict:
     def transpose(selection, query, key, value):
         operands = Operands(query, key, value, selection=selection)
         tables = selection_key_tables(selection, operands, 32)
-        return tables.blocks, tables.masks, tables.slices
+        return tables.blocks, tables.mask_ids, tables.ranges
 
     def forward(selection, query, key, value):
         return s2jax.attention(query, key, value, selection)

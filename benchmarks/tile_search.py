@@ -28,7 +28,7 @@ from benchmarks.gpu.guard import Job, Teller
 from benchmarks.gpu.record import device
 from benchmarks.gpu.sides import Arrays, make_arrays
 from benchmarks.record import parser, save
-from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, HopperTiles, choose_heads, usual_tiles
+from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, HopperConfig, choose_heads, default_config
 from pallas_kernels.mosaic_gpu.tuned import PATH, Key
 
 SEARCHED = (
@@ -55,7 +55,7 @@ MARGIN = 0.98
 class Candidate:
     """Tiles, and the milliseconds that they take at each case."""
 
-    tiles: HopperTiles
+    config: HopperConfig
     milliseconds: dict[str, float] = dataclasses.field(default_factory=dict)
     failed: str | None = None
 
@@ -75,11 +75,11 @@ def key_of(case: Case, block: int) -> tuple[Key, tuple[int, ...]]:
     return (case.head_dim, case.head_dim, schedule.block_size, heads[-1]), heads
 
 
-def fitting(key: Key, heads: tuple[int, ...]) -> Iterator[HopperTiles]:
+def fitting(key: Key, heads: tuple[int, ...]) -> Iterator[HopperConfig]:
     """Tiles whose buffers fit; of accumulators beyond 64 × 256 the compiler could keep nothing in registers."""
     head_dim, value_dim, block_size, _ = key
     for number, keys, stages in itertools.product(heads, KEYS, (2, 3, 4)):
-        tiles = HopperTiles(number, keys, stages)
+        tiles = HopperConfig(number, keys, stages)
         fits = tiles.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES
         if fits and keys + value_dim <= 320 and keys >= min(block_size, 64):
             yield tiles
@@ -88,21 +88,21 @@ def fitting(key: Key, heads: tuple[int, ...]) -> Iterator[HopperTiles]:
 def search(key: Key, cases: Cases, clock: Clock, teller: Teller, implementation: str = "mosaic_gpu") -> dict:
     """The row of one configuration: cases are those that have it."""
     heads = key_of(*cases[0])[1]
-    usual = Candidate(usual_tiles(*key[:3], cases[0][0].tokens, key[3]))
-    others = [Candidate(tiles) for tiles in fitting(key, heads) if tiles != usual.tiles]
+    usual = Candidate(default_config(*key[:3], cases[0][0].tokens, key[3]))
+    others = [Candidate(tiles) for tiles in fitting(key, heads) if tiles != usual.config]
     candidates = [usual, *others]
     for case, block in cases:
         # What failed once is not taken, however well it does elsewhere.
         measure(case, block, [each for each in candidates if each.failed is None], clock, teller, implementation)
         if usual.failed is not None:
-            raise RuntimeError(f"{usual.tiles} at {case.name}: {usual.failed}")
+            raise RuntimeError(f"{usual.config} at {case.name}: {usual.failed}")
     best = min(candidates, key=lambda each: each.score(usual))
     if best.score(usual) > MARGIN:
         best = usual
     head_dim, value_dim, block_size, most_heads = key
     return {
         "head_dim": head_dim, "value_dim": value_dim, "block_size": block_size, "most_heads": most_heads,
-        "tiles": dataclasses.asdict(best.tiles), "usual": dataclasses.asdict(usual.tiles),
+        "config": dataclasses.asdict(best.config), "usual": dataclasses.asdict(usual.config),
         "of usual": best.score(usual),
         "tried": [dataclasses.asdict(each) for each in candidates],
     }  # fmt: skip
@@ -117,7 +117,7 @@ def measure(
     inputs = arrays.query, arrays.key, arrays.value
 
     def job_of(each: Candidate) -> Job:
-        return Job(name, str(each.tiles))
+        return Job(name, str(each.config))
 
     def doing(each: Candidate) -> None:
         teller.doing(job_of(each), HANGS_S)
@@ -125,7 +125,7 @@ def measure(
     teller.doing(Job(name, "", "compiling"), COMPILES_S)
     with ThreadPoolExecutor() as threads:
         jobs = [
-            threads.submit(_compiled, pattern, arrays, each.tiles, implementation, teller.beside(job_of(each)))
+            threads.submit(_compiled, pattern, arrays, each.config, implementation, teller.beside(job_of(each)))
             for each in candidates
         ]
         truth = correctness.truth(pattern, arrays)
@@ -137,12 +137,12 @@ def measure(
             continue
         compiled, out = tried
         first = out if first is None else first
-        timings[each.tiles] = Timing(
+        timings[each.config] = Timing(
             functools.partial(compiled, *inputs), jax.block_until_ready, functools.partial(doing, each)
         )
     in_turn(timings, clock, repeats=3, burst_ms=10, pause_s=0.005, tried=teller.attempt)
     for each in candidates:
-        timing = timings.get(each.tiles)
+        timing = timings.get(each.config)
         if timing is not None and timing.samples:
             each.milliseconds[name] = statistics.median(sample.device_ms for sample in timing.samples)
         elif timing is not None:
@@ -159,9 +159,9 @@ def agreeing(compiled: Callable, inputs: tuple, truth: correctness.Truth, first:
     return compiled, out
 
 
-def _compiled(pattern, arrays: Arrays, tiles: HopperTiles, implementation: str, compiling) -> jax.stages.Compiled:
+def _compiled(pattern, arrays: Arrays, config: HopperConfig, implementation: str, compiling) -> jax.stages.Compiled:
     def attention(query, key, value):
-        options = {"tiles": tiles} if implementation == "mosaic_gpu" else {}
+        options = {"config": config} if implementation == "mosaic_gpu" else {}
         return s2jax.attention(query, key, value, pattern, implementation=implementation, **options)
 
     with compiling:
@@ -208,7 +208,7 @@ class Found:
             print(self.failed[-1], flush=True)
             return
         self.entries.append(entry)
-        print(f"{key}: {entry['tiles']}, {entry['of usual']:.3f} of the time with {entry['usual']}", flush=True)
+        print(f"{key}: {entry['config']}, {entry['of usual']:.3f} of the time with {entry['usual']}", flush=True)
         save("tuned", self.entries, self.folder, **self.header)
 
     def ended(self, ending: guard.Ending) -> bool:

@@ -1,18 +1,18 @@
 """Block-sparse attention kernels for JAX, usable on their own: no dependency but jax, numpy and jaxtyping."""
 
-from pallas_kernels.mosaic_gpu import HopperTiles
-from pallas_kernels.mosaic_tpu import TpuTiles
+from pallas_kernels.mosaic_gpu import HopperConfig
+from pallas_kernels.mosaic_tpu import TpuConfig
 from pallas_kernels.op import block_sparse_attention
 from pallas_kernels.schedule import BlockLists, BlockSchedule
 from pallas_kernels.selection import BlockSelection
-from pallas_kernels.xla import XlaTiles
+from pallas_kernels.xla import XlaConfig
 
 __all__ = [
     "BlockLists",
     "BlockSchedule",
     "BlockSelection",
-    "HopperTiles",
-    "TpuTiles",
-    "XlaTiles",
+    "HopperConfig",
+    "TpuConfig",
+    "XlaConfig",
     "block_sparse_attention",
 ]

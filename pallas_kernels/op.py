@@ -40,7 +40,7 @@ class Options(typing.TypedDict, total=False):
     head_axis: HeadAxis
     heads: HeadRange
     implementation: str | list[str] | tuple[str, ...] | None
-    tiles: typing.Any
+    config: typing.Any
 
 
 Scheduled = BlockSchedule | BlockSelection
@@ -88,7 +88,7 @@ def block_sparse_attention(
     head_axis: HeadAxis = None,
     heads: HeadRange = None,
     implementation: str | list[str] | tuple[str, ...] | None = None,
-    tiles=None,
+    config=None,
 ) -> typing.Any:
     """Attention in which every query reads the blocks of keys that a schedule lists for its head.
 
@@ -113,7 +113,7 @@ def block_sparse_attention(
         query head, also known at run time only (the result for one that cannot be is NaN), and the count of all.
       implementation: "mosaic_gpu", "mosaic_tpu", "xla" or "reference", or several names in order of preference; None
         picks by the platform that is lowered for, each of them in an export for several.
-      tiles: tile sizes of the one implementation asked for, `HopperTiles`, `TpuTiles` or `XlaTiles`.
+      config: tile sizes of the one implementation asked for, `HopperConfig`, `TpuConfig` or `XlaConfig`.
 
     Returns:
       out [b, t, h, e] in the query's dtype; lse [b, h, t] in float32 (float64 for float64), the natural logarithm of
@@ -132,7 +132,7 @@ def block_sparse_attention(
         schedule=None if isinstance(schedule, BlockSelection) else schedule,
         scale=query.shape[-1] ** -0.5 if scale is None else check_number("scale", scale),
         logits_soft_cap=None if logits_soft_cap is None else check_number("logits_soft_cap", logits_soft_cap, above=0),
-        tiles=tiles,
+        config=config,
         # One object, for whether two arrays are equal is not known while tracing.
         same_segments=query_segment_ids is not None and query_segment_ids is kv_segment_ids,
     )
@@ -151,7 +151,7 @@ def _choose(problem: Problem, operands: Operands, implementation) -> tuple[str, 
     """Implementations that can do it on some platform, in order of preference, up to one that is for all platforms."""
     chosen, reasons = [], []
     for name in _names(problem, implementation):
-        reason = MODULES[name].refuse(problem, operands)
+        reason = MODULES[name].unsupported_reason(problem, operands)
         if reason is not None:
             reasons.append(f"{name}: {reason}")
             if implementation is None:
@@ -167,10 +167,10 @@ def _choose(problem: Problem, operands: Operands, implementation) -> tuple[str, 
 
 def _names(problem: Problem, implementation) -> tuple[str, ...]:
     """In order of preference."""
-    if implementation is None and problem.tiles is None:
+    if implementation is None and problem.config is None:
         return PREFERRED
     if implementation is None:
-        implementation = [name for name in MODULES if isinstance(problem.tiles, MODULES[name].TILES)] or "xla"
+        implementation = [name for name in MODULES if isinstance(problem.config, MODULES[name].CONFIG)] or "xla"
     names = (implementation,) if isinstance(implementation, str) else implementation
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"implementation must be a name, several names or None, got {implementation!r}")
@@ -179,9 +179,9 @@ def _names(problem: Problem, implementation) -> tuple[str, ...]:
     for name in names:
         if name not in MODULES:
             raise ValueError(f"implementation must be among {', '.join(MODULES)}, got {name!r}")
-        if problem.tiles is not None and not isinstance(problem.tiles, MODULES[name].TILES):
+        if problem.config is not None and not isinstance(problem.config, MODULES[name].CONFIG):
             raise ValueError(
-                f"tiles for {name!r} must be {MODULES[name].TILES.__name__}, got {type(problem.tiles).__name__}"
+                f"config for {name!r} must be {MODULES[name].CONFIG.__name__}, got {type(problem.config).__name__}"
             )
     return tuple(names)
 

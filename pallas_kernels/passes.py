@@ -25,7 +25,7 @@ from pallas_kernels.head_place import own_rows
 from pallas_kernels.platforms import PLATFORMS, default_modes
 from pallas_kernels.problem import Operands, Problem, accumulation_dtype
 from pallas_kernels.sharding import Sharding, operand_specs, over_shards, spec_of
-from pallas_kernels.sinks import sink_gradients, sink_tangents
+from pallas_kernels.softmax import sink_gradients, sink_tangents
 
 OUT_NAME, LSE_NAME = "s2jax_out", "s2jax_lse"
 """`checkpoint_name`s of the two residuals that are worth keeping when a layer is rematerialised."""
@@ -81,12 +81,12 @@ class Call:
                 f"needs the platform {PLATFORMS[name]!r}, and this is lowered for {target.platform!r}; take "
                 f'implementation=None, or ["{name}", "xla"]'
             )
-        return MODULES[name].refuse_device(target.device)
+        return MODULES[name].unsupported_device_reason(target.device)
 
     def problem_of(self, module: types.ModuleType, target: Target | None) -> Problem:
         """The problem for a module: without the tiles of another, with the platform."""
-        tiles = self.problem.tiles if isinstance(self.problem.tiles, module.TILES) else None
-        return dataclasses.replace(self.problem, tiles=tiles, platform=None if target is None else target.platform)
+        config = self.problem.config if isinstance(self.problem.config, module.CONFIG) else None
+        return dataclasses.replace(self.problem, config=config, platform=None if target is None else target.platform)
 
     def with_tables(self, module: types.ModuleType, operands: Operands, tables) -> Operands:
         """The operands of a call or a shard, with its own heads' rows of a module's tables."""

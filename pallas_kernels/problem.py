@@ -19,7 +19,7 @@ class Problem:
       schedule: what is read, or None where a selection among the operands says it.
       scale: what the logits are multiplied with.
       logits_soft_cap: the logits become cap · tanh(logits / cap); None leaves them.
-      tiles: the backend's own tile sizes, or None for its own choice.
+      config: the backend's own tile sizes, or None for its own choice.
       same_segments: queries and keys have one array of segment ids: a query's segment holds its own key.
       platform: that is lowered for, "cpu", "cuda", "rocm" or "tpu"; None where it is not known yet.
     """
@@ -27,7 +27,7 @@ class Problem:
     schedule: BlockSchedule | None
     scale: float
     logits_soft_cap: float | None
-    tiles: typing.Any
+    config: typing.Any
     same_segments: bool = False
     platform: str | None = None
 

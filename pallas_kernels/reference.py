@@ -12,9 +12,9 @@ from pallas_kernels.problem import Operands, Problem, accumulation_dtype
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import Sharding
-from pallas_kernels.sinks import add_sinks
+from pallas_kernels.softmax import add_sinks
 
-TILES = type(None)
+CONFIG = type(None)
 """There are no tiles to choose."""
 
 
@@ -71,7 +71,7 @@ def masked_attention(
     return out.reshape(*query.shape[:3], value.shape[3]).astype(dtype), lse
 
 
-def refuse(problem: Problem, operands: Operands) -> str | None:
+def unsupported_reason(problem: Problem, operands: Operands) -> str | None:
     """Why this backend cannot do it; it can do everything that fits in memory."""
     return None
 

@@ -20,39 +20,39 @@ class BlockLists:
 
     Attributes:
       blocks: int32 [entries], the lists, concatenated; ascending inside a list.
-      masks: int32 [entries], which token mask applies to the entry; 0 = none, all tokens are read.
-      slices: int32 [walkers, rows, parts, 2], start and stop in `blocks`. The parts of a row share no block.
+      mask_ids: int32 [entries], which token mask applies to the entry; 0 = none, all tokens are read.
+      ranges: int32 [unique_heads, rows, ranges, 2], start and stop in `blocks`. The parts of a row share no block.
       offsets: int32 [lists + 1], where in `blocks` each list begins and the last one ends.
       num_full: the first so many parts of every row hold entries without a mask only.
     """
 
     blocks: Int32[np.ndarray, " entries"]
-    masks: Int32[np.ndarray, " entries"]
+    mask_ids: Int32[np.ndarray, " entries"]
     offsets: Int32[np.ndarray, " lists+1"]
-    slices: Int32[np.ndarray, "walkers rows parts 2"]
-    num_full: int
+    ranges: Int32[np.ndarray, "unique_heads rows parts 2"]
+    num_full_ranges: int
 
     @property
-    def num_walkers(self) -> int:
-        return self.slices.shape[0]
+    def num_unique_heads(self) -> int:
+        return self.ranges.shape[0]
 
     @property
     def num_rows(self) -> int:
-        return self.slices.shape[1]
+        return self.ranges.shape[1]
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in (self.blocks, self.masks, self.offsets, self.slices))
+        return sum(array.nbytes for array in (self.blocks, self.mask_ids, self.offsets, self.ranges))
 
-    def counts(self) -> Int32[np.ndarray, "walkers rows 2"]:
+    def counts(self) -> Int32[np.ndarray, "unique_heads rows 2"]:
         """How many entries without and with a mask every row walks."""
-        lengths = self.slices[..., 1] - self.slices[..., 0]
-        full, partial = lengths[..., : self.num_full], lengths[..., self.num_full :]
+        lengths = self.ranges[..., 1] - self.ranges[..., 0]
+        full, partial = lengths[..., : self.num_full_ranges], lengths[..., self.num_full_ranges :]
         return np.stack([full.sum(-1), partial.sum(-1)], -1).astype(np.int32)
 
-    def entries(self, walker: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    def entries(self, unique_head: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
         """All (row, position in the lists) pairs of a walker, rows ascending."""
-        starts, stops = self.slices[walker, :, part, 0], self.slices[walker, :, part, 1]
+        starts, stops = self.ranges[unique_head, :, part, 0], self.ranges[unique_head, :, part, 1]
         rows = np.broadcast_to(np.arange(self.num_rows)[:, None], starts.shape)
         return expand(rows.reshape(-1), starts.reshape(-1), stops.reshape(-1))
 
@@ -74,27 +74,27 @@ class ListTable:
         self._offsets: dict[tuple[bytes, bytes], int] = {}
         self._total = 0
 
-    def add(self, blocks: np.ndarray, masks: np.ndarray | None = None) -> int:
+    def add(self, blocks: np.ndarray, mask_ids: np.ndarray | None = None) -> int:
         """Where the list begins."""
         blocks = np.asarray(blocks, np.int32)
-        masks = np.zeros(len(blocks), np.int32) if masks is None else np.asarray(masks, np.int32)
-        key = (blocks.tobytes(), masks.tobytes())
+        mask_ids = np.zeros(len(blocks), np.int32) if mask_ids is None else np.asarray(mask_ids, np.int32)
+        key = (blocks.tobytes(), mask_ids.tobytes())
         if key not in self._offsets:
-            self._offsets[key] = self.add_many(blocks, masks, np.array([len(blocks)]))
+            self._offsets[key] = self.add_many(blocks, mask_ids, np.array([len(blocks)]))
         return self._offsets[key]
 
-    def add_many(self, blocks: np.ndarray, masks: np.ndarray, lengths: np.ndarray) -> int:
+    def add_many(self, blocks: np.ndarray, mask_ids: np.ndarray, lengths: np.ndarray) -> int:
         """Where the first of several lists begins, which stand one after the other and are shared with nobody."""
-        self._pieces.append((blocks.astype(np.int32), masks.astype(np.int32)))
+        self._pieces.append((blocks.astype(np.int32), mask_ids.astype(np.int32)))
         self._lengths.append(lengths)
         offset, self._total = self._total, self._total + len(blocks)
         return offset
 
-    def lists(self, slices: np.ndarray, num_full: int) -> BlockLists:
+    def lists(self, ranges: np.ndarray, num_full_ranges: int) -> BlockLists:
         """The lists, walked by the given slices."""
-        blocks, masks = (np.concatenate(arrays) for arrays in zip(*self._pieces, strict=True))
+        blocks, mask_ids = (np.concatenate(arrays) for arrays in zip(*self._pieces, strict=True))
         offsets = np.append(0, np.cumsum(np.concatenate(self._lengths))).astype(np.int32)
-        return BlockLists(blocks, masks, offsets, slices.astype(np.int32, copy=False), num_full)
+        return BlockLists(blocks, mask_ids, offsets, ranges.astype(np.int32, copy=False), num_full_ranges)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ class BlockSchedule:
     query_offset: int
     lists: BlockLists
     head_index: Int32[np.ndarray, " h"]
-    token_masks: Bool[np.ndarray, "masks block_size block_size"]
+    token_masks: Bool[np.ndarray, "mask_ids block_size block_size"]
     differ_among: Callable[[tuple[int, ...]], bool] | None = dataclasses.field(default=None, repr=False)
 
     def heads_differ(self, shards: tuple[int, ...]) -> bool:
@@ -154,12 +154,12 @@ class BlockSchedule:
 
     def token_mask(self) -> Bool[np.ndarray, "h t s"]:
         """The schedule written out, query by key: bool [h, t, s]. For tests and small shapes."""
-        size, walkers, rows = self.block_size, self.lists.num_walkers, self.lists.num_rows
-        dense = np.zeros((walkers, rows, self.num_columns, size, size), bool)
-        for walker in range(walkers):
-            row, position = self.lists.entries(walker)
-            dense[walker, row, self.lists.blocks[position]] = self.token_masks[self.lists.masks[position]]
-        tokens = dense.swapaxes(2, 3).reshape(walkers, rows * size, self.num_columns * size)
+        size, unique_heads, rows = self.block_size, self.lists.num_unique_heads, self.lists.num_rows
+        dense = np.zeros((unique_heads, rows, self.num_columns, size, size), bool)
+        for unique_head in range(unique_heads):
+            row, position = self.lists.entries(unique_head)
+            dense[unique_head, row, self.lists.blocks[position]] = self.token_masks[self.lists.mask_ids[position]]
+        tokens = dense.swapaxes(2, 3).reshape(unique_heads, rows * size, self.num_columns * size)
         first = self.query_offset - self.first_row * size
         return tokens[self.head_index, first : first + self.query_length, : self.kv_length]
 
@@ -172,12 +172,12 @@ def transpose(lists: BlockLists, num_columns: int) -> BlockLists:
     and all masked entries, is written out.
     """
     table = ListTable()
-    intervals = np.zeros((lists.num_walkers, num_columns, lists.num_full, 2), np.int32)
+    intervals = np.zeros((lists.num_unique_heads, num_columns, lists.num_full_ranges, 2), np.int32)
     written = []
-    for walker in range(lists.num_walkers):
-        pieces = [lists.entries(walker, slice(lists.num_full, None))]
-        for part in range(lists.num_full):
-            pieces += _column_intervals(lists, walker, part, table, intervals[walker, :, part])
+    for unique_head in range(lists.num_unique_heads):
+        pieces = [lists.entries(unique_head, slice(lists.num_full_ranges, None))]
+        for part in range(lists.num_full_ranges):
+            pieces += _column_intervals(lists, unique_head, part, table, intervals[unique_head, :, part])
         written.append(tuple(np.concatenate(arrays) for arrays in zip(*pieces, strict=True)))
     full, partial = (_flat_columns(table, lists, written, num_columns, kind) for kind in (True, False))
     if not (full[..., 1] > full[..., 0]).any():
@@ -185,9 +185,9 @@ def transpose(lists: BlockLists, num_columns: int) -> BlockLists:
     return table.lists(np.concatenate([intervals, full, partial], 2), intervals.shape[2] + full.shape[2])
 
 
-def _column_intervals(lists: BlockLists, walker: int, part: int, table: ListTable, intervals: np.ndarray):
+def _column_intervals(lists: BlockLists, unique_head: int, part: int, table: ListTable, intervals: np.ndarray):
     """Fills in the intervals of readers where readers come in order; gives back the entries where they do not."""
-    starts, stops = lists.slices[walker, :, part].T
+    starts, stops = lists.ranges[unique_head, :, part].T
     rows = np.flatnonzero(stops > starts)
     which = np.searchsorted(lists.offsets, starts[rows], side="right") - 1
     used, readers = np.unique(which, return_counts=True)
@@ -210,13 +210,13 @@ def _column_intervals(lists: BlockLists, walker: int, part: int, table: ListTabl
 
 def _flat_columns(table: ListTable, lists: BlockLists, written, num_columns: int, full: bool) -> np.ndarray:
     """One part more for every column: the entries that were written out, sorted by column, masked or not."""
-    slices = np.zeros((lists.num_walkers, num_columns, 1, 2), np.int32)
-    for walker, (rows, positions) in enumerate(written):
-        chosen = (lists.masks[positions] == WHOLE) == full
+    ranges = np.zeros((lists.num_unique_heads, num_columns, 1, 2), np.int32)
+    for unique_head, (rows, positions) in enumerate(written):
+        chosen = (lists.mask_ids[positions] == WHOLE) == full
         rows, positions = rows[chosen], positions[chosen]
         columns = lists.blocks[positions]
         order = np.lexsort((rows, columns))
-        offset = table.add(rows[order], lists.masks[positions][order])
+        offset = table.add(rows[order], lists.mask_ids[positions][order])
         ends = np.searchsorted(columns[order], np.arange(num_columns + 1))
-        slices[walker, :, 0] = offset + np.stack([ends[:-1], ends[1:]], -1)
-    return slices
+        ranges[unique_head, :, 0] = offset + np.stack([ends[:-1], ends[1:]], -1)
+    return ranges

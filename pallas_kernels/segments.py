@@ -7,7 +7,9 @@ from jaxtyping import Array, Int32
 from pallas_kernels.sharding import varying_like
 
 
-def narrow(blocks: Array, slices: Array, num_full: int, query_ids: Array, kv_ids: Array, block_size: int) -> Array:
+def narrow(
+    blocks: Array, ranges: Array, num_full_ranges: int, query_ids: Array, kv_ids: Array, block_size: int
+) -> Array:
     """The slices without the blocks that share no segment with the tile.
 
     Every slice without a mask becomes three: the blocks that lie in the one segment of all the tile's queries, which
@@ -16,13 +18,13 @@ def narrow(blocks: Array, slices: Array, num_full: int, query_ids: Array, kv_ids
 
     Args:
       blocks: int32 [entries], ascending within a slice.
-      slices: int32 [b|1, heads, tiles, parts, 2].
+      ranges: int32 [b|1, heads, tiles, ranges, 2].
       num_full: the first so many parts need no mask.
       query_ids: int32 [b, tiles, queries].
       kv_ids: int32 [b, s], s a multiple of block_size.
 
     Returns:
-      int32 [b, heads, tiles, parts + 2 · num_full, 2], of which the first `num_full` need no mask.
+      int32 [b, heads, tiles, parts + 2 · num_full, 2], of which the first `num_full_ranges` need no mask.
     """
     least, most = query_ids.min(-1)[..., None], query_ids.max(-1)[..., None]
     by_block = kv_ids.reshape(kv_ids.shape[0], -1, block_size)
@@ -32,10 +34,12 @@ def narrow(blocks: Array, slices: Array, num_full: int, query_ids: Array, kv_ids
     low, high = (edge[:, None, :, None] for edge in shared)
     own_low, own_high = (edge[:, None, :, None] for edge in own)
     own_low, own_high = jnp.where(own_low < own_high, own_low, high), jnp.where(own_low < own_high, own_high, high)
-    return _cut(blocks, slices, num_full, low, own_low, own_high, high)
+    return _cut(blocks, ranges, num_full_ranges, low, own_low, own_high, high)
 
 
-def narrow_packs(blocks: Array, slices: Array, num_full: int, query_ids: Array, kv_ids: Array, first_row) -> Array:
+def narrow_kv_tiles(
+    blocks: Array, ranges: Array, num_full_ranges: int, query_ids: Array, kv_ids: Array, first_row
+) -> Array:
     """The slices without the rows of queries that share no segment with a pack of keys.
 
     As in `narrow`, but what is skipped, and what needs no mask, is exact for ids that ascend only. For others all rows
@@ -43,7 +47,7 @@ def narrow_packs(blocks: Array, slices: Array, num_full: int, query_ids: Array, 
 
     Args:
       blocks: int32 [entries], rows, ascending within a slice.
-      slices: int32 [b|1, k, packs, rounds, parts, 2].
+      ranges: int32 [b|1, k, kv_tiles, head_passes, ranges, 2].
       query_ids: int32 [b, rows, queries].
       kv_ids: int32 [b, k, packs, keys].
       first_row: int, or int32 [b, 1, 1], which row of the lists the first one is.
@@ -55,7 +59,7 @@ def narrow_packs(blocks: Array, slices: Array, num_full: int, query_ids: Array, 
     own_low, own_high = _place(least, first, "left"), _place(most, first, "right")
     own = ascending & (first == last) & (own_low < own_high)
     edges = low, jnp.where(own, own_low, high), jnp.where(own, own_high, high), high
-    return _cut(blocks, slices, num_full, *((edge + first_row)[..., None, None] for edge in edges))
+    return _cut(blocks, ranges, num_full_ranges, *((edge + first_row)[..., None, None] for edge in edges))
 
 
 def _place(rows: Array, ids: Array, side: str) -> Array:
@@ -64,19 +68,19 @@ def _place(rows: Array, ids: Array, side: str) -> Array:
 
 
 def _cut(
-    blocks: Array, slices: Array, num_full: int, low: Array, own_low: Array, own_high: Array, high: Array
+    blocks: Array, ranges: Array, num_full_ranges: int, low: Array, own_low: Array, own_high: Array, high: Array
 ) -> Array:
     """The slices without the blocks before `low` and from `high` on; only those of `own` need no mask still.
 
     Returns:
-      int32 [b, ..., parts + 2 · num_full, 2], of which the first `num_full` need no mask.
+      int32 [b, ..., parts + 2 · num_full, 2], of which the first `num_full_ranges` need no mask.
     """
-    cuts = [find(blocks, slices, edge) for edge in (low, own_low, own_high, high)]
+    cuts = [find(blocks, ranges, edge) for edge in (low, own_low, own_high, high)]
 
     def part(which: slice, start: int, stop: int) -> Array:
         return jnp.stack([cuts[start][..., which], cuts[stop][..., which]], -1)
 
-    full, partial = slice(0, num_full), slice(num_full, None)
+    full, partial = slice(0, num_full_ranges), slice(num_full_ranges, None)
     return jnp.concatenate([part(full, 1, 2), part(full, 0, 1), part(full, 2, 3), part(partial, 0, 3)], -2)
 
 
@@ -97,12 +101,12 @@ def _first_run(condition: Array, *, whole: bool) -> tuple[Array, Array]:
     return jnp.where(some, first, 0), jnp.where(some, end, 0)
 
 
-def find(blocks: Int32[Array, " entries"], slices: Array, block: Array) -> Array:
+def find(blocks: Int32[Array, " entries"], ranges: Array, block: Array) -> Array:
     """In every slice [..., 2], the position of the first entry that is at least `block`: int32 [...]."""
-    low, high = slices[..., 0], jnp.maximum(slices[..., 1], slices[..., 0])
+    low, high = ranges[..., 0], jnp.maximum(ranges[..., 1], ranges[..., 0])
     low, high = (jnp.broadcast_to(edge, jnp.broadcast_shapes(edge.shape, block.shape)) for edge in (low, high))
     # Over a mesh, slices differ from head to head and what is looked for from sequence to sequence.
-    low, high = (varying_like(varying_like(edge, block), slices) for edge in (low, high))
+    low, high = (varying_like(varying_like(edge, block), ranges) for edge in (low, high))
 
     def halve(_, edges):
         low, high = edges

@@ -38,7 +38,7 @@ ADVICE: dict[str, str] = {
         "enable_gqa gqa num_heads num_kv_heads num_query_heads num_key_value_groups"
     ),
     "take implementation": "backend impl kernel",
-    "take tiles; the pattern has its own blocks": "block_q block_k block_kv block_sizes block_size",
+    "take config; the pattern has its own blocks": "block_q block_k block_kv block_sizes block_size",
     "take sinks, one logit for each query head": "sink attention_sinks softmax_aux s_aux",
     "take query_spec": "mesh sharding partition_spec out_sharding qkv_spec",
     "take head_axis": "axis_name tensor_axis tp_axis",

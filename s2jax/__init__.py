@@ -7,7 +7,7 @@
 import importlib
 import typing
 
-from pallas_kernels import BlockSchedule, BlockSelection, HopperTiles, TpuTiles, XlaTiles, block_sparse_attention
+from pallas_kernels import BlockSchedule, BlockSelection, HopperConfig, TpuConfig, XlaConfig, block_sparse_attention
 from s2jax.cache import KVCache
 from s2jax.cache_layout import CacheLayout, compile_cache
 from s2jax.compiler import compile_schedule
@@ -42,7 +42,7 @@ __all__ = [
     "Dense",
     "FirstBlocks",
     "FirstTokens",
-    "HopperTiles",
+    "HopperConfig",
     "KVCache",
     "Local",
     "LocalStride",
@@ -55,8 +55,8 @@ __all__ = [
     "RopeScaling",
     "Strided",
     "TokenMask",
-    "TpuTiles",
-    "XlaTiles",
+    "TpuConfig",
+    "XlaConfig",
     "as_pattern",
     "attention",
     "block_sparse_attention",

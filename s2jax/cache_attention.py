@@ -64,22 +64,22 @@ class Rows:
     """The read pattern of a buffer's KV heads, for lookups under `jit`.
 
     Attributes:
-      walkers: int32 [k, w], the distinct heads whose lists their query heads walk: all of a group, or one for all.
+      unique_heads: int32 [k, w], the distinct heads whose lists their query heads walk: all of a group, or one for all.
       most: entries of the longest row of any of them.
     """
 
-    walkers: Int32[np.ndarray | Array, "k w"]
+    unique_heads: Int32[np.ndarray | Array, "k w"]
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
     most: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of(cls, layout: CacheLayout, kv_heads: tuple[int, ...]) -> "Rows":
         lists = layout.schedule.lists
-        walkers = layout.schedule.head_index.reshape(layout.schedule.num_kv_heads, -1)[list(kv_heads)]
-        alike = (walkers == walkers[:, :1]).all()
-        slices = lists.slices[np.unique(walkers)]
-        most = max(1, int(np.maximum(slices[..., 1] - slices[..., 0], 0).sum(-1).max()))
-        return cls(walkers[:, :1] if alike else walkers, layout, most)
+        unique_heads = layout.schedule.head_index.reshape(layout.schedule.num_kv_heads, -1)[list(kv_heads)]
+        same_lists = (unique_heads == unique_heads[:, :1]).all()
+        ranges = lists.ranges[np.unique(unique_heads)]
+        most = max(1, int(np.maximum(ranges[..., 1] - ranges[..., 0], 0).sum(-1).max()))
+        return cls(unique_heads[:, :1] if same_lists else unique_heads, layout, most)
 
     def kinds(
         self, rows: Int32[Array, "b r"], held: Int32[Array, "b k slots"], place: typing.Callable[[Array], Array]
@@ -93,13 +93,17 @@ class Rows:
         """
         lists = self.layout.schedule.lists
         row, shift = self._listed(rows)
-        listed, masks = (np.append(array, np.int32(NOTHING)) for array in (lists.blocks, lists.masks))  # never empty
-        slices = jnp.asarray(lists.slices)[self.walkers[None, :, :, None], row[:, None, None]]  # [b, k, w, r, parts, 2]
+        listed, mask_ids = (
+            np.append(array, np.int32(NOTHING)) for array in (lists.blocks, lists.mask_ids)
+        )  # never empty
+        ranges = jnp.asarray(lists.ranges)[
+            self.unique_heads[None, :, :, None], row[:, None, None]
+        ]  # [b, k, w, r, ranges, 2]
         number = jnp.arange(self.most, dtype=jnp.int32).reshape(1, 1, 1, 1, -1)
-        position = jnp.zeros((*slices.shape[:4], self.most), jnp.int32)
-        before = jnp.zeros((*slices.shape[:4], 1), jnp.int32)
-        for part in range(slices.shape[4]):
-            start, stop = slices[..., part, 0, None], slices[..., part, 1, None]
+        position = jnp.zeros((*ranges.shape[:4], self.most), jnp.int32)
+        before = jnp.zeros((*ranges.shape[:4], 1), jnp.int32)
+        for part in range(ranges.shape[4]):
+            start, stop = ranges[..., part, 0, None], ranges[..., part, 1, None]
             position = jnp.where(number >= before, start + number - before, position)
             before = before + jnp.maximum(stop - start, 0)
         block = jnp.asarray(listed)[position] + shift[:, None, None, :, None]
@@ -107,10 +111,10 @@ class Rows:
         there = jnp.take_along_axis(held[:, :, None, None], jnp.clip(slot, 0, held.shape[2] - 1), -1) == block
         slots = held.shape[2]
         slot = jnp.where(there & (number < before) & (slot >= 0) & (slot < slots), slot, slots)
-        kinds = jnp.full((*slices.shape[:4], slots), NOTHING, jnp.int32)
+        kinds = jnp.full((*ranges.shape[:4], slots), NOTHING, jnp.int32)
         numbers = (jnp.arange(size, dtype=jnp.int32) for size in kinds.shape[:4])
         at = jnp.meshgrid(*numbers, indexing="ij", sparse=True)
-        return kinds.at[(*(each[..., None] for each in at), slot)].set(jnp.asarray(masks)[position], mode="drop")
+        return kinds.at[(*(each[..., None] for each in at), slot)].set(jnp.asarray(mask_ids)[position], mode="drop")
 
     def _listed(self, rows: Array) -> tuple[Array, Array]:
         """The rows of the lists that read alike, and how many blocks further on the given ones stand."""

@@ -178,7 +178,7 @@ def _compiled(pattern: Pattern, heads: Heads, max_length: int | None, max_rollba
 def _last_readers(schedule: BlockSchedule) -> np.ndarray:
     """The last row that reads every block, of any head of the group; -1 for none: int32 [k, blocks]."""
     readers = schedule.transposed
-    starts, stops = readers.slices[..., 0], readers.slices[..., 1]
+    starts, stops = readers.ranges[..., 0], readers.ranges[..., 1]
     some = stops > starts
     blocks = np.append(readers.blocks, -1)  # not even a pattern that reads nothing leaves it empty
     found = np.where(some, blocks[np.where(some, stops - 1, -1)], -1).max(-1, initial=-1)

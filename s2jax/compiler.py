@@ -74,22 +74,22 @@ def _compiled(pattern: Pattern, heads: Heads, query_length: int, kv_length: int,
 @outside_traces
 def _schedule(pattern: Pattern, heads: Heads, query_length: int, kv_length: int, query_offset: int) -> BlockSchedule:
     compiler = _Compiler(pattern.schedule_block_size(), query_offset, query_offset + query_length, kv_length)
-    walkers: dict[typing.Hashable, int] = {}
+    unique_heads: dict[typing.Hashable, int] = {}
     head_index, parts = [], []
     for head in range(heads.num_heads):
         key = pattern.head_key(heads, head)
-        if key not in walkers:
+        if key not in unique_heads:
             bands = pattern.bands(heads, head, compiler.block_size, int(compiler.rows[-1]) + 1, compiler.num_columns)
             if bands is not None:
-                walkers[key] = len(parts)
+                unique_heads[key] = len(parts)
                 parts.append(compiler.closed_form(bands))
             else:
                 entries = compiler.entries(pattern, heads, head)
                 # Heads that are found to read the same share a walker, too.
-                walkers[key] = walkers.setdefault(_digest(entries), len(parts))
-                if walkers[key] == len(parts):
+                unique_heads[key] = unique_heads.setdefault(_digest(entries), len(parts))
+                if unique_heads[key] == len(parts):
                     parts.append(compiler.list_per_row(*entries))
-        head_index.append(walkers[key])
+        head_index.append(unique_heads[key])
     return BlockSchedule(
         compiler.block_size, heads.num_heads, heads.num_kv_heads, query_length, kv_length, query_offset,
         compiler.lists(parts), np.asarray(head_index, np.int32), compiler.token_masks(),
@@ -172,13 +172,13 @@ class _Compiler:
     def lists(self, parts: list[tuple[list, list]]) -> BlockLists:
         """The slices of all walkers side by side; a walker with fewer parts gets empty ones."""
         widths = [max(1, *(len(each[kind]) for each in parts)) for kind in (0, 1)]
-        slices = np.zeros((len(parts), len(self.rows), sum(widths), 2), np.int32)
-        for walker, (full, partial) in enumerate(parts):
+        ranges = np.zeros((len(parts), len(self.rows), sum(widths), 2), np.int32)
+        for unique_head, (full, partial) in enumerate(parts):
             for index, part in enumerate(full):
-                slices[walker, :, index] = part
+                ranges[unique_head, :, index] = part
             for index, part in enumerate(partial):
-                slices[walker, :, widths[0] + index] = part
-        return self._table.lists(slices, widths[0])
+                ranges[unique_head, :, widths[0] + index] = part
+        return self._table.lists(ranges, widths[0])
 
     # The closed form: cut the distances where any band begins or ends; in between, what is read is a set of columns.
 
@@ -254,15 +254,15 @@ class _Compiler:
 
     def _slices(self, low: int, high: int, columns: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
         """Every row's slice of the list of its columns, at distances from low to high: int32 [rows, 2]."""
-        slices = np.zeros((len(self.rows), 2), np.int32)
+        ranges = np.zeros((len(self.rows), 2), np.int32)
         for phase in range(len(columns)):
             blocks = np.flatnonzero(columns[phase])
             mine = self.rows % len(columns) == phase
             offset = self._table.add(blocks, None if ids is None else ids[phase, blocks])
             row = self.rows[mine]
-            slices[mine, 0] = offset + np.searchsorted(blocks, row - high + 1)
-            slices[mine, 1] = offset + np.searchsorted(blocks, row - low + 1)
-        return slices
+            ranges[mine, 0] = offset + np.searchsorted(blocks, row - high + 1)
+            ranges[mine, 1] = offset + np.searchsorted(blocks, row - low + 1)
+        return ranges
 
     # Everything else: one list per row.
 

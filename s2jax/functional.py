@@ -65,7 +65,7 @@ def attention(
     head_axis: HeadAxis = None,
     heads: HeadRange = None,
     implementation: str | list[str] | tuple[str, ...] | None = None,
-    tiles=None,
+    config=None,
 ) -> typing.Any:
     """Attention in which every query head reads the keys that a pattern gives it.
 
@@ -91,7 +91,7 @@ def attention(
       heads: (first_head, num_heads) in its place, where the heads are split otherwise: the number of this call's first
         query head, also known at run time only (the result for one that cannot be is NaN), and the count of all.
       implementation: "mosaic_gpu", "xla" or "reference", or several names in order of preference; None picks one.
-      tiles: tile sizes of the one implementation asked for, such as `pallas_kernels.XlaTiles`.
+      config: tile sizes of the one implementation asked for, such as `pallas_kernels.XlaConfig`.
 
     Returns:
       out [b, t, h, e] in the query's dtype; lse [b, h, t] in float32 (float64 for float64), the natural logarithm of
@@ -139,7 +139,7 @@ def attention(
         query, key, value, schedule,
         scale=scale, query_offset=at_run_time, query_segment_ids=query_segment_ids, kv_segment_ids=kv_segment_ids,
         logits_soft_cap=logits_soft_cap, sinks=sinks, return_lse=return_lse, query_spec=query_spec,
-        head_axis=head_axis, heads=heads, implementation=implementation, tiles=tiles,
+        head_axis=head_axis, heads=heads, implementation=implementation, config=config,
     )  # fmt: skip
 
 

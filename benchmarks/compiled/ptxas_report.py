@@ -35,7 +35,7 @@ class Case:
     sinks: bool = False
     segments: bool = False
     selection: bool = False
-    tiles: s2jax.HopperTiles | None = None
+    config: s2jax.HopperConfig | None = None
 
 
 WINDOW = s2jax.LocalStride(64, 16, 8)
@@ -47,14 +47,14 @@ CASES = (
     Case("groups read apart", s2jax.LocalStride(64, 16, 8, residues="query_head")),
     Case("block 16, no groups", s2jax.LocalStride(16, 64, 8), num_kv_heads=32),
     Case("d 256, block 128", s2jax.LocalStride(128, 8, 8), head_dim=256, value_dim=256),
-    Case("d 64, 256 keys", WINDOW, head_dim=64, value_dim=64, tiles=s2jax.HopperTiles(2, 256, 2)),
+    Case("d 64, 256 keys", WINDOW, head_dim=64, value_dim=64, config=s2jax.HopperConfig(2, 256, 2)),
     Case("no groups", s2jax.LocalStride(64, 8, 16), num_heads=16, num_kv_heads=16, tokens=32 << 10, batch=4),
     Case("70B, 1M tokens", s2jax.LocalStride(64, 1, 64), tokens=1 << 20, num_heads=64, num_kv_heads=64),
     Case("dense", s2jax.Dense(), tokens=16 << 10),
     Case("both ways", s2jax.Dense(causal=False), tokens=16 << 10),
     Case("odd length", WINDOW, tokens=8 * 1024 + 5),
     Case("few keys", WINDOW, tokens=20),
-    Case("eight heads a tile", s2jax.LocalStride(16, 64, 8), num_kv_heads=4, tiles=s2jax.HopperTiles(8, 128, 2)),
+    Case("eight heads a tile", s2jax.LocalStride(16, 64, 8), num_kv_heads=4, config=s2jax.HopperConfig(8, 128, 2)),
     Case("float16", WINDOW, dtype="float16"),
     Case("soft cap", WINDOW, soft_cap=30.0),
     Case("sinks", WINDOW, sinks=True),
@@ -100,7 +100,7 @@ def compiled(case: Case) -> list[dict]:
         def attention(query, key, value):
             return s2jax.attention(
                 query, key, value, pattern, implementation="mosaic_gpu", logits_soft_cap=case.soft_cap,
-                tiles=case.tiles, sinks=given.get("sinks"), **options,
+                config=case.config, sinks=given.get("sinks"), **options,
             )  # fmt: skip
 
         out, pull = jax.vjp(attention, given["query"], given["key"], given["value"])

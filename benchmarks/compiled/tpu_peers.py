@@ -77,8 +77,8 @@ def tiles_read(schedule: BlockSchedule, tile: Tile) -> int:
     """How many tiles hold something that is read, all heads together."""
     rows, columns = tile.queries // schedule.block_size, tile.keys // schedule.block_size
     wide = -(-schedule.num_columns // columns)
-    by_walker = []
-    for walker in range(schedule.lists.num_walkers):
-        row, position = schedule.lists.entries(walker)
-        by_walker.append(len(np.unique(row // rows * wide + schedule.lists.blocks[position] // columns)))
-    return int(np.array(by_walker)[schedule.head_index].sum())
+    by_unique_head = []
+    for unique_head in range(schedule.lists.num_unique_heads):
+        row, position = schedule.lists.entries(unique_head)
+        by_unique_head.append(len(np.unique(row // rows * wide + schedule.lists.blocks[position] // columns)))
+    return int(np.array(by_unique_head)[schedule.head_index].sum())

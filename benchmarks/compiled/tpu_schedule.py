@@ -29,8 +29,8 @@ from benchmarks.compiled.deviceless import compile_for, missing
 from benchmarks.compiled.tpu_bundles import DUMP, TpuKernel, kernels_in
 from benchmarks.compiled.tpu_peers import KERNELS, TILES, Tile, gradients_of, has_tokamax, tiles_read
 from benchmarks.record import parser, save, table
-from pallas_kernels.mosaic_tpu.tables import Tables, key_tables, schedule_tables
-from pallas_kernels.mosaic_tpu.tiles import choose_key_tiles, choose_tiles
+from pallas_kernels.mosaic_tpu.tables import Tables, kv_tables, schedule_tables
+from pallas_kernels.mosaic_tpu.tiles import choose_config, choose_kv_grad_config
 from pallas_kernels.mosaic_tpu.walk import AT_ONCE
 from pallas_kernels.schedule import BlockSchedule
 
@@ -103,18 +103,18 @@ def our_passes(schedule: BlockSchedule) -> dict[str, Pass]:
     """By the tables that the kernels walk."""
     size = schedule.block_size
     shapes = schedule, None, schedule.num_heads, schedule.num_kv_heads, schedule.query_length, schedule.kv_length
-    tiles, keys = choose_tiles(*shapes), choose_key_tiles(*shapes)
-    over_keys = _walk(schedule_tables(schedule, tiles), tiles.keys // min(size, tiles.keys), 1)
-    slots = keys.step // (keys.heads * min(size, keys.step // keys.heads))
-    rounds = schedule.num_heads // schedule.num_kv_heads // keys.heads if schedule.shares_groups else 1
-    over_queries = _walk(key_tables(schedule, keys).walked, slots, rounds)
-    forward = Pass(Tile(tiles.rows, tiles.keys), over_keys)
-    return {"forward": forward, "dq": forward, "dk, dv": Pass(Tile(keys.step, keys.rows), over_queries)}
+    tiles, keys = choose_config(*shapes), choose_kv_grad_config(*shapes)
+    over_keys = _walk(schedule_tables(schedule, tiles), tiles.block_kv // min(size, tiles.block_kv), 1)
+    slots = keys.step_size // (keys.heads_per_step * min(size, keys.step_size // keys.heads_per_step))
+    rounds = schedule.num_heads // schedule.num_kv_heads // keys.heads_per_step if schedule.shares_groups else 1
+    over_queries = _walk(kv_tables(schedule, keys).walked, slots, rounds)
+    forward = Pass(Tile(tiles.rows, tiles.block_kv), over_keys)
+    return {"forward": forward, "dq": forward, "dk, dv": Pass(Tile(keys.step_size, keys.block_kv), over_queries)}
 
 
 def _walk(tables: Tables, slots: int, rounds: int) -> Walk:
-    lengths = (tables.slices[..., 1] - tables.slices[..., 0]).astype(np.int64)
-    full, total = lengths[..., : tables.num_full].sum(-1), lengths.sum(-1)
+    lengths = (tables.ranges[..., 1] - tables.ranges[..., 0]).astype(np.int64)
+    full, total = lengths[..., : tables.num_full_ranges].sum(-1), lengths.sum(-1)
     steps, plain = np.maximum(-(-total // slots), 1), full // (AT_ONCE * slots)
     whole = steps // AT_ONCE
     return Walk(

@@ -163,7 +163,7 @@ def facts_of(case: Case, block: int) -> dict:
     start = time.perf_counter()
     schedule = s2jax.compile_schedule(pattern, **shape, query_length=case.tokens, kv_length=case.tokens)
     seconds = time.perf_counter() - start
-    heads = np.bincount(schedule.head_index, minlength=schedule.lists.num_walkers)
+    heads = np.bincount(schedule.head_index, minlength=schedule.lists.num_unique_heads)
     density = pattern.density(**shape, length=case.tokens)
     tiles = hopper_tiles(schedule, case.head_dim)
     return {

@@ -11,29 +11,29 @@ from jaxtyping import Array
 
 from pallas_kernels import xla
 from pallas_kernels.batching import over_sequences
-from pallas_kernels.mosaic_gpu.arrange import arrange, arrange_query_gradient
-from pallas_kernels.mosaic_gpu.arrange_keys import arrange_key_gradients
-from pallas_kernels.mosaic_gpu.chip import refuse_chip
-from pallas_kernels.mosaic_gpu.chip import refuse_device as refuse_device
+from pallas_kernels.mosaic_gpu.arrange import arrange, prepare_query_grad_inputs
+from pallas_kernels.mosaic_gpu.arrange_keys import prepare_kv_grad_inputs
+from pallas_kernels.mosaic_gpu.chip import unsupported_chip_reason
+from pallas_kernels.mosaic_gpu.chip import unsupported_device_reason as unsupported_device_reason
 from pallas_kernels.mosaic_gpu.forward import attend
 from pallas_kernels.mosaic_gpu.key_gradient import key_gradients
-from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables, selection_key_tables
+from pallas_kernels.mosaic_gpu.kv_tables import KVTables, kv_tables, selection_kv_tables
 from pallas_kernels.mosaic_gpu.query_gradient import query_gradient
 from pallas_kernels.mosaic_gpu.tables import ForwardTables, Tables, schedule_tables, selection_tables
 from pallas_kernels.mosaic_gpu.tiles import (
     SHARED_BYTES,
-    HopperTiles,
-    choose_gradient_tiles,
+    HopperConfig,
+    choose_config,
     choose_heads,
-    choose_key_tiles,
-    choose_tiles,
+    choose_kv_grad_config,
+    choose_query_grad_config,
 )
+from pallas_kernels.nonfinite import depends_on_arrays, unread_keys, zero_unread_keys
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.sharding import Sharding
-from pallas_kernels.unread import depends_on_arrays, on_read_arrays, unread_keys
 
-TILES = HopperTiles
+CONFIG = HopperConfig
 DTYPES = ("bfloat16", "float16")
 MOST_FEATURES = 256
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -50,10 +50,10 @@ class BackwardTables:
     """
 
     queries: ForwardTables
-    keys: KeyTables
+    keys: KVTables
 
 
-def refuse(problem: Problem, operands: Operands) -> str | None:
+def unsupported_reason(problem: Problem, operands: Operands) -> str | None:
     """Why this backend cannot do it."""
     query, value = operands.query, operands.value
     if not isinstance(query.shape[0], int):
@@ -68,13 +68,13 @@ def refuse(problem: Problem, operands: Operands) -> str | None:
     heads = choose_heads(problem.schedule, operands.selection, query.shape[2], operands.key.shape[2])
     if not heads:
         return "needs query blocks that fill a tile of 128 rows, alone or with the heads of a group that read the same"
-    tiles = _tiles(problem, operands)
-    if tiles.heads not in heads:
-        return f"a tile can have {' or '.join(map(str, heads))} heads here, got {tiles.heads}"
-    shared = tiles.shared_bytes(_up(query.shape[-1]), _up(value.shape[-1]), block_size, 3)
+    config = _config(problem, operands)
+    if config.heads_per_tile not in heads:
+        return f"a tile can have {' or '.join(map(str, heads))} heads here, got {config.heads_per_tile}"
+    shared = config.shared_bytes(_up(query.shape[-1]), _up(value.shape[-1]), block_size, 3)
     if shared > SHARED_BYTES:
         return f"the tiles need {shared} bytes of shared memory, of {SHARED_BYTES}"
-    return refuse_chip()
+    return unsupported_chip_reason()
 
 
 def _up(features: int) -> int:
@@ -88,13 +88,13 @@ def _block_size(problem: Problem, operands: Operands) -> int:
     return problem.schedule.block_size
 
 
-def _tiles(problem: Problem, operands: Operands) -> HopperTiles:
-    if problem.tiles is not None:
-        return problem.tiles
+def _config(problem: Problem, operands: Operands) -> HopperConfig:
+    if problem.config is not None:
+        return problem.config
     query, key, value = operands.query, operands.key, operands.value
     heads = choose_heads(problem.schedule, operands.selection, query.shape[2], key.shape[2])
     sizes = _up(query.shape[-1]), _up(value.shape[-1]), _block_size(problem, operands)
-    return choose_tiles(*sizes, key.shape[1], heads[-1], heads)
+    return choose_config(*sizes, key.shape[1], heads[-1], heads)
 
 
 def forward_tables(problem: Problem, operands: Operands) -> ForwardTables | None:
@@ -102,35 +102,35 @@ def forward_tables(problem: Problem, operands: Operands) -> ForwardTables | None
     schedule = problem.schedule
     if schedule is None:
         return None
-    walked = _schedule_tables(schedule, _tiles(problem, operands))
+    walked = _schedule_tables(schedule, _config(problem, operands))
     if depends_on_arrays(problem, operands):
-        return ForwardTables(walked, None, xla.backward_tables(dataclasses.replace(problem, tiles=None), operands))
+        return ForwardTables(walked, None, xla.backward_tables(dataclasses.replace(problem, config=None), operands))
     return ForwardTables(walked, unread_keys(schedule), None)
 
 
 def backward_tables(problem: Problem, operands: Operands) -> BackwardTables | None:
     """What the kernels of the gradients walk; None for a selection."""
-    queries = forward_tables(dataclasses.replace(problem, tiles=_gradient_tiles(problem, operands)), operands)
+    queries = forward_tables(dataclasses.replace(problem, config=_query_grad_config(problem, operands)), operands)
     if problem.schedule is None or queries is None:
         return None
-    width = _key_tiles(problem, operands).word_bits(problem.schedule.block_size)
-    return BackwardTables(queries, key_tables(problem.schedule, width))
+    width = _kv_grad_config(problem, operands).bits_per_word(problem.schedule.block_size)
+    return BackwardTables(queries, kv_tables(problem.schedule, width))
 
 
-def _schedule_tables(schedule: BlockSchedule, tiles: HopperTiles) -> Tables:
-    return schedule_tables(schedule, tiles.queries, tiles.word_bits(schedule.block_size))
+def _schedule_tables(schedule: BlockSchedule, config: HopperConfig) -> Tables:
+    return schedule_tables(schedule, config.block_q, config.bits_per_word(schedule.block_size))
 
 
-def _gradient_tiles(problem: Problem, operands: Operands) -> HopperTiles:
+def _query_grad_config(problem: Problem, operands: Operands) -> HopperConfig:
     """Of the gradient of the queries, with as many heads as in the forward pass."""
     sizes = *_widths(operands), _block_size(problem, operands)
-    return choose_gradient_tiles(*sizes, operands.key.shape[1], _tiles(problem, operands).heads)
+    return choose_query_grad_config(*sizes, operands.key.shape[1], _config(problem, operands).heads_per_tile)
 
 
-def _key_tiles(problem: Problem, operands: Operands) -> HopperTiles:
+def _kv_grad_config(problem: Problem, operands: Operands) -> HopperConfig:
     selection = operands.selection
     query_block = _block_size(problem, operands) if selection is None else selection.query_block
-    return choose_key_tiles(*_widths(operands), query_block, operands.query.shape[1])
+    return choose_kv_grad_config(*_widths(operands), query_block, operands.query.shape[1])
 
 
 def _widths(operands: Operands) -> tuple[int, int]:
@@ -142,11 +142,11 @@ def table_specs(tables: ForwardTables | BackwardTables, sharding: Sharding) -> t
     if isinstance(tables, BackwardTables):
         return BackwardTables(
             table_specs(tables.queries, sharding),
-            _split(tables.keys, slices=sharding.of(heads=1, ndim=6), members=sharding.of(heads=0, ndim=3)),
+            _split(tables.keys, ranges=sharding.of(heads=1, ndim=6), members=sharding.of(heads=0, ndim=3)),
         )
     unread = None if tables.unread is None else sharding.of(heads=0, ndim=2)
     walks = None if tables.walks is None else xla.table_specs(tables.walks, sharding)
-    walked = _split(tables.walked, slices=sharding.of(heads=1, ndim=5))
+    walked = _split(tables.walked, ranges=sharding.of(heads=1, ndim=5))
     return dataclasses.replace(tables, walked=walked, unread=typing.cast(typing.Any, unread), walks=walks)
 
 
@@ -160,14 +160,14 @@ def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
 
 
 def _forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
-    tiles = _tiles(problem, operands)
+    config = _config(problem, operands)
 
     def run(operands: Operands) -> tuple[Array, Array]:
-        walked = _walked(operands, operands.tables, tiles)
-        plan, inputs, finish = arrange(problem, operands, walked, tiles)
+        walked = _walked(operands, operands.tables, config)
+        plan, inputs, finish = arrange(problem, operands, walked, config)
         return finish(*attend(plan, inputs))
 
-    return _on_read_arrays(problem, operands, ("value",), run)
+    return _zero_unread_keys(problem, operands, ("value",), run)
 
 
 def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
@@ -188,33 +188,33 @@ def _backward(
     # Queries that do not exist seem to read, too: what nobody else reads must not be a NaN.
     run = functools.partial(_gradients, problem, dout, lse, delta, None if tables is None else tables.keys)
     operands = dataclasses.replace(operands, tables=None if tables is None else tables.queries)
-    return _on_read_arrays(problem, operands, ("key", "value"), run)
+    return _zero_unread_keys(problem, operands, ("key", "value"), run)
 
 
 def _gradients(
-    problem: Problem, dout: Array, lse: Array, delta: Array, packs: KeyTables | None, operands: Operands
+    problem: Problem, dout: Array, lse: Array, delta: Array, kv_tiles: KVTables | None, operands: Operands
 ) -> tuple[Array, Array, Array]:
     over_keys: ForwardTables | None = operands.tables
-    tiles, key_tiles = _gradient_tiles(problem, operands), _key_tiles(problem, operands)
+    config, kv_grad_config = _query_grad_config(problem, operands), _kv_grad_config(problem, operands)
     of_rows = dout, lse, delta
-    walked = _walked(operands, over_keys, tiles)
-    plan, inputs, finish = arrange_query_gradient(problem, operands, *of_rows, walked, tiles)
+    walked = _walked(operands, over_keys, config)
+    plan, inputs, finish = prepare_query_grad_inputs(problem, operands, *of_rows, walked, config)
     dquery = finish(query_gradient(plan, inputs, problem.scale))
-    if packs is None:
+    if kv_tiles is None:
         assert operands.selection is not None  # all else has tables
-        width = key_tiles.word_bits(operands.selection.query_block)
-        packs = selection_key_tables(operands.selection, operands, width)
-    plan, inputs, finish = arrange_key_gradients(problem, operands, *of_rows, packs, key_tiles)
+        width = kv_grad_config.bits_per_word(operands.selection.query_block)
+        kv_tiles = selection_kv_tables(operands.selection, operands, width)
+    plan, inputs, finish = prepare_kv_grad_inputs(problem, operands, *of_rows, kv_tiles, kv_grad_config)
     return dquery, *finish(*key_gradients(plan, inputs))
 
 
-def _walked(operands: Operands, tables: ForwardTables | None, tiles: HopperTiles) -> Tables:
-    return selection_tables(operands, tiles) if tables is None else tables.walked
+def _walked(operands: Operands, tables: ForwardTables | None, config: HopperConfig) -> Tables:
+    return selection_tables(operands, config) if tables is None else tables.walked
 
 
-def _on_read_arrays(problem: Problem, operands: Operands, names: tuple[str, ...], run: typing.Callable) -> typing.Any:
+def _zero_unread_keys(problem: Problem, operands: Operands, names: tuple[str, ...], run: typing.Callable) -> typing.Any:
     tables: ForwardTables | None = operands.tables
     if tables is None:
-        return on_read_arrays(problem, operands, names, None, None, run)
+        return zero_unread_keys(problem, operands, names, None, None, run)
     unread = None if tables.unread is None else jnp.asarray(tables.unread)
-    return on_read_arrays(problem, operands, names, unread, tables.walks, run)
+    return zero_unread_keys(problem, operands, names, unread, tables.walks, run)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.grid import Grid, edge_ids, make_grid, pad, positive_scale, round_up
 from pallas_kernels.mosaic_gpu.plan import LOG2E, ROWS, Plan
 from pallas_kernels.mosaic_gpu.tables import Inputs, Tables
-from pallas_kernels.mosaic_gpu.tiles import HopperTiles
+from pallas_kernels.mosaic_gpu.tiles import HopperConfig
+from pallas_kernels.padding import QueryGrid, edge_ids, make_query_grid, pad, positive_scale, round_up
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.segments import narrow
 
@@ -24,18 +24,18 @@ LENGTH = 8
 """Copies need lengths of a multiple of the rows that lie together in shared memory."""
 
 
-def arrange(problem: Problem, operands: Operands, tables: Tables, tiles: HopperTiles):
+def arrange(problem: Problem, operands: Operands, tables: Tables, config: HopperConfig):
     """The plan and the inputs of the forward kernel, and the function that makes out and lse of its results."""
-    plan, inputs, grid = _arrange(problem, operands, tables, tiles)
+    plan, inputs, grid = _arrange(problem, operands, tables, config)
 
     def finish(out: Array, lse: Array) -> tuple[Array, Array]:
-        return grid.take_back(out, 1)[..., : operands.value.shape[3]], grid.take_back(lse, 2)
+        return grid.unpad(out, 1)[..., : operands.value.shape[3]], grid.unpad(lse, 2)
 
     return plan, inputs, finish
 
 
-def arrange_query_gradient(
-    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, tables: Tables, tiles: HopperTiles
+def prepare_query_grad_inputs(
+    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, tables: Tables, config: HopperConfig
 ):
     """The plan and the inputs of the kernel, and the function that makes dq of its result.
 
@@ -43,7 +43,7 @@ def arrange_query_gradient(
       dout: [b, t, h, e].
       lse, delta: float32 [b, h, t]; -inf where nothing is read.
     """
-    plan, inputs, grid = _arrange(problem, dataclasses.replace(operands, sinks=None), tables, tiles)
+    plan, inputs, grid = _arrange(problem, dataclasses.replace(operands, sinks=None), tables, config)
     inputs = dataclasses.replace(
         inputs,
         dout=pad(grid.place(dout, inputs.query.shape[1]), 3, FEATURES),
@@ -52,25 +52,27 @@ def arrange_query_gradient(
     )
 
     def finish(dquery: Array) -> Array:
-        return grid.take_back(dquery, 1)[..., : operands.query.shape[3]]
+        return grid.unpad(dquery, 1)[..., : operands.query.shape[3]]
 
     return plan, inputs, finish
 
 
-def _of_rows(grid: Grid, plan: Plan, array: Array, nothing: float) -> Array:
+def _of_rows(grid: QueryGrid, plan: Plan, array: Array, nothing: float) -> Array:
     """[b, h, t] -> [b, h / heads of a tile, tiles, ROWS], `nothing` where there is no query."""
-    array = grid.place(array.swapaxes(1, 2), grid.tiles * grid.queries, nothing).swapaxes(1, 2)
-    array = array.reshape(array.shape[0], -1, plan.heads, grid.tiles, grid.queries)
-    return array.swapaxes(2, 3).reshape(*array.shape[:2], grid.tiles, ROWS)
+    array = grid.place(array.swapaxes(1, 2), grid.num_tiles * grid.block_q, nothing).swapaxes(1, 2)
+    array = array.reshape(array.shape[0], -1, plan.heads_per_tile, grid.num_tiles, grid.block_q)
+    return array.swapaxes(2, 3).reshape(*array.shape[:2], grid.num_tiles, ROWS)
 
 
-def _arrange(problem: Problem, operands: Operands, tables: Tables, tiles: HopperTiles) -> tuple[Plan, Inputs, Grid]:
-    grid = make_grid(problem, operands, tiles.queries)
+def _arrange(
+    problem: Problem, operands: Operands, tables: Tables, config: HopperConfig
+) -> tuple[Plan, Inputs, QueryGrid]:
+    grid = make_query_grid(problem, operands, config.block_q)
     query, scale = positive_scale(operands.query, problem.scale)
     batch, _, num_heads, _ = query.shape
     kv_length, num_kv_heads = operands.key.shape[1:3]
     in_place = isinstance(grid.shift, int) and grid.shift == 0
-    query = grid.place(query, round_up(grid.length, LENGTH) if in_place else grid.tiles * grid.queries)
+    query = grid.place(query, round_up(grid.length, LENGTH) if in_place else grid.num_tiles * grid.block_q)
     query, key, value = (pad(array, 3, FEATURES) for array in (query, operands.key, operands.value))
     key, value = (pad(array, 1, LENGTH) for array in (key, value))
     reads = problem.schedule or operands.selection
@@ -78,29 +80,29 @@ def _arrange(problem: Problem, operands: Operands, tables: Tables, tiles: Hopper
     block_size = reads.block_size
     num_blocks = -(-kv_length // block_size)
     attributes = _attributes(problem, operands, grid, block_size, num_blocks)
-    slices, num_full = jnp.asarray(tables.slices), tables.num_full
+    ranges, num_full_ranges = jnp.asarray(tables.ranges), tables.num_full_ranges
     if not isinstance(grid.first, int):
-        tile = jnp.minimum(grid.first[:, None] + jnp.arange(grid.tiles, dtype=jnp.int32), slices.shape[2] - 1)
-        slices = slices[0][:, tile].swapaxes(0, 1)
+        tile = jnp.minimum(grid.first[:, None] + jnp.arange(grid.num_tiles, dtype=jnp.int32), ranges.shape[2] - 1)
+        ranges = ranges[0][:, tile].swapaxes(0, 1)
     blocks = jnp.asarray(tables.blocks)
     if "kv_segments" in attributes and problem.schedule is not None:
-        mine = attributes["query_segments"][..., : grid.queries]
-        slices = narrow(blocks, slices, num_full, mine, attributes["kv_segments"], block_size)
+        mine = attributes["query_segments"][..., : grid.block_q]
+        ranges = narrow(blocks, ranges, num_full_ranges, mine, attributes["kv_segments"], block_size)
     inputs = Inputs(
-        query, key, value, blocks, jnp.asarray(tables.masks), slices,
-        None if tables.words is None else jnp.asarray(tables.words),
-        sinks=_sinks(operands.sinks, tiles), **attributes,
+        query, key, value, blocks, jnp.asarray(tables.mask_ids), ranges,
+        None if tables.mask_bits is None else jnp.asarray(tables.mask_bits),
+        sinks=_sinks(operands.sinks, config), **attributes,
     )  # fmt: skip
     plan = Plan(
         batch=batch, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=query.shape[3], value_dim=value.shape[3],
-        dtype=np.dtype(query.dtype), step=tiles.keys, stages=tiles.stages, block_size=block_size,
-        num_parts=slices.shape[3], num_full=num_full, scale=scale, soft_cap=problem.logits_soft_cap,
-        queries=grid.queries, tiles=grid.tiles,
+        dtype=np.dtype(query.dtype), step_size=config.block_kv, num_stages=config.num_stages, block_size=block_size,
+        num_ranges=ranges.shape[3], num_full_ranges=num_full_ranges, scale=scale, soft_cap=problem.logits_soft_cap,
+        block_q=grid.block_q, num_tiles=grid.num_tiles,
     )  # fmt: skip
     return plan, inputs, grid
 
 
-def _attributes(problem: Problem, operands: Operands, grid: Grid, block_size: int, num_blocks: int) -> dict:
+def _attributes(problem: Problem, operands: Operands, grid: QueryGrid, block_size: int, num_blocks: int) -> dict:
     """Segments and positions of rows and keys, those that are needed."""
     found: dict[str, typing.Any] = {}
     whole = num_blocks * block_size
@@ -110,7 +112,7 @@ def _attributes(problem: Problem, operands: Operands, grid: Grid, block_size: in
         # Keys that are not there take the last one's id: a tile in one segment sees one segment in that block too.
         found["kv_segments"] = jnp.pad(kv_ids, ((0, 0), (0, whole - kv_ids.shape[1])), mode="edge")
         ids = edge_ids(grid, operands.query_segment_ids)
-        found["query_segments"] = jnp.tile(ids, (1, 1, ROWS // grid.queries))
+        found["query_segments"] = jnp.tile(ids, (1, 1, ROWS // grid.block_q))
     if operands.selection is not None:
         batch, length = operands.query.shape[:2]
         position = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
@@ -124,7 +126,7 @@ def _attributes(problem: Problem, operands: Operands, grid: Grid, block_size: in
     return found
 
 
-def _sinks(sinks: Array | None, tiles: HopperTiles) -> Array | None:
+def _sinks(sinks: Array | None, config: HopperConfig) -> Array | None:
     if sinks is None:
         return None
-    return jnp.repeat(sinks.astype(jnp.float32).reshape(-1, tiles.heads), tiles.queries, 1)
+    return jnp.repeat(sinks.astype(jnp.float32).reshape(-1, config.heads_per_tile), config.block_q, 1)

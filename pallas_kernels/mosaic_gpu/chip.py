@@ -6,7 +6,7 @@ from jax._src.lib import cuda_versions
 HOPPER = 9.0
 
 
-def refuse_chip() -> str | None:
+def unsupported_chip_reason() -> str | None:
     """Why the kernels cannot run on the GPU that is lowered for; None where they can, or where no GPU is known.
 
     The GPU is that of the abstract mesh that is set, else the first of this machine. Without any, Hopper is taken for
@@ -18,7 +18,7 @@ def refuse_chip() -> str | None:
             device = jax.devices("cuda")[0]
         except RuntimeError:
             return None
-    reason = refuse_device(device)
+    reason = unsupported_device_reason(device)
     if reason is not None:
         return reason
     version = cuda_versions.cuda_runtime_get_version() if cuda_versions is not None else None
@@ -28,7 +28,7 @@ def refuse_chip() -> str | None:
     return None
 
 
-def refuse_device(device) -> str | None:
+def unsupported_device_reason(device) -> str | None:
     """Why the kernels cannot run on a device; None where they can, or where its compute capability is not known."""
     capability = float(getattr(device, "compute_capability", HOPPER))
     if int(capability) != int(HOPPER):

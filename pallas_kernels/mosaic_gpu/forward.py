@@ -27,7 +27,7 @@ LOWEST = -0.5 * float(np.finfo(np.float32).max)
 def attend(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
     """out [b, t, h, e] in the query's dtype, and lse [b, h, tiles · queries] in float32."""
     out = jax.ShapeDtypeStruct((*inputs.query.shape[:3], plan.value_dim), plan.dtype)
-    lse = jax.ShapeDtypeStruct((plan.batch, plan.num_heads, plan.tiles * plan.queries), jnp.float32)
+    lse = jax.ShapeDtypeStruct((plan.batch, plan.num_heads, plan.num_tiles * plan.block_q), jnp.float32)
     tile = functools.partial(ForwardTile, plan)
     out, lse = launch("attend", tile, inputs, (out, lse), _scratch(plan, inputs), tile_grid(plan))
     return out, lse
@@ -39,7 +39,7 @@ def _scratch(plan: Plan, inputs: Inputs) -> dict:
         "out": row_buffer(plan, plan.value_dim) if plan.value_dim != plan.head_dim else None,
         "lse": plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
         "query_ready": barriers(WARPGROUPS, plan.pieces),
-        "turn": barriers(1, WARPGROUPS),
+        "ping_pong": barriers(1, WARPGROUPS),
     }
 
 
@@ -59,14 +59,14 @@ class ForwardTile(QueryTile):
         def _():
             plgpu.barrier_wait(scratch["key_ready"].at[0])
 
-        pl.when(self.warpgroup == 1)(self._take_turns)
+        pl.when(self.warpgroup == 1)(self._ping_pong)
         carry = self.fold(self._step, (out, of_rows(LOWEST), of_rows(0)))
-        pl.when(self.warpgroup == 0)(self._take_turns)
+        pl.when(self.warpgroup == 0)(self._ping_pong)
         self._store(*carry)
 
-    def _take_turns(self) -> None:
-        plgpu.barrier_arrive(self.scratch["turn"])
-        plgpu.barrier_wait(self.scratch["turn"])
+    def _ping_pong(self) -> None:
+        plgpu.barrier_arrive(self.scratch["ping_pong"])
+        plgpu.barrier_wait(self.scratch["ping_pong"])
 
     def _step(self, step: Step, carry):
         """Online softmax over the keys of a step; maxima are of the logits times log2(e)."""
@@ -74,7 +74,7 @@ class ForwardTile(QueryTile):
         out, most, total = carry
         key, value = scratch["key"].at[step.stage], scratch["value"].at[step.stage]
         query = scratch["query"].at[self.warpgroup]
-        logits = product(query, key.transpose((1, 0)), (WARPGROUP_ROWS, plan.step), self._take_turns)
+        logits = product(query, key.transpose((1, 0)), (WARPGROUP_ROWS, plan.step_size), self._ping_pong)
         plgpu.barrier_arrive(scratch["key_free"].at[step.stage])
         scale = plan.scale * LOG2E
         if plan.soft_cap is not None:
@@ -88,9 +88,9 @@ class ForwardTile(QueryTile):
         total = total * shrink + weights.sum(axis=1)
         weights = weights.astype(plan.dtype)
         out, total, new, weights = jax.lax.optimization_barrier((out, total, new, weights))
-        plgpu.barrier_arrive(scratch["turn"])
+        plgpu.barrier_arrive(scratch["ping_pong"])
         plgpu.barrier_wait(scratch["value_ready"].at[step.stage])
-        plgpu.barrier_wait(scratch["turn"])
+        plgpu.barrier_wait(scratch["ping_pong"])
 
         def wait_for_next_key():
             @pl.when(step.number + 1 < self.full_steps + self.masked_steps)

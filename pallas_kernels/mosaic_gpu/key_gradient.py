@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.gradient import REGISTERS, times, weights_and_slope
-from pallas_kernels.mosaic_gpu.key_tables import KeyInputs
+from pallas_kernels.mosaic_gpu.kv_tables import KVInputs
 from pallas_kernels.mosaic_gpu.launch import barriers, launch, row_buffer, step_buffer
-from pallas_kernels.mosaic_gpu.plan import ROWS, WARPGROUP_ROWS, WARPGROUPS, KeyPlan
+from pallas_kernels.mosaic_gpu.plan import ROWS, WARPGROUP_ROWS, WARPGROUPS, KVPlan
 from pallas_kernels.mosaic_gpu.products import add_product, product
 from pallas_kernels.mosaic_gpu.steps import COLUMN, WGMMA, Condition, Registers, Step, Steps, Stream, spread
 from pallas_kernels.mosaic_gpu.untyped import plgpu
@@ -27,7 +27,7 @@ SUMMED_AT_ONCE = 256
 """Features of keys and values together whose gradients registers can hold."""
 
 
-def key_gradients(plan: KeyPlan, inputs: KeyInputs) -> tuple[Array, Array]:
+def key_gradients(plan: KVPlan, inputs: KVInputs) -> tuple[Array, Array]:
     """dk [b, s, k, d] and dv [b, s, k, e] in the keys' dtype; where registers cannot hold both, one after the other."""
     if plan.head_dim + plan.value_dim <= SUMMED_AT_ONCE:
         dkey, dvalue = _sums(plan, inputs)
@@ -36,19 +36,19 @@ def key_gradients(plan: KeyPlan, inputs: KeyInputs) -> tuple[Array, Array]:
     return dkey, dvalue
 
 
-def _sums(plan: KeyPlan, inputs: KeyInputs) -> tuple[Array, ...]:
+def _sums(plan: KVPlan, inputs: KVInputs) -> tuple[Array, ...]:
     results = tuple(jax.ShapeDtypeStruct(getattr(inputs, name).shape, plan.dtype) for name in plan.gradients)
-    grid = {"pack": plan.packs, "batch": plan.batch, "heads": plan.num_kv_heads}
-    name, pack = "_".join([*plan.gradients, "gradients"]), functools.partial(Pack, plan)
+    grid = {"pack": plan.kv_tiles, "batch": plan.batch, "heads": plan.num_kv_heads}
+    name, kv_tile = "_".join([*plan.gradients, "gradients"]), functools.partial(Pack, plan)
     # With a soft cap there is more to compute with, and where a step takes one copy there is little to load with.
     registers = Registers(240, 24) if plan.soft_cap is not None and plan.slots == 1 else REGISTERS
-    return launch(name, pack, inputs, results, _scratch(plan, inputs), grid, registers)
+    return launch(name, kv_tile, inputs, results, _scratch(plan, inputs), grid, registers)
 
 
-def _scratch(plan: KeyPlan, inputs: KeyInputs) -> dict:
-    stages = plan.stages
+def _scratch(plan: KVPlan, inputs: KVInputs) -> dict:
+    stages = plan.num_stages
     has_segments, has_positions = inputs.query_segments is not None, inputs.query_positions is not None
-    of_columns, ids = plgpu.SMEM((stages, plan.step), jnp.float32), plgpu.SMEM((stages, plan.step), jnp.int32)
+    of_columns, ids = plgpu.SMEM((stages, plan.step_size), jnp.float32), plgpu.SMEM((stages, plan.step_size), jnp.int32)
     return {
         "key": row_buffer(plan, plan.head_dim, summed=True),
         "value": row_buffer(plan, plan.value_dim, summed=True),
@@ -56,7 +56,7 @@ def _scratch(plan: KeyPlan, inputs: KeyInputs) -> dict:
         "dout": step_buffer(plan, plan.value_dim, summed=True),
         "lse": of_columns,
         "delta": of_columns,
-        "words": plgpu.SMEM((stages, plan.slots * plan.words, ROWS), jnp.int32),
+        "mask_bits": plgpu.SMEM((stages, plan.slots * plan.mask_words, ROWS), jnp.int32),
         "segments": ids if has_segments else None,
         "positions": ids if has_positions else None,
         "rows_ready": barriers(WARPGROUPS, 2 * plan.pieces),
@@ -73,18 +73,18 @@ def _scratch(plan: KeyPlan, inputs: KeyInputs) -> dict:
 class Pack(Steps):
     """One block of threads: dk and dv of 128 keys of a KV head."""
 
-    plan: KeyPlan
+    plan: KVPlan
 
-    def __init__(self, plan: KeyPlan, at: dict, inputs: typing.Any, results: tuple, scratch: dict):
+    def __init__(self, plan: KVPlan, at: dict, inputs: typing.Any, results: tuple, scratch: dict):
         self.inputs, self.results, self.scratch = inputs, results, scratch
-        self.batch, self.head, self.pack = at["batch"], at["heads"], at["pack"]
+        self.batch, self.head, self.kv_tile = at["batch"], at["heads"], at["pack"]
         tables = inputs.tables
-        mine = tables.slices.at[self.batch if tables.slices.shape[0] > 1 else 0, self.head, self.pack]
+        mine = tables.ranges.at[self.batch if tables.ranges.shape[0] > 1 else 0, self.head, self.kv_tile]
 
         def walk_of(number) -> Walk:
-            return Walk(plan, tables.blocks, tables.masks, mine.at[number], plan.turns, number)
+            return Walk(plan, tables.blocks, tables.mask_ids, mine.at[number], plan.group_heads, number)
 
-        super().__init__(plan, walk_of, plan.rounds)
+        super().__init__(plan, walk_of, plan.head_passes)
         # Which rows of blocks there are is known to the lists; where the first one stands, sometimes not.
         self.first = 0 if inputs.first_row is None else inputs.first_row[self.batch] * plan.pieces_of_block
 
@@ -105,8 +105,8 @@ class Pack(Steps):
                 scratch["dout_ready"], scratch["dout_free"],
             ),
         ]  # fmt: skip
-        self.words, self.conditions = scratch["words"], []
-        masks = [(self._words, self.words)]
+        self.mask_bits, self.conditions = scratch["mask_bits"], []
+        masks = [(self._mask_bits, self.mask_bits)]
         for name, columns, rows, compare in self._conditions():
             masks.append((lambda entry, of=columns: of.at[self.batch, self._tokens(entry)], scratch[name]))
             self.conditions.append(Condition(scratch[name], rows, compare))
@@ -116,20 +116,20 @@ class Pack(Steps):
         """What is compared besides masks: name, of columns, of this pack's rows, how."""
         inputs = self.inputs
         if inputs.query_segments is not None:
-            of_rows = inputs.kv_segments.at[self.batch, self.head, self.pack]
+            of_rows = inputs.kv_segments.at[self.batch, self.head, self.kv_tile]
             yield "segments", inputs.query_segments, of_rows, jnp.equal
         if inputs.query_positions is not None:
-            yield "positions", inputs.query_positions, inputs.kv_positions.at[self.pack], jnp.greater_equal
+            yield "positions", inputs.query_positions, inputs.kv_positions.at[self.kv_tile], jnp.greater_equal
 
     def _head(self, entry: Entry):
-        return self.head * self.plan.group + entry.turn
+        return self.head * self.plan.group + entry.group_head
 
     def _tokens(self, entry: Entry):
         return pl.ds((entry.piece - self.first) * self.plan.slot, self.plan.slot)
 
-    def _words(self, entry: Entry):
-        words = jax.lax.rem(entry.piece, self.plan.pieces_of_block) * self.plan.words
-        return self.inputs.tables.words.at[entry.kind, pl.ds(words, self.plan.words)]
+    def _mask_bits(self, entry: Entry):
+        mask_bits = jax.lax.rem(entry.piece, self.plan.pieces_of_block) * self.plan.mask_words
+        return self.inputs.tables.mask_bits.at[entry.mask_id, pl.ds(mask_bits, self.plan.mask_words)]
 
     # The warpgroup that loads also stores: what it takes to know where would leave the others too few registers.
 
@@ -144,7 +144,7 @@ class Pack(Steps):
         @pl.loop(0, self._counted(WARPGROUPS * plan.pieces))
         def _(piece):
             first = piece * plan.piece
-            block = self.inputs.tables.members[self.head, self.pack, first // plan.key_block]
+            block = self.inputs.tables.members[self.head, self.kv_tile, first // plan.key_block]
             token = jnp.maximum(block, 0) * plan.key_block + jax.lax.rem(first, plan.key_block)
             row = jax.lax.rem(first, WARPGROUP_ROWS)
             each(block, pl.ds(token, plan.piece), first // WARPGROUP_ROWS, pl.ds(row, plan.piece))
@@ -194,7 +194,7 @@ class Pack(Steps):
     def _step(self, step: Step, sums: dict[str, Array]) -> dict[str, Array]:
         plan, scratch, sums = self.plan, self.scratch, dict(sums)
         query, dout = scratch["query"].at[step.stage], scratch["dout"].at[step.stage]
-        shape = (WARPGROUP_ROWS, plan.step)
+        shape = (WARPGROUP_ROWS, plan.step_size)
 
         def of_columns(name: str) -> Array:
             return spread(plgpu.load(scratch[name].at[step.stage], layout=COLUMN, optimized=False), shape, 1)

@@ -66,11 +66,11 @@ def step_buffer(plan: StepPlan, features: int, *, summed: bool):
     Args:
       summed: whether a product sums over the tokens.
     """
-    return _buffer(plan, (plan.stages, plan.step, features), summed)
+    return _buffer(plan, (plan.num_stages, plan.step_size, features), summed)
 
 
 def _buffer(plan: StepPlan, shape: tuple[int, int, int], summed: bool):
-    transforms = plan.transforms(shape[2], plan.step if summed else None)
+    transforms = plan.transforms(shape[2], plan.step_size if summed else None)
     return plgpu.SMEM(shape, plan.dtype, transforms=transforms)
 
 

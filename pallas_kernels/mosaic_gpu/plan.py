@@ -9,15 +9,15 @@ from pallas_kernels.mosaic_gpu.untyped import plgpu
 
 WARPGROUPS, WARPGROUP_ROWS = 2, 64
 ROWS = WARPGROUPS * WARPGROUP_ROWS
-WORD = 32
+WORD_BITS = 32
 """Bits of a word of a mask."""
 
 LOG2E = math.log2(math.e)
 
 
-def word_bits(slot: int) -> int:
+def bits_per_word(slot: int) -> int:
     """How many bits of a word are used for slots of so many tokens: no word is of two slots."""
-    return min(slot, WORD)
+    return min(slot, WORD_BITS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class StepPlan:
     """Everything about a kernel that is known while tracing and that its code depends on.
 
     Attributes:
-      step: tokens of a step.
-      stages: steps that are loaded ahead.
+      step_size: tokens of a step.
+      num_stages: steps that are loaded ahead.
       block_size: of the lists.
       num_parts, num_full: of the slices, as in `BlockLists`.
       scale: of the logits; above 0.
@@ -38,22 +38,22 @@ class StepPlan:
     head_dim: int
     value_dim: int
     dtype: np.dtype
-    step: int
-    stages: int
+    step_size: int
+    num_stages: int
     block_size: int
-    num_parts: int
-    num_full: int
+    num_ranges: int
+    num_full_ranges: int
     scale: float
     soft_cap: float | None
 
     @property
     def slot(self) -> int:
         """Tokens that one copy brings: a block, or as much of it as a step holds."""
-        return min(self.block_size, self.step)
+        return min(self.block_size, self.step_size)
 
     @property
     def slots(self) -> int:
-        return self.step // self.slot
+        return self.step_size // self.slot
 
     @property
     def pieces_of_block(self) -> int:
@@ -61,9 +61,9 @@ class StepPlan:
         return self.block_size // self.slot
 
     @property
-    def words(self) -> int:
+    def mask_words(self) -> int:
         """Words of mask bits for every row of a slot."""
-        return self.slot // word_bits(self.slot)
+        return self.slot // bits_per_word(self.slot)
 
     @property
     def group(self) -> int:
@@ -86,22 +86,22 @@ class Plan(StepPlan):
     """Of the kernels whose rows are queries and whose steps are keys.
 
     Attributes:
-      queries: tokens of a tile, which has as many heads as make ROWS rows of them.
-      tiles: how many there are for every head.
+      block_q: tokens of a tile, which has as many heads as make ROWS rows of them.
+      num_tiles: how many there are for every head.
     """
 
-    queries: int
-    tiles: int
+    block_q: int
+    num_tiles: int
 
     @property
-    def heads(self) -> int:
+    def heads_per_tile(self) -> int:
         """Query heads in a tile."""
-        return ROWS // self.queries
+        return ROWS // self.block_q
 
     @property
     def piece(self) -> int:
         """Consecutive queries of one head in a warpgroup."""
-        return min(self.queries, WARPGROUP_ROWS)
+        return min(self.block_q, WARPGROUP_ROWS)
 
     @property
     def pieces(self) -> int:
@@ -109,25 +109,25 @@ class Plan(StepPlan):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeyPlan(StepPlan):
+class KVPlan(StepPlan):
     """Of the kernel whose rows are keys and whose steps are queries.
 
     Attributes:
       packs: how many tiles there are for every KV head.
       key_block: keys that stand together in a pack; `block_size` is that of the queries.
-      rounds: 1 where the heads of a group read the same, else as many as there are heads, each with lists of its own.
+      head_passes: 1 where the heads of a group read the same, else as many as there are heads, each with its own lists.
       gradients: of "key" and "value", those that are summed in one go.
     """
 
-    packs: int
+    kv_tiles: int
     key_block: int
-    rounds: int
+    head_passes: int
     gradients: tuple[str, ...] = ("key", "value")
 
     @property
-    def turns(self) -> int:
+    def group_heads(self) -> int:
         """How many heads walk the same lists."""
-        return self.group // self.rounds
+        return self.group // self.head_passes
 
     @property
     def piece(self) -> int:

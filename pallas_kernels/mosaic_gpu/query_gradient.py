@@ -62,7 +62,7 @@ class QueryGradientTile(QueryTile):
         products, dweights = two_products(
             (scratch["query"].at[self.warpgroup], key.transpose((1, 0))),
             (scratch["dout"].at[self.warpgroup], value.transpose((1, 0))),
-            (WARPGROUP_ROWS, plan.step),
+            (WARPGROUP_ROWS, plan.step_size),
         )
         plgpu.barrier_arrive(scratch["value_free"].at[step.stage])
         lse, delta = (spread(of_rows, products.shape, 0) for of_rows in (self.lse, self.delta))

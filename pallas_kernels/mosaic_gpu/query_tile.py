@@ -20,14 +20,14 @@ def shared_memory(plan: Plan, inputs: Inputs, *, summed: str) -> dict:
     Args:
       summed: "key" or "value", over whose rows a product sums.
     """
-    stages, masks = plan.stages, inputs.num_mask_arrays
-    per_key = plgpu.SMEM((stages, plan.step), jnp.int32)
-    words = plgpu.SMEM((stages, plan.slots * plan.words, ROWS), jnp.int32)
+    stages, masks = plan.num_stages, inputs.num_mask_arrays
+    per_key = plgpu.SMEM((stages, plan.step_size), jnp.int32)
+    mask_bits = plgpu.SMEM((stages, plan.slots * plan.mask_words, ROWS), jnp.int32)
     return {
         "query": row_buffer(plan, plan.head_dim, summed=summed == "key"),
         "key": step_buffer(plan, plan.head_dim, summed=summed == "key"),
         "value": step_buffer(plan, plan.value_dim, summed=summed == "value"),
-        "words": None if inputs.words is None else words,
+        "mask_bits": None if inputs.mask_bits is None else mask_bits,
         "segments": None if inputs.kv_segments is None else per_key,
         "positions": None if inputs.kv_positions is None else per_key,
         "key_ready": barriers(stages, plan.slots),
@@ -40,7 +40,7 @@ def shared_memory(plan: Plan, inputs: Inputs, *, summed: str) -> dict:
 
 
 def tile_grid(plan: Plan) -> dict[str, int]:
-    return {"tile": plan.tiles, "batch": plan.batch, "heads": plan.num_heads // plan.heads}
+    return {"tile": plan.num_tiles, "batch": plan.batch, "heads": plan.num_heads // plan.heads_per_tile}
 
 
 class QueryTile(Steps):
@@ -52,11 +52,11 @@ class QueryTile(Steps):
         self.inputs, self.results, self.scratch = inputs, results, scratch
         self.batch, self.heads = at["batch"], at["heads"]
         # Blocks of threads start in the order of their numbers: with causal patterns, the longest first.
-        self.tile = plan.tiles - 1 - at["tile"]
-        table = inputs.slices
+        self.tile = plan.num_tiles - 1 - at["tile"]
+        table = inputs.ranges
         mine = table.at[self.batch if table.shape[0] > 1 else 0, self.heads, self.tile]
-        super().__init__(plan, lambda _: Walk(plan, inputs.blocks, inputs.masks, mine))
-        kv_head = self.heads * plan.heads // plan.group
+        super().__init__(plan, lambda _: Walk(plan, inputs.blocks, inputs.mask_ids, mine))
+        kv_head = self.heads * plan.heads_per_tile // plan.group
 
         def tokens_of(array):
             return lambda entry: array.at[self.batch, pl.ds(entry.piece * plan.slot, plan.slot), kv_head]
@@ -66,7 +66,7 @@ class QueryTile(Steps):
             Stream([(tokens_of(inputs.value), scratch["value"])], scratch["value_ready"], scratch["value_free"]),
         ]
         self.masks = Stream(self._mask_copies(), scratch["mask_ready"], scratch["mask_free"])
-        self.words = scratch["words"]
+        self.mask_bits = scratch["mask_bits"]
         self.conditions = [
             Condition(scratch[name], of_rows.at[self.batch, self.tile], compare)
             for name, of_rows, compare in (
@@ -79,9 +79,9 @@ class QueryTile(Steps):
     def _mask_copies(self) -> list:
         plan, scratch, inputs = self.plan, self.scratch, self.inputs
 
-        def words(entry: Entry):
+        def mask_bits(entry: Entry):
             piece_of_block = jax.lax.rem(entry.piece, plan.pieces_of_block)
-            return inputs.words.at[entry.kind, pl.ds(piece_of_block * plan.words, plan.words)]
+            return inputs.mask_bits.at[entry.mask_id, pl.ds(piece_of_block * plan.mask_words, plan.mask_words)]
 
         def segments(entry: Entry):
             return inputs.kv_segments.at[self.batch, pl.ds(entry.piece * plan.slot, plan.slot)]
@@ -89,11 +89,11 @@ class QueryTile(Steps):
         def positions(entry: Entry):
             # The last positions of all belong to no key: no query sees them.
             nowhere = inputs.kv_positions.shape[0] - plan.slot
-            first = jnp.where(entry.kind == EMPTY, nowhere, entry.piece * plan.slot)
+            first = jnp.where(entry.mask_id == EMPTY, nowhere, entry.piece * plan.slot)
             return inputs.kv_positions.at[pl.ds(first, plan.slot)]
 
         each = (
-            (inputs.words, words, "words"),
+            (inputs.mask_bits, mask_bits, "mask_bits"),
             (inputs.kv_segments, segments, "segments"),
             (inputs.kv_positions, positions, "positions"),
         )
@@ -104,8 +104,8 @@ class QueryTile(Steps):
         plan = self.plan
         for index in range(plan.pieces):
             first = self.warpgroup * WARPGROUP_ROWS + index * plan.piece
-            head = self.heads * plan.heads + first // plan.queries
-            token = self.tile * plan.queries + jax.lax.rem(first, plan.queries)
+            head = self.heads * plan.heads_per_tile + first // plan.block_q
+            token = self.tile * plan.block_q + jax.lax.rem(first, plan.block_q)
             yield head, pl.ds(token, plan.piece), pl.ds(index * plan.piece, plan.piece)
 
     def bring_rows(self, *arrays: tuple) -> None:

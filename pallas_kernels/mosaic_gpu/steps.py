@@ -11,7 +11,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.plan import WARPGROUP_ROWS, WARPGROUPS, StepPlan, word_bits
+from pallas_kernels.mosaic_gpu.plan import WARPGROUP_ROWS, WARPGROUPS, StepPlan, bits_per_word
 from pallas_kernels.mosaic_gpu.untyped import plgpu
 from pallas_kernels.mosaic_gpu.walk import Cursor, Entry, Walk
 
@@ -76,31 +76,31 @@ class Steps:
 
     streams: list[Stream]
     masks: Stream
-    words: typing.Any
+    mask_bits: typing.Any
     conditions: list[Condition]
 
-    def __init__(self, plan: StepPlan, walk_of: typing.Callable[[typing.Any], Walk], rounds: int = 1):
+    def __init__(self, plan: StepPlan, walk_of: typing.Callable[[typing.Any], Walk], head_passes: int = 1):
         """Args:
         walk_of: what is walked in a round.
-        rounds: of all of them, the steps without a mask come first.
+        head_passes: of all of them, the steps without a mask come first.
         """
-        self.plan, self.rounds = plan, rounds
-        only = walk_of(0) if rounds == 1 else None
+        self.plan, self.head_passes = plan, head_passes
+        only = walk_of(0) if head_passes == 1 else None
         self.walk_of = walk_of if only is None else lambda number: only
         self.warpgroup = jax.lax.axis_index("warpgroup")
         self.rows = pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-        self.full_steps = self._in_rounds(lambda walk, steps: steps + walk.full_steps, jnp.int32(0))
-        self.masked_steps = self._in_rounds(lambda walk, steps: steps + walk.masked_steps, jnp.int32(0))
+        self.full_steps = self._in_head_passes(lambda walk, steps: steps + walk.full_steps, jnp.int32(0))
+        self.masked_steps = self._in_head_passes(lambda walk, steps: steps + walk.masked_steps, jnp.int32(0))
 
-    def _in_rounds(self, walked: typing.Callable[[Walk, typing.Any], typing.Any], carry):
+    def _in_head_passes(self, walked: typing.Callable[[Walk, typing.Any], typing.Any], carry):
         """`carry = walked(walk, carry)` in every round."""
-        if self.rounds == 1:
+        if self.head_passes == 1:
             return walked(self.walk_of(0), carry)
-        return jax.lax.fori_loop(0, self.rounds, lambda number, carry: walked(self.walk_of(number), carry), carry)
+        return jax.lax.fori_loop(0, self.head_passes, lambda number, carry: walked(self.walk_of(number), carry), carry)
 
     def next(self, stage):
         """The stage of the next step. Counted: a remainder would take more registers than there are."""
-        return jnp.where(stage == self.plan.stages - 1, 0, stage + 1)
+        return jnp.where(stage == self.plan.num_stages - 1, 0, stage + 1)
 
     def compute(self) -> None:
         raise NotImplementedError
@@ -141,21 +141,21 @@ class Steps:
             return steps + walk.masked_steps
 
         self.load_rows()
-        if self.plan.num_full:
-            self._in_rounds(load_full, jnp.int32(0))
-        self._in_rounds(load_masked, jnp.int32(0))
+        if self.plan.num_full_ranges:
+            self._in_head_passes(load_full, jnp.int32(0))
+        self._in_head_passes(load_masked, jnp.int32(0))
         self.store_rows()
         # Every arrival is waited for, so that no barrier is left in the middle of a phase.
-        for number in range(self.plan.stages):
+        for number in range(self.plan.num_stages):
             self._wait_until_free(self.streams, self.full_steps + self.masked_steps + number)
             self._wait_until_free([self.masks], self.masked_steps + number)
 
     def _wait_until_free(self, streams: list[Stream], step) -> None:
         for stream in streams:
-            plgpu.barrier_wait(stream.free.at[jax.lax.rem(step, self.plan.stages)])
+            plgpu.barrier_wait(stream.free.at[jax.lax.rem(step, self.plan.num_stages)])
 
     def _load_step(self, streams: list[Stream], step, entries: list[Entry]) -> None:
-        stage = jax.lax.rem(step, self.plan.stages)
+        stage = jax.lax.rem(step, self.plan.num_stages)
         for stream in streams:
             plgpu.barrier_wait(stream.free.at[stage])
             for part_of, buffer in stream.copies:
@@ -172,7 +172,7 @@ class Steps:
     def free_all(self) -> None:
         """Nothing was loaded yet: every buffer can be."""
         for stream in (*self.streams, self.masks):
-            for stage in range(self.plan.stages):
+            for stage in range(self.plan.num_stages):
                 plgpu.barrier_arrive(stream.free.at[stage])
 
     def fold(self, step: typing.Callable, carry: typing.Any) -> typing.Any:
@@ -189,22 +189,22 @@ class Steps:
             carry = step(Step(self.full_steps + number, stage, mask_stage), carry)
             return self.next(stage), self.next(mask_stage), carry
 
-        if self.plan.num_full:
+        if self.plan.num_full_ranges:
             stage, carry = jax.lax.fori_loop(0, self.full_steps, full, (stage, carry))
         return jax.lax.fori_loop(0, self.masked_steps, masked, (stage, jnp.int32(0), carry))[2]
 
     def allowed(self, stage) -> Array:
         """Which columns of a step the rows see, by the masks of a stage: bool [WARPGROUP_ROWS, tokens]."""
         plan = self.plan
-        shape = (WARPGROUP_ROWS, plan.step)
+        shape = (WARPGROUP_ROWS, plan.step_size)
         plgpu.barrier_wait(self.masks.ready.at[stage])
         found = []
-        if self.words is not None:
-            words = [
-                plgpu.load(self.words.at[stage, index, self.rows], layout=ROW, optimized=False)
-                for index in range(plan.slots * plan.words)
+        if self.mask_bits is not None:
+            mask_bits = [
+                plgpu.load(self.mask_bits.at[stage, index, self.rows], layout=ROW, optimized=False)
+                for index in range(plan.slots * plan.mask_words)
             ]
-            found.append(_bits(words, shape, word_bits(plan.slot)))
+            found.append(_bits(mask_bits, shape, bits_per_word(plan.slot)))
         for (columns, _, compare), row in zip(self.conditions, self._of_rows, strict=True):
             column = plgpu.load(columns.at[stage], layout=COLUMN, optimized=False)
             found.append(compare(spread(column, shape, 1), spread(row, shape, 0)))
@@ -239,11 +239,11 @@ def spread(array: Array, shape: tuple[int, ...], axis: int) -> Array:
     return jax.lax.broadcast_in_dim(array, shape, [axis])
 
 
-def _bits(words: list, shape: tuple[int, int], width: int) -> Array:
+def _bits(mask_bits: list, shape: tuple[int, int], width: int) -> Array:
     """Bit `column % width` of word `column // width` of every row: bool `shape`."""
     column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
-    word = spread(words[0], shape, 0)
-    for index, other in enumerate(words[1:], 1):
+    word = spread(mask_bits[0], shape, 0)
+    for index, other in enumerate(mask_bits[1:], 1):
         word = jnp.where(column // width == index, spread(other, shape, 0), word)
     # Of a column's number, bits 1 and 2 depend on the thread and the rest on the register: shifted by the first, a
     # word is tested against a constant for every register.

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.mosaic_gpu.plan import ROWS, WORD
-from pallas_kernels.mosaic_gpu.tiles import HopperTiles
+from pallas_kernels.mosaic_gpu.plan import ROWS, WORD_BITS
+from pallas_kernels.mosaic_gpu.tiles import HopperConfig
 from pallas_kernels.problem import Operands
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockSchedule
-from pallas_kernels.tiles import merge, neighbours, seen_by_kind, without_missing_keys
+from pallas_kernels.tiling import group_consecutive_rows, merge, seen_by_mask, without_missing_keys
 
 EMPTY = NOTHING
-"""The kind of mask of a slot that holds no entry."""
+"""The mask of a slot that holds no entry."""
 
 
 @jax.tree_util.register_dataclass
@@ -26,17 +26,17 @@ class Tables:
 
     Attributes:
       blocks: int32 [entries], the lists.
-      masks: int32 [entries], the kind of mask of every entry: 0 masks nothing, EMPTY everything.
-      slices: int32 [b|1, h / heads of a tile, tiles, parts, 2]; the first `num_full` parts hold entries without a mask.
-      words: int32 [kinds, words of a block, ROWS], the bits of the keys that each row of a tile sees; None where
+      mask_ids: int32 [entries], the mask of every entry: 0 masks nothing, EMPTY everything.
+      ranges: int32 [b|1, h / heads of a tile, tiles, ranges, 2]; the first `num_full_ranges` hold full entries.
+      mask_bits: int32 [masks, words of a block, ROWS], the bits of the keys that each row of a tile sees; None where
         positions say it.
     """
 
     blocks: Int32[Array | np.ndarray, " entries"]
-    masks: Int32[Array | np.ndarray, " entries"]
-    slices: Int32[Array | np.ndarray, "#b heads tiles parts 2"]
-    words: Int32[Array | np.ndarray, "kinds words rows"] | None
-    num_full: int = dataclasses.field(metadata={"static": True})
+    mask_ids: Int32[Array | np.ndarray, " entries"]
+    ranges: Int32[Array | np.ndarray, "#b heads tiles parts 2"]
+    mask_bits: Int32[Array | np.ndarray, "masks mask_bits rows"] | None
+    num_full_ranges: int = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +61,7 @@ class Inputs:
     """The arrays that a kernel is called with; what is absent is None.
 
     Attributes:
-      blocks, masks, slices, words: see `Tables`.
+      blocks, mask_ids, ranges, mask_bits: see `Tables`.
       query_segments, query_positions: int32 [b, tiles, ROWS], of every row of a tile.
       kv_segments: int32 [b, s], s rounded up to blocks.
       kv_positions: int32 [s + block_size], s rounded up to blocks; the greatest int32 where there is no key.
@@ -75,9 +75,9 @@ class Inputs:
     key: Float[Array, "b s k d"]
     value: Float[Array, "b s k e"]
     blocks: Int32[Array, " entries"]
-    masks: Int32[Array, " entries"]
-    slices: Int32[Array, "#b heads tiles parts 2"]
-    words: Int32[Array, "kinds words rows"] | None = None
+    mask_ids: Int32[Array, " entries"]
+    ranges: Int32[Array, "#b heads tiles parts 2"]
+    mask_bits: Int32[Array, "masks mask_bits rows"] | None = None
     query_segments: Int32[Array, "b tiles rows"] | None = None
     kv_segments: Int32[Array, "b s"] | None = None
     query_positions: Int32[Array, "b tiles rows"] | None = None
@@ -90,7 +90,7 @@ class Inputs:
     @property
     def num_mask_arrays(self) -> int:
         """How many arrays say what a masked step may see, each copied once for every slot."""
-        return sum(array is not None for array in (self.words, self.kv_segments, self.kv_positions))
+        return sum(array is not None for array in (self.mask_bits, self.kv_segments, self.kv_positions))
 
 
 @functools.lru_cache(maxsize=64)
@@ -101,34 +101,34 @@ def schedule_tables(schedule: BlockSchedule, queries: int, width: int) -> Tables
       width: bits of a word.
     """
     lists, size = schedule.lists, schedule.block_size
-    tiles = merge(lists, neighbours(lists.num_walkers, lists.num_rows, queries // size))
-    blocks, masks, slices, kinds, short = without_missing_keys(schedule, tiles)
+    tiles = merge(lists, group_consecutive_rows(lists.num_unique_heads, lists.num_rows, queries // size))
+    blocks, mask_ids, ranges, tile_masks, short = without_missing_keys(schedule, tiles)
     heads = schedule.head_index[:: ROWS // queries]
-    seen = seen_by_kind(schedule, kinds, short)
-    words = pack_bits(np.tile(seen, (1, ROWS // seen.shape[1], 1)), width)
-    return Tables(blocks, masks, slices[heads][None], words, tiles.lists.num_full)
+    seen = seen_by_mask(schedule, tile_masks, short)
+    mask_bits = pack_bits(np.tile(seen, (1, ROWS // seen.shape[1], 1)), width)
+    return Tables(blocks, mask_ids, ranges[heads][None], mask_bits, tiles.lists.num_full_ranges)
 
 
-def pack_bits(seen: Bool[np.ndarray, "kinds rows columns"], width: int) -> Int32[np.ndarray, "kinds words rows"]:
+def pack_bits(seen: Bool[np.ndarray, "masks rows columns"], width: int) -> Int32[np.ndarray, "masks mask_bits rows"]:
     """Bits of columns in words of `width` of them."""
     bits = seen.reshape(*seen.shape[:2], -1, width)
-    bits = np.pad(bits, ((0, 0), (0, 0), (0, 0), (0, WORD - width)))
+    bits = np.pad(bits, ((0, 0), (0, 0), (0, 0), (0, WORD_BITS - width)))
     packed = np.packbits(bits, axis=-1, bitorder="little").view("<i4")[..., 0]
     return np.ascontiguousarray(packed.swapaxes(1, 2)).astype(np.int32)
 
 
-def selection_tables(operands: Operands, tiles: HopperTiles) -> Tables:
+def selection_tables(operands: Operands, config: HopperConfig) -> Tables:
     """The tables of a traced selection: a list for every row of queries, all of it with masks."""
     selection = operands.selection
     assert selection is not None
     batch, heads, rows, most = selection.kv_blocks.shape
     num_blocks = -(-operands.key.shape[1] // selection.block_size)
     inside = (selection.kv_blocks >= 0) & (selection.kv_blocks < num_blocks)
-    blocks, masks = jnp.where(inside, selection.kv_blocks, 0), jnp.where(inside, WHOLE, EMPTY)
+    blocks, mask_ids = jnp.where(inside, selection.kv_blocks, 0), jnp.where(inside, WHOLE, EMPTY)
     first = jnp.arange(batch * heads * rows, dtype=jnp.int32).reshape(batch, heads, rows) * most
-    slices = jnp.stack([first, first + jnp.clip(selection.counts, 0, most)], -1)
+    ranges = jnp.stack([first, first + jnp.clip(selection.counts, 0, most)], -1)
     num_heads, length = operands.query.shape[2], operands.query.shape[1]
-    head = jnp.arange(0, num_heads, tiles.heads) * heads // num_heads
-    row = jnp.arange(-(-length // tiles.queries)) * tiles.queries // selection.query_block
-    slices = slices[:, head][:, :, row][:, :, :, None]
-    return Tables(blocks.reshape(-1), masks.reshape(-1).astype(jnp.int32), slices, None, 0)
+    head = jnp.arange(0, num_heads, config.heads_per_tile) * heads // num_heads
+    row = jnp.arange(-(-length // config.block_q)) * config.block_q // selection.query_block
+    ranges = ranges[:, head][:, :, row][:, :, :, None]
+    return Tables(blocks.reshape(-1), mask_ids.reshape(-1).astype(jnp.int32), ranges, None, 0)

@@ -14,7 +14,7 @@ Key = tuple[int, int, int, int]
 
 
 @functools.cache
-def tuned_tiles(path: pathlib.Path | None = None) -> dict[Key, tuple[int, int, int]]:
+def tuned_configs(path: pathlib.Path | None = None) -> dict[Key, tuple[int, int, int]]:
     """Heads, keys and stages of the tiles to take.
 
     Raises:
@@ -27,7 +27,7 @@ def tuned_tiles(path: pathlib.Path | None = None) -> dict[Key, tuple[int, int, i
         entries = json.loads(path.read_text())["rows"]
         return {
             (entry["head_dim"], entry["value_dim"], entry["block_size"], entry["most_heads"]): (
-                entry["tiles"]["heads"], entry["tiles"]["keys"], entry["tiles"]["stages"]
+                entry["config"]["heads_per_tile"], entry["config"]["block_kv"], entry["config"]["num_stages"]
             )
             for entry in entries
         }  # fmt: skip

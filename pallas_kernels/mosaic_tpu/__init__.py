@@ -13,36 +13,36 @@ from jaxtyping import Array, Bool
 
 from pallas_kernels import xla
 from pallas_kernels.batching import over_sequences
-from pallas_kernels.mosaic_tpu.arrange import arrange, arrange_query_gradient, rows_back
-from pallas_kernels.mosaic_tpu.arrange_keys import arrange_key_gradients, from_packs
+from pallas_kernels.mosaic_tpu.arrange import arrange, prepare_query_grad_inputs, rows_back
+from pallas_kernels.mosaic_tpu.arrange_keys import prepare_kv_grad_inputs, scatter_kv_tiles
 from pallas_kernels.mosaic_tpu.forward import attend
 from pallas_kernels.mosaic_tpu.key_gradient import key_gradients
 from pallas_kernels.mosaic_tpu.query_gradient import query_gradient
 from pallas_kernels.mosaic_tpu.tables import (
-    KeyTables,
+    KVTables,
     Tables,
-    key_tables,
+    kv_tables,
     schedule_tables,
-    selection_key_tables,
+    selection_kv_tables,
     selection_tables,
 )
 from pallas_kernels.mosaic_tpu.tiles import (
     LEAST_ROWS,
     MOST_ROWS,
-    KeyTiles,
-    TpuTiles,
+    KVGradConfig,
+    TpuConfig,
+    choose_config,
     choose_heads,
-    choose_key_tiles,
-    choose_tiles,
+    choose_kv_grad_config,
 )
+from pallas_kernels.nonfinite import depends_on_arrays, unread_keys, zero_unread_keys
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import Sharding
-from pallas_kernels.unread import depends_on_arrays, on_read_arrays, unread_keys
 
 LOG = logging.getLogger("s2jax")
 
-TILES = TpuTiles
+CONFIG = TpuConfig
 DTYPES = ("bfloat16", "float32")
 MOST_FEATURES = 256
 SCALAR_BYTES = 384 << 10
@@ -79,10 +79,10 @@ class BackwardTables:
     """
 
     queries: ForwardTables
-    keys: KeyTables
+    keys: KVTables
 
 
-def refuse(problem: Problem, operands: Operands) -> str | None:
+def unsupported_reason(problem: Problem, operands: Operands) -> str | None:
     """Why this backend cannot do it."""
     query, key, value = operands.query, operands.key, operands.value
     if not isinstance(query.shape[0], int):
@@ -100,24 +100,24 @@ def refuse(problem: Problem, operands: Operands) -> str | None:
         return f"needs query blocks of a power of two from {LEAST_ROWS}, got {selection.query_block}"
     if selection is not None and not selection.kv_blocks.shape[3]:
         return "needs room for one block in every row of a selection"
-    tiles = _tiles(problem, operands)
+    config = _config(problem, operands)
     heads = choose_heads(problem.schedule, selection, query.shape[2], key.shape[2])
-    if tiles.heads not in heads:
-        return f"a tile can have {' or '.join(map(str, heads))} heads here, got {tiles.heads}"
+    if config.heads_per_tile not in heads:
+        return f"a tile can have {' or '.join(map(str, heads))} heads here, got {config.heads_per_tile}"
     least = reads.block_size if selection is None else LEAST_ROWS
-    if tiles.queries < least or (selection is not None and selection.query_block % tiles.queries):
-        return f"a tile of {tiles.queries} queries does not fit blocks of them"
+    if config.block_q < least or (selection is not None and selection.query_block % config.block_q):
+        return f"a tile of {config.block_q} queries does not fit blocks of them"
     if selection is not None:
-        entries = int(np.prod(selection.kv_blocks.shape[2:])) * (reads.block_size // tiles.slot(reads.block_size))
-        return _too_much(4 * entries + 12 * -(-query.shape[1] // tiles.queries), 0)
+        entries = int(np.prod(selection.kv_blocks.shape[2:])) * (reads.block_size // config.slot(reads.block_size))
+        return _too_much(4 * entries + 12 * -(-query.shape[1] // config.block_q), 0)
     try:
-        walked = schedule_tables(reads, tiles)
+        walked = schedule_tables(reads, config)
     except NotImplementedError as reason:
         return str(reason)
     return _too_much(*_memory(walked, operands))
 
 
-def refuse_device(device) -> str | None:
+def unsupported_device_reason(device) -> str | None:
     """Why the kernels cannot run on a TPU; they run on all since v4."""
     return None
 
@@ -128,32 +128,34 @@ def _is_power_of_two(number: int) -> bool:
 
 def _memory(walked: Tables, operands: Operands) -> tuple[int, int]:
     """Bytes of scalar memory for one head, and of vector memory for masks."""
-    rows, parts, _ = walked.slices.shape[2:]
+    rows, parts, _ = walked.ranges.shape[2:]
     # Segments cut every slice without a mask into three.
-    cut = parts + 2 * walked.num_full if operands.query_segment_ids is not None else parts
-    return 4 * (walked.entries.shape[1] + rows * (2 * cut + 1)), 0 if walked.words is None else walked.words.nbytes
+    cut = parts + 2 * walked.num_full_ranges if operands.query_segment_ids is not None else parts
+    return 4 * (
+        walked.entries.shape[1] + rows * (2 * cut + 1)
+    ), 0 if walked.mask_bits is None else walked.mask_bits.nbytes
 
 
-def _too_much(scalars: int, words: int) -> str | None:
+def _too_much(scalars: int, mask_bits: int) -> str | None:
     if scalars > SCALAR_BYTES:
         return f"the lists of a head need {scalars} bytes of scalar memory, of {SCALAR_BYTES}"
-    if words > RESIDENT_BYTES:
-        return f"the masks need {words} bytes of vector memory, of {RESIDENT_BYTES}"
+    if mask_bits > RESIDENT_BYTES:
+        return f"the masks need {mask_bits} bytes of vector memory, of {RESIDENT_BYTES}"
     return None
 
 
-def _tiles(problem: Problem, operands: Operands) -> TpuTiles:
-    if problem.tiles is not None:
-        return problem.tiles
+def _config(problem: Problem, operands: Operands) -> TpuConfig:
+    if problem.config is not None:
+        return problem.config
     query, key = operands.query, operands.key
     shapes = problem.schedule, operands.selection, query.shape[2], key.shape[2], query.shape[1], key.shape[1]
-    tiles = choose_tiles(*shapes)
+    config = choose_config(*shapes)
     # Fewer heads in a tile are fewer tiles for each, whose slices take less scalar memory.
     for heads in reversed(choose_heads(*shapes[:4])):
-        tiles = choose_tiles(*shapes, heads)
-        if problem.schedule is None or _too_much(*_memory(schedule_tables(problem.schedule, tiles), operands)) is None:
+        config = choose_config(*shapes, heads)
+        if problem.schedule is None or _too_much(*_memory(schedule_tables(problem.schedule, config), operands)) is None:
             break
-    return tiles
+    return config
 
 
 def forward_tables(problem: Problem, operands: Operands) -> ForwardTables | None:
@@ -161,9 +163,9 @@ def forward_tables(problem: Problem, operands: Operands) -> ForwardTables | None
     schedule = problem.schedule
     if schedule is None:
         return None
-    walked = schedule_tables(schedule, _tiles(problem, operands))
+    walked = schedule_tables(schedule, _config(problem, operands))
     if depends_on_arrays(problem, operands):
-        return ForwardTables(walked, None, xla.backward_tables(dataclasses.replace(problem, tiles=None), operands))
+        return ForwardTables(walked, None, xla.backward_tables(dataclasses.replace(problem, config=None), operands))
     return ForwardTables(walked, unread_keys(schedule), None)
 
 
@@ -173,44 +175,44 @@ def backward_tables(problem: Problem, operands: Operands) -> typing.Any:
     if problem.schedule is None or queries is None:
         return None
     try:
-        keys = key_tables(problem.schedule, _key_tiles(problem, operands))
+        keys = kv_tables(problem.schedule, _kv_grad_config(problem, operands))
         reason = _too_much_backward(*_memory(keys.walked, operands), operands)
     except NotImplementedError as told:
         keys, reason = None, str(told)
     if keys is None or reason is not None:
         LOG.info("mosaic_tpu leaves the gradients to xla: %s", reason)
-        return xla.backward_tables(dataclasses.replace(problem, tiles=None), operands)
+        return xla.backward_tables(dataclasses.replace(problem, config=None), operands)
     return BackwardTables(queries, keys)
 
 
-def _too_much_backward(scalars: int, words: int, operands: Operands) -> str | None:
+def _too_much_backward(scalars: int, mask_bits: int, operands: Operands) -> str | None:
     """Why the kernel of the keys' gradients cannot do it: it has lse and delta of all heads of a group at hand."""
     length, num_heads = operands.query.shape[1:3]
     of_queries = 8 * length * num_heads // operands.key.shape[2]
     if of_queries > 4 * RESIDENT_BYTES:
         return f"lse and delta of a group need {of_queries} bytes of vector memory, of {4 * RESIDENT_BYTES}"
-    return _too_much(scalars, words)
+    return _too_much(scalars, mask_bits)
 
 
-def _selection_too_large(operands: Operands, selection: BlockSelection, tiles: KeyTiles) -> bool:
+def _selection_too_large(operands: Operands, selection: BlockSelection, config: KVGradConfig) -> bool:
     """Whether the transpose of a selection does not fit into scalar memory."""
     batch_heads, num_rows, most = selection.kv_blocks.shape[1:]
-    rounds = max(1, batch_heads // operands.key.shape[2])
-    entries = num_rows * most * (selection.query_block // tiles.slot(selection.query_block))
-    scalars = 4 * rounds * (entries + 3 * -(-operands.key.shape[1] // tiles.rows))
+    head_passes = max(1, batch_heads // operands.key.shape[2])
+    entries = num_rows * most * (selection.query_block // config.slot(selection.query_block))
+    scalars = 4 * head_passes * (entries + 3 * -(-operands.key.shape[1] // config.block_kv))
     return _too_much_backward(scalars, 0, operands) is not None
 
 
-def _key_tiles(problem: Problem, operands: Operands) -> KeyTiles:
+def _kv_grad_config(problem: Problem, operands: Operands) -> KVGradConfig:
     query, key = operands.query, operands.key
     lengths = query.shape[1], key.shape[1]
-    return choose_key_tiles(problem.schedule, operands.selection, query.shape[2], key.shape[2], *lengths)
+    return choose_kv_grad_config(problem.schedule, operands.selection, query.shape[2], key.shape[2], *lengths)
 
 
 def table_specs(tables: typing.Any, sharding: Sharding) -> typing.Any:
     """How the tables are split over a mesh: slices and the choice of a list with their heads, all else not at all."""
     if isinstance(tables, BackwardTables):
-        keys = KeyTables(_split(tables.keys.walked, sharding), typing.cast(typing.Any, sharding.of(heads=0, ndim=3)))
+        keys = KVTables(_split(tables.keys.walked, sharding), typing.cast(typing.Any, sharding.of(heads=0, ndim=3)))
         return BackwardTables(table_specs(tables.queries, sharding), keys)
     if not isinstance(tables, ForwardTables):
         return xla.table_specs(tables, sharding)
@@ -221,7 +223,7 @@ def table_specs(tables: typing.Any, sharding: Sharding) -> typing.Any:
 
 def _split(walked: Tables, sharding: Sharding) -> typing.Any:
     whole: typing.Any = jax.tree.map(lambda array: PartitionSpec(), walked)
-    return dataclasses.replace(whole, lists=sharding.of(heads=1, ndim=2), slices=sharding.of(heads=1, ndim=5))
+    return dataclasses.replace(whole, lists=sharding.of(heads=1, ndim=2), ranges=sharding.of(heads=1, ndim=5))
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
@@ -230,16 +232,16 @@ def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
 
 
 def _forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
-    tiles = _tiles(problem, operands)
+    config = _config(problem, operands)
 
     def run(operands: Operands) -> tuple[Array, Array]:
-        walked = _walked(operands, operands.tables, tiles)
-        plan, inputs, grid = arrange(problem, operands, walked, tiles)
+        walked = _walked(operands, operands.tables, config)
+        plan, inputs, grid = arrange(problem, operands, walked, config)
         out, lse = attend(plan, inputs)
-        out = grid.take_back(out.swapaxes(1, 2), 1)[..., : operands.value.shape[3]]
-        return out, rows_back(grid, lse, tiles.heads)
+        out = grid.unpad(out.swapaxes(1, 2), 1)[..., : operands.value.shape[3]]
+        return out, rows_back(grid, lse, config.heads_per_tile)
 
-    return _on_read_arrays(problem, operands, ("value",), run)
+    return _zero_unread_keys(problem, operands, ("value",), run)
 
 
 def backward(problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array) -> tuple[Array, Array, Array]:
@@ -257,44 +259,48 @@ def _backward(
     problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array
 ) -> tuple[Array, Array, Array]:
     tables: BackwardTables | None = operands.tables
-    key_tiles, selection = _key_tiles(problem, operands), operands.selection
-    too_large = selection is not None and _selection_too_large(operands, selection, key_tiles)
+    kv_grad_config, selection = _kv_grad_config(problem, operands), operands.selection
+    too_large = selection is not None and _selection_too_large(operands, selection, kv_grad_config)
     if too_large or not (tables is None or isinstance(tables, BackwardTables)):
-        return xla.backward(dataclasses.replace(problem, tiles=None), operands, dout, lse, delta)
+        return xla.backward(dataclasses.replace(problem, config=None), operands, dout, lse, delta)
     # Queries that do not exist seem to read, too: what nobody else reads must not be a NaN.
     run = functools.partial(_gradients, problem, dout, lse, delta, None if tables is None else tables.keys)
     operands = dataclasses.replace(operands, tables=None if tables is None else tables.queries)
-    return _on_read_arrays(problem, operands, ("key", "value"), run)
+    return _zero_unread_keys(problem, operands, ("key", "value"), run)
 
 
 def _gradients(
-    problem: Problem, dout: Array, lse: Array, delta: Array, packs: KeyTables | None, operands: Operands
+    problem: Problem, dout: Array, lse: Array, delta: Array, kv_tiles: KVTables | None, operands: Operands
 ) -> tuple[Array, Array, Array]:
-    tiles, key_tiles, over_keys = _tiles(problem, operands), _key_tiles(problem, operands), operands.tables
+    config, kv_grad_config, over_keys = _config(problem, operands), _kv_grad_config(problem, operands), operands.tables
     key, value, of_rows = operands.key, operands.value, (dout, lse, delta)
-    plan, inputs, grid = arrange_query_gradient(problem, operands, *of_rows, _walked(operands, over_keys, tiles), tiles)
-    dquery = grid.take_back(query_gradient(plan, inputs).swapaxes(1, 2), 1)[..., : operands.query.shape[3]]
-    if packs is None:
+    plan, inputs, grid = prepare_query_grad_inputs(
+        problem, operands, *of_rows, _walked(operands, over_keys, config), config
+    )
+    dquery = grid.unpad(query_gradient(plan, inputs).swapaxes(1, 2), 1)[..., : operands.query.shape[3]]
+    if kv_tiles is None:
         assert operands.selection is not None  # all else has tables
-        packs = selection_key_tables(operands, operands.selection, key_tiles)
-    plan, inputs = arrange_key_gradients(problem, operands, *of_rows, packs, key_tiles)
+        kv_tiles = selection_kv_tables(operands, operands.selection, kv_grad_config)
+    plan, inputs = prepare_kv_grad_inputs(problem, operands, *of_rows, kv_tiles, kv_grad_config)
     reads = problem.schedule or operands.selection
     assert reads is not None  # one of the two says what is read
-    members = jnp.asarray(packs.members)
-    dkey, dvalue = (from_packs(each, members, reads.block_size, key.shape[1]) for each in key_gradients(plan, inputs))
+    members = jnp.asarray(kv_tiles.members)
+    dkey, dvalue = (
+        scatter_kv_tiles(each, members, reads.block_size, key.shape[1]) for each in key_gradients(plan, inputs)
+    )
     return dquery, dkey[..., : key.shape[3]], dvalue[..., : value.shape[3]]
 
 
-def _walked(operands: Operands, tables: ForwardTables | None, tiles: TpuTiles) -> Tables:
+def _walked(operands: Operands, tables: ForwardTables | None, config: TpuConfig) -> Tables:
     if tables is not None:
         return tables.walked
     assert operands.selection is not None  # all else has tables
-    return selection_tables(operands, operands.selection, tiles)
+    return selection_tables(operands, operands.selection, config)
 
 
-def _on_read_arrays(problem: Problem, operands: Operands, names: tuple[str, ...], run: typing.Callable) -> typing.Any:
+def _zero_unread_keys(problem: Problem, operands: Operands, names: tuple[str, ...], run: typing.Callable) -> typing.Any:
     tables: ForwardTables | None = operands.tables
     if tables is None:
-        return on_read_arrays(problem, operands, names, None, None, run)
+        return zero_unread_keys(problem, operands, names, None, None, run)
     unread = None if tables.unread is None else jnp.asarray(tables.unread)
-    return on_read_arrays(problem, operands, names, unread, tables.walks, run)
+    return zero_unread_keys(problem, operands, names, unread, tables.walks, run)

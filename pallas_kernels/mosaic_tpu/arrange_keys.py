@@ -6,18 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.grid import Grid, edge_ids, make_grid, pad
 from pallas_kernels.mosaic_tpu.arrange import Inputs, beside, by_lanes, in_pieces, lanes
 from pallas_kernels.mosaic_tpu.plan import LOG2E, Plan
-from pallas_kernels.mosaic_tpu.tables import KeyTables
-from pallas_kernels.mosaic_tpu.tiles import LANES, KeyTiles
-from pallas_kernels.mosaic_tpu.walk import numbers_of
+from pallas_kernels.mosaic_tpu.tables import KVTables
+from pallas_kernels.mosaic_tpu.tiles import LANES, KVGradConfig
+from pallas_kernels.mosaic_tpu.walk import row_scalars
+from pallas_kernels.padding import QueryGrid, edge_ids, make_query_grid, pad
 from pallas_kernels.problem import Operands, Problem
-from pallas_kernels.segments import find, narrow_packs
+from pallas_kernels.segments import find, narrow_kv_tiles
 
 
-def arrange_key_gradients(
-    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, tables: KeyTables, tiles: KeyTiles
+def prepare_kv_grad_inputs(
+    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, tables: KVTables, config: KVGradConfig
 ) -> tuple[Plan, Inputs]:
     """The plan and the inputs of the kernel.
 
@@ -28,41 +28,42 @@ def arrange_key_gradients(
     reads = problem.schedule or operands.selection
     assert reads is not None  # one of the two says what is read
     size = reads.block_size if operands.selection is None else operands.selection.query_block
-    grid = make_grid(problem, operands, size)
+    grid = make_query_grid(problem, operands, size)
     query, key, value = operands.query, operands.key, operands.value
-    length = -(-grid.tiles * size // LANES) * LANES
+    length = -(-grid.num_tiles * size // LANES) * LANES
 
     def of_queries(array: Array, nothing: float) -> Array:
         return by_lanes(grid.place(array.swapaxes(1, 2), length, nothing).swapaxes(1, 2))
 
     first_row = None if isinstance(grid.first, int) else grid.first
-    slices, conditions = _segments(operands, grid, tables, reads.block_size)
+    ranges, conditions = _segments(operands, grid, tables, reads.block_size)
     if first_row is not None:
         first = first_row[:, None, None, None]
-        edges = [find(tables.walked.blocks, slices, edge) for edge in (first, first + grid.tiles)]
-        slices = jnp.stack(edges, -1)
+        edges = [find(tables.walked.blocks, ranges, edge) for edge in (first, first + grid.num_tiles)]
+        ranges = jnp.stack(edges, -1)
     walked, members = tables.walked, jnp.asarray(tables.members)
-    num_kv_heads, packs, blocks = members.shape
-    by_round = slices.reshape(*slices.shape[:2], packs, -1, *slices.shape[3:])
-    rounds = query.shape[2] // num_kv_heads // tiles.heads
-    slices = jnp.broadcast_to(by_round, (*by_round.shape[:3], rounds, *by_round.shape[4:]))
+    num_kv_heads, kv_tiles, blocks = members.shape
+    by_head_pass = ranges.reshape(*ranges.shape[:2], kv_tiles, -1, *ranges.shape[3:])
+    head_passes = query.shape[2] // num_kv_heads // config.heads_per_step
+    ranges = jnp.broadcast_to(by_head_pass, (*by_head_pass.shape[:3], head_passes, *by_head_pass.shape[4:]))
     plan = Plan(
-        batch=query.shape[0], head_tiles=num_kv_heads, tiles=packs, rounds=rounds, row_heads=1,
+        batch=query.shape[0], head_tiles=num_kv_heads, num_tiles=kv_tiles, head_passes=head_passes, row_heads=1,
         row_tokens=blocks * reads.block_size, group=query.shape[2] // num_kv_heads, key_dim=lanes(query.shape[3]),
-        value_dim=lanes(value.shape[3]), dtype=np.dtype(query.dtype), step=tiles.step, step_heads=tiles.heads,
-        slot=tiles.slot(size), piece_bits=walked.piece_bits,
-        nothing=0 if walked.words is None else walked.nothing,
-        num_parts=slices.shape[4], num_full=walked.num_full, list_length=walked.entries.shape[1],
+        value_dim=lanes(value.shape[3]), dtype=np.dtype(query.dtype), step_size=config.step_size,
+        step_heads=config.heads_per_step,
+        slot=config.slot(size), piece_bits=walked.piece_bits,
+        nothing=0 if walked.mask_bits is None else walked.nothing,
+        num_ranges=ranges.shape[4], num_full_ranges=walked.num_full_ranges, list_length=walked.entries.shape[1],
         in_steps=walked.in_steps and first_row is None and not conditions,
         scale=problem.scale, soft_cap=problem.logits_soft_cap, ascending=False,
-        member_size=reads.block_size if walked.words is None else None,
+        member_size=reads.block_size if walked.mask_bits is None else None,
     )  # fmt: skip
-    source = beside(grid.place(query, grid.tiles * size), grid.place(dout, grid.tiles * size))
-    both = of_packs(beside(key, value), members, reads.block_size)
+    source = beside(grid.place(query, grid.num_tiles * size), grid.place(dout, grid.num_tiles * size))
+    both = gather_kv_tiles(beside(key, value), members, reads.block_size)
     inputs = Inputs(
         jnp.asarray(walked.lists).reshape(-1), jnp.asarray(walked.entries)[:, None],
-        numbers_of(slices.reshape(*slices.shape[:2], -1, *slices.shape[4:])),
-        None if walked.words is None else jnp.asarray(walked.words),
+        row_scalars(ranges.reshape(*ranges.shape[:2], -1, *ranges.shape[4:])),
+        None if walked.mask_bits is None else jnp.asarray(walked.mask_bits),
         in_pieces(source, plan.slot), both[..., : plan.key_dim], both[..., plan.key_dim :],
         first_piece=None if first_row is None else first_row * walked.pieces,
         lse=of_queries(lse * LOG2E, np.inf), delta=of_queries(delta, 0),
@@ -71,7 +72,7 @@ def arrange_key_gradients(
     return plan, inputs
 
 
-def of_packs(array: Array, members: Array, size: int) -> Array:
+def gather_kv_tiles(array: Array, members: Array, size: int) -> Array:
     """[b, k, s, f] -> [b, k, rows of packs, f]."""
     array = pad(array, 2, size)
     blocks = array.reshape(*array.shape[:2], -1, size, array.shape[3])
@@ -79,7 +80,7 @@ def of_packs(array: Array, members: Array, size: int) -> Array:
     return jnp.take_along_axis(blocks, order, 2).reshape(*array.shape[:2], -1, array.shape[3])
 
 
-def from_packs(array: Array, members: Array, size: int, length: int) -> Array:
+def scatter_kv_tiles(array: Array, members: Array, size: int, length: int) -> Array:
     """[b, k, rows of packs, f] -> [b, length, k, f]: every block is in one pack."""
     flat_members = members.reshape(len(members), -1)
     num_blocks = -(-length // size)
@@ -92,28 +93,30 @@ def from_packs(array: Array, members: Array, size: int, length: int) -> Array:
     return found.reshape(*array.shape[:2], -1, array.shape[3])[:, :, :length].swapaxes(1, 2)
 
 
-def _segments(operands: Operands, grid: Grid, tables: KeyTables, size: int) -> tuple[Array, dict]:
+def _segments(operands: Operands, grid: QueryGrid, tables: KVTables, size: int) -> tuple[Array, dict]:
     """The slices without the queries that share no segment with a pack, and the ids of queries and of packs' keys."""
-    slices = jnp.asarray(tables.walked.slices)
+    ranges = jnp.asarray(tables.walked.ranges)
     if operands.query_segment_ids is None or operands.kv_segment_ids is None:
-        return slices, {}
+        return ranges, {}
     ids, kv_ids = edge_ids(grid, operands.query_segment_ids), operands.kv_segment_ids
     kv_ids = jnp.pad(kv_ids, ((0, 0), (0, -kv_ids.shape[1] % size)), mode="edge").reshape(len(kv_ids), -1, size)
     # A place without a block takes the first one's ids.
     members = jnp.asarray(tables.members)
     members = jnp.maximum(jnp.where(members < 0, members[..., :1], members), 0)
     kv_ids = kv_ids[:, members].reshape(len(kv_ids), *members.shape[:2], -1)
-    packs = members.shape[1]
+    kv_tiles = members.shape[1]
     first_row = 0 if isinstance(grid.first, int) else grid.first[:, None, None]
-    by_round = slices.reshape(*slices.shape[:2], packs, -1, *slices.shape[3:])
-    narrowed = narrow_packs(tables.walked.blocks, by_round, tables.walked.num_full, ids, kv_ids, first_row)
+    by_head_pass = ranges.reshape(*ranges.shape[:2], kv_tiles, -1, *ranges.shape[3:])
+    narrowed = narrow_kv_tiles(
+        tables.walked.blocks, by_head_pass, tables.walked.num_full_ranges, ids, kv_ids, first_row
+    )
     conditions: dict[str, typing.Any] = {
         "column_segments": by_lanes(ids.reshape(len(ids), -1)), "row_segments": kv_ids[:, :, :, None],
     }  # fmt: skip
     return narrowed.reshape(*narrowed.shape[:2], -1, *narrowed.shape[4:]), conditions
 
 
-def _positions(operands: Operands, tables: KeyTables, size: int) -> dict:
+def _positions(operands: Operands, tables: KVTables, size: int) -> dict:
     """Of packs' keys and of the first query, where a selection is causal."""
     if operands.selection is None or not operands.selection.causal:
         return {}

@@ -18,7 +18,7 @@ PLACES = 2 * AT_ONCE
 class Slot(typing.NamedTuple):
     """What a slot of a step holds: the kind of its mask, and its first token."""
 
-    kind: typing.Any
+    mask_id: typing.Any
     token: typing.Any
 
 
@@ -73,7 +73,7 @@ class Ring(typing.NamedTuple):
         each = plan.slots * plan.step_heads
         here = self.buffer.at[pl.ds(place * each, each)]
         first, second = here[:, :, : plan.key_dim], here[:, :, plan.key_dim :]
-        return first.reshape(plan.step, plan.key_dim), second.reshape(plan.step, plan.value_dim)
+        return first.reshape(plan.step_size, plan.key_dim), second.reshape(plan.step_size, plan.value_dim)
 
     def slots(self, plan: Plan, place) -> list[Slot]:
         """What the slots of a step hold."""

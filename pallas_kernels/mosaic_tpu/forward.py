@@ -20,7 +20,7 @@ from pallas_kernels.mosaic_tpu.masks import widen
 from pallas_kernels.mosaic_tpu.plan import LOG2E, Plan
 from pallas_kernels.mosaic_tpu.products import across, along, to_lanes
 from pallas_kernels.mosaic_tpu.query_tile import QueryTile
-from pallas_kernels.mosaic_tpu.tile import Scratch, Turn, scratch_of
+from pallas_kernels.mosaic_tpu.tile import Scratch, StepGroup, scratch_of
 from pallas_kernels.mosaic_tpu.tiles import LANES
 
 LEAST = float(jnp.finfo(jnp.float32).min)
@@ -48,8 +48,8 @@ class Sums(typing.NamedTuple):
 
 def attend(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
     """out [b, h, t, e] in the query's dtype and lse [b, heads of tiles, tiles, 1, rows], in whole tiles."""
-    out_shape = plan.batch, plan.head_tiles * plan.row_heads, plan.tiles * plan.row_tokens, plan.value_dim
-    lse_shape = plan.batch, plan.head_tiles, plan.tiles, 1, plan.rows
+    out_shape = plan.batch, plan.head_tiles * plan.row_heads, plan.num_tiles * plan.row_tokens, plan.value_dim
+    lse_shape = plan.batch, plan.head_tiles, plan.num_tiles, 1, plan.rows
     specs = Specs(plan, inputs.lists)
     out, lse = jax.ShapeDtypeStruct(out_shape, plan.dtype), jax.ShapeDtypeStruct(lse_shape, jnp.float32)
     results = (out, specs.tokens(out)), (lse, specs.rows(lse))
@@ -60,29 +60,29 @@ def attend(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
         tile, sums = QueryTile(plan, inputs, lists, scratch), scratch.own
         tile.begin()
         pl.when(tile.is_first)(sums.clear)
-        tile.fold(functools.partial(_turn, plan, tile, sums))
+        tile.fold(functools.partial(_step_group, plan, tile, sums))
         _finish(plan, tile, sums, *results)
 
     out, lse = launch("forward", plan, inputs, inputs.specs(plan), results, scratch_of(plan, inputs, sums), run)
     return out, lse
 
 
-def _turn(plan: Plan, tile: QueryTile, sums: Sums, turn: Turn) -> None:
+def _step_group(plan: Plan, tile: QueryTile, sums: Sums, group: StepGroup) -> None:
     query = tile.inputs.first[...].reshape(plan.rows, plan.key_dim)
-    keys_and_values = [tile.ring.read(plan, place) for place in turn.places]
+    keys_and_values = [tile.ring.read(plan, place) for place in group.places]
     # All products with keys first, so that the second one runs under the first softmax.
     products = [along(query, key) for key, _ in keys_and_values]
-    masks = [tile.allowed(place) for place in turn.places] if turn.masked else []
-    turn.begin_next()
+    masks = [tile.allowed(place) for place in group.places] if group.masked else []
+    group.begin_next()
     most, total = sums.most[...], sums.total[...]
     for step, (_, value) in enumerate(keys_and_values):
         logits = capped(plan, products[step])
-        if turn.masked:
+        if group.masked:
             logits = jnp.where(masks[step], logits, -jnp.inf)
         before, most = most, jnp.maximum(most, logits.max(1, keepdims=True))
         shrink = jnp.exp2((before - most) * unit(plan))
-        weights = jnp.exp2((logits - widen(most, plan.step)) * unit(plan))
-        lanes = [weights[:, first : first + LANES] for first in range(0, plan.step, LANES)]
+        weights = jnp.exp2((logits - widen(most, plan.step_size)) * unit(plan))
+        lanes = [weights[:, first : first + LANES] for first in range(0, plan.step_size, LANES)]
         total = total * shrink + sum(lanes[1:], lanes[0])
         out = across(weights.astype(plan.dtype), value)
         sums.out[...] = sums.out[...] * widen(shrink, plan.value_dim) + out

@@ -102,7 +102,7 @@ def launch(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(plan.batch, plan.head_tiles, plan.tiles),
+            grid=(plan.batch, plan.head_tiles, plan.num_tiles),
             in_specs=blocks,
             out_specs=[spec for _, spec in results],
             scratch_shapes=memory,
@@ -111,7 +111,7 @@ def launch(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             disable_bounds_checks=True,
-            vmem_limit_bytes=ROOM + ROOM_OF_PAIR * plan.rows * plan.step + sum(map(_resident, arrays, blocks)),
+            vmem_limit_bytes=ROOM + ROOM_OF_PAIR * plan.rows * plan.step_size + sum(map(_resident, arrays, blocks)),
         ),
         name=f"s2jax_{name}",
     )(lists, *arrays)

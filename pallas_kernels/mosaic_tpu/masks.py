@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from pallas_kernels.mosaic_tpu.copies import Slot
 from pallas_kernels.mosaic_tpu.plan import Plan
-from pallas_kernels.mosaic_tpu.tables import WORD
+from pallas_kernels.mosaic_tpu.tables import WORD_BITS
 from pallas_kernels.mosaic_tpu.tiles import LANES
 
 SUBLANES = 8
@@ -22,13 +22,13 @@ class Conditions(typing.NamedTuple):
     """What masks are made of, in references; what is absent is None.
 
     Attributes:
-      words: int32 [kinds, words, columns].
+      mask_bits: int32 [masks, words, columns].
       row_segments, row_positions: int32 [rows, LANES], each row's in all lanes.
       segments: int32 [tokens / LANES, LANES], of columns.
       first: position of the columns' first token.
     """
 
-    words: typing.Any
+    mask_bits: typing.Any
     row_segments: typing.Any
     row_positions: typing.Any
     segments: typing.Any
@@ -38,23 +38,23 @@ class Conditions(typing.NamedTuple):
 def allowed(plan: Plan, conditions: Conditions, slots: list[Slot]) -> Array:
     """Which columns of a step the rows of a tile see: bool [rows, step]."""
     found = []
-    if conditions.words is not None:
-        found.append(_bits(plan, conditions.words, slots))
+    if conditions.mask_bits is not None:
+        found.append(_bits(plan, conditions.mask_bits, slots))
     if plan.member_size is not None:
         found.append(_members(plan, slots))
     if conditions.segments is not None:
         ids = over_lanes(plan, slots, lambda slot, _, lane: lane_row(plan, conditions.segments, slot, lane))
-        found.append(widen(conditions.row_segments[...], plan.step) == ids[:1])
+        found.append(widen(conditions.row_segments[...], plan.step_size) == ids[:1])
     if conditions.row_positions is not None:
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, max(plan.slot, LANES)), 1)
         in_slot = (lane & (plan.slot - 1)) + conditions.first
 
         def position(slot: Slot, *_) -> Array:
             here = slot.token + in_slot
-            return jnp.where(slot.kind == plan.nothing, NOWHERE, here) if plan.ascending else here
+            return jnp.where(slot.mask_id == plan.nothing, NOWHERE, here) if plan.ascending else here
 
         columns = over_lanes(plan, slots, position)
-        rows = widen(conditions.row_positions[...], plan.step)
+        rows = widen(conditions.row_positions[...], plan.step_size)
         found.append(columns <= rows if plan.ascending else columns >= rows)
     allowed = found[0]
     for each in found[1:]:
@@ -97,11 +97,12 @@ def lane_row(plan: Plan, table, slot: Slot, lane: int) -> Array:
 
 
 def _bits(plan: Plan, table, slots: list[Slot]) -> Array:
-    width = min(plan.row_tokens, WORD)
-    words = over_lanes(plan, slots, lambda slot, *_: table[slot.kind])
-    bit = jnp.left_shift(1, jax.lax.broadcasted_iota(jnp.int32, (width, plan.step), 0))
+    width = min(plan.row_tokens, WORD_BITS)
+    mask_bits = over_lanes(plan, slots, lambda slot, *_: table[slot.mask_id])
+    bit = jnp.left_shift(1, jax.lax.broadcasted_iota(jnp.int32, (width, plan.step_size), 0))
     seen = [
-        jnp.broadcast_to(words[index : index + 1], bit.shape) & bit != 0 for index in range(plan.row_tokens // width)
+        jnp.broadcast_to(mask_bits[index : index + 1], bit.shape) & bit != 0
+        for index in range(plan.row_tokens // width)
     ]
     return jnp.concatenate(seen * plan.row_heads, 0)
 
@@ -110,6 +111,6 @@ def _members(plan: Plan, slots: list[Slot]) -> Array:
     """Of entries that have a bit for each block of rows."""
     assert plan.member_size is not None  # else there are no such bits
     shape = SUBLANES, max(plan.slot, LANES)
-    kinds = over_lanes(plan, slots, lambda slot, *_: jnp.full(shape, slot.kind, jnp.int32))
-    member = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.step), 0) >> (plan.member_size.bit_length() - 1)
-    return jnp.broadcast_to(kinds[:1], member.shape) >> member & 1 != 0
+    mask_ids = over_lanes(plan, slots, lambda slot, *_: jnp.full(shape, slot.mask_id, jnp.int32))
+    member = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.step_size), 0) >> (plan.member_size.bit_length() - 1)
+    return jnp.broadcast_to(mask_ids[:1], member.shape) >> member & 1 != 0

@@ -17,11 +17,11 @@ class Plan:
 
     Attributes:
       head_tiles: how many times the tiles are walked, once for all heads in a tile.
-      tiles: how many there are each time.
-      rounds: how many times each tile is walked, each time by lists of its own.
+      num_tiles: how many there are each time.
+      head_passes: how many times each tile is walked, each time by lists of its own.
       row_heads, row_tokens: of a tile.
       key_dim, value_dim: padded to lanes.
-      step: rows of what a step multiplies the tile with.
+      step_size: rows of what a step multiplies the tile with.
       step_heads: heads that a step has of every token.
       slot: tokens that one copy brings.
       piece_bits: of an entry, which the number of the slot's tokens takes.
@@ -36,21 +36,21 @@ class Plan:
 
     batch: int
     head_tiles: int
-    tiles: int
-    rounds: int
+    num_tiles: int
+    head_passes: int
     row_heads: int
     row_tokens: int
     group: int
     key_dim: int
     value_dim: int
     dtype: np.dtype
-    step: int
+    step_size: int
     step_heads: int
     slot: int
     piece_bits: int
     nothing: int
-    num_parts: int
-    num_full: int
+    num_ranges: int
+    num_full_ranges: int
     list_length: int
     in_steps: bool
     scale: float
@@ -64,9 +64,9 @@ class Plan:
 
     @property
     def slots(self) -> int:
-        return self.step // (self.slot * self.step_heads)
+        return self.step_size // (self.slot * self.step_heads)
 
     @property
     def row_numbers(self) -> int:
         """What scalar memory holds of every row: the ends of its slices, and the next row that reads something."""
-        return 2 * self.num_parts + 1
+        return 2 * self.num_ranges + 1

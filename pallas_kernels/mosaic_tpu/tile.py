@@ -16,7 +16,7 @@ from pallas_kernels.mosaic_tpu.tiles import LANES
 from pallas_kernels.mosaic_tpu.walk import AT_ONCE, Cursor, Row, read_row
 
 
-class Turn(typing.NamedTuple):
+class StepGroup(typing.NamedTuple):
     """What is computed in one go.
 
     Attributes:
@@ -26,7 +26,7 @@ class Turn(typing.NamedTuple):
       begin_next: starts the copies of as many steps further on; what is read of the ring is to be read before.
     """
 
-    round: int
+    head_pass: int
     places: list
     masked: bool
     begin_next: typing.Callable[[], None]
@@ -73,13 +73,13 @@ class Tile:
         batch, self.head_tile, self.tile = (pl.program_id(axis) for axis in range(3))
         at = self.head_tile + (batch * plan.head_tiles if lists.shape[0] > plan.head_tiles else 0)
         self.list_start = lists[at] * plan.list_length
-        self.is_first, self.is_last = self.tile == 0, self.tile == plan.tiles - 1
+        self.is_first, self.is_last = self.tile == 0, self.tile == plan.num_tiles - 1
         self.scratch = scratch
         self.source_head = self._source_head(batch)
         self.first_piece = None if inputs.first_piece is None else inputs.first_piece[batch]
         first = 0 if inputs.first_position is None else inputs.first_position[batch]
         self.conditions = Conditions(
-            inputs.words, scratch.row_segments, scratch.row_positions, inputs.column_segments, first
+            inputs.mask_bits, scratch.row_segments, scratch.row_positions, inputs.column_segments, first
         )
 
     def _source_head(self, batch):
@@ -87,7 +87,7 @@ class Tile:
         raise NotImplementedError
 
     def _row(self, number) -> Row:
-        return read_row(self.plan, self.inputs.slices, self.list_start, number)
+        return read_row(self.plan, self.inputs.ranges, self.list_start, number)
 
     def allowed(self, place) -> Array:
         """Which columns of a step the rows see: bool [rows, step]."""
@@ -104,13 +104,13 @@ class Tile:
 
         @pl.when(self.is_first)
         def _():
-            first = self.inputs.slices[0, self.plan.tiles * self.plan.rounds * self.plan.row_numbers]
+            first = self.inputs.ranges[0, self.plan.num_tiles * self.plan.head_passes * self.plan.row_numbers]
             cursor = Cursor(first, jnp.int32(0), jnp.int32(0))
             self._store(jax.lax.fori_loop(0, AT_ONCE, lambda _, cursor: self._begin_step(cursor), cursor))
 
-    def fold(self, compute: typing.Callable[[Turn], None]) -> None:
+    def fold(self, compute: typing.Callable[[StepGroup], None]) -> None:
         """`compute(turn)` for all of them. While one is computed, the next one's copies run, be it another tile's."""
-        for number in range(self.plan.rounds):
+        for number in range(self.plan.head_passes):
             self._fold_round(number, compute)
 
         @pl.when(self.is_last)
@@ -120,11 +120,11 @@ class Tile:
             for step in range(AT_ONCE):
                 self.ring.wait(self.plan, after(place, AT_ONCE + step))
 
-    def _fold_round(self, number: int, compute: typing.Callable[[Turn], None]) -> None:
+    def _fold_round(self, number: int, compute: typing.Callable[[StepGroup], None]) -> None:
         plan, ring = self.plan, self.ring
-        row = self._row(self.tile * plan.rounds + number)
+        row = self._row(self.tile * plan.head_passes + number)
 
-        def turns(masked: bool, steps: int):
+        def step_groups(masked: bool, steps: int):
             def body(_, cursor: Cursor) -> Cursor:
                 places = [after(cursor.place, AT_ONCE + step) for step in range(steps)]
                 for place in places:
@@ -137,18 +137,18 @@ class Tile:
                         following = self._begin_step(following)
                     reached.append(following)
 
-                compute(Turn(number, places, masked, begin_next))
+                compute(StepGroup(number, places, masked, begin_next))
                 return reached[0]
 
             return body
 
         cursor = Cursor(*(self.cursor[index] for index in range(3)))
-        steps, plain = row.steps(plan), row.turns_without_mask(plan)
+        steps, plain = row.steps(plan), row.groups_without_mask(plan)
         whole = jax.lax.div(steps, AT_ONCE)
-        if plan.num_full:
-            cursor = jax.lax.fori_loop(0, plain, turns(False, AT_ONCE), cursor)
-        cursor = jax.lax.fori_loop(plain, whole, turns(True, AT_ONCE), cursor)
-        cursor = jax.lax.fori_loop(whole * AT_ONCE, steps, turns(True, 1), cursor)
+        if plan.num_full_ranges:
+            cursor = jax.lax.fori_loop(0, plain, step_groups(False, AT_ONCE), cursor)
+        cursor = jax.lax.fori_loop(plain, whole, step_groups(True, AT_ONCE), cursor)
+        cursor = jax.lax.fori_loop(whole * AT_ONCE, steps, step_groups(True, 1), cursor)
         self._store(cursor)
 
     def _store(self, cursor: Cursor) -> None:
@@ -159,8 +159,8 @@ class Tile:
         """Starts a step's copies; gives back the step after it."""
         plan, row = self.plan, self._row(cursor.row)
         head = self.source_head
-        if plan.rounds > 1:
-            head = head + jax.lax.rem(cursor.row, plan.rounds) * plan.step_heads
+        if plan.head_passes > 1:
+            head = head + jax.lax.rem(cursor.row, plan.head_passes) * plan.step_heads
         self.ring.begin(
             plan, self.inputs.entries, row, cursor.step, cursor.place, self.inputs.source, head, self.first_piece
         )

@@ -5,9 +5,9 @@ import functools
 
 import numpy as np
 
-from pallas_kernels.packs import pack_keys
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
+from pallas_kernels.tiling import make_kv_tiles
 
 LANES = 128
 """Columns of a vector register."""
@@ -26,83 +26,85 @@ LEAST_ROWS = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class TpuTiles:
+class TpuConfig:
     """Tile sizes of the TPU kernels whose tiles are queries: of the forward pass, and of their gradient.
 
     Attributes:
-      heads: query heads in a tile; they must read the same blocks.
-      queries: of each of them; at most 1024 rows in all.
-      keys: keys of a step.
+      heads_per_tile: query heads in a tile; they must read the same blocks.
+      block_q: of each of them; at most 1024 rows in all.
+      block_kv: keys of a step.
     """
 
-    heads: int = 1
-    queries: int = 512
-    keys: int = 512
+    heads_per_tile: int = 1
+    block_q: int = 512
+    block_kv: int = 512
 
     def __post_init__(self):
         for name, value, allowed in (
-            ("heads", self.heads, (1, 2, 4, 8, 16)),
-            ("queries", self.queries, (16, 32, 64, 128, 256, 512, 1024)),
-            ("keys", self.keys, (128, 256, 512, 1024)),
+            ("heads_per_tile", self.heads_per_tile, (1, 2, 4, 8, 16)),
+            ("block_q", self.block_q, (16, 32, 64, 128, 256, 512, 1024)),
+            ("block_kv", self.block_kv, (128, 256, 512, 1024)),
         ):
             if type(value) is not int or value not in allowed:
                 raise ValueError(f"{name} must be one of the integers {', '.join(map(str, allowed))}, got {value!r}")
 
         if self.rows > 1024:
-            raise ValueError(f"heads · queries must be at most 1024, got {self.heads} · {self.queries}")
+            raise ValueError(
+                f"heads_per_tile · block_q must be at most 1024, got {self.heads_per_tile} · {self.block_q}"
+            )
 
     @property
     def rows(self) -> int:
-        return self.heads * self.queries
+        return self.heads_per_tile * self.block_q
 
     def slot(self, block_size: int) -> int:
         """Keys that one copy brings: a block, or as much of it as a step holds."""
-        return min(block_size, self.keys)
+        return min(block_size, self.block_kv)
 
 
 @dataclasses.dataclass(frozen=True)
-class KeyTiles:
+class KVGradConfig:
     """Of the kernel of the keys' gradients.
 
     Attributes:
-      rows: keys of a pack.
-      step: queries of a step, of all its heads.
-      heads: in a step.
+      block_kv: keys of a pack.
+      step_size: queries of a step, of all its heads.
+      heads_per_step: heads in a step.
     """
 
-    rows: int
-    step: int
-    heads: int
+    block_kv: int
+    step_size: int
+    heads_per_step: int
 
     def slot(self, block_size: int) -> int:
         """Queries of each head that one copy brings: a block, or as much of it as a step holds."""
-        return min(block_size, self.step // self.heads)
+        return min(block_size, self.step_size // self.heads_per_step)
 
 
-def choose_key_tiles(
+def choose_kv_grad_config(
     schedule: BlockSchedule | None,
     selection: BlockSelection | None,
     num_heads: int,
     num_kv_heads: int,
     query_length: int,
     kv_length: int,
-) -> KeyTiles:
+) -> KVGradConfig:
     """As many heads of a group at once as read the same; packs that are small enough to be of like blocks."""
     group = num_heads // num_kv_heads
     if selection is not None:
         size, query_block = selection.block_size, selection.query_block
-        alike = selection.counts.shape[1] != num_heads or group == 1
+        shared_lists = selection.counts.shape[1] != num_heads or group == 1
         # Every block of a pack takes a bit of an entry.
         most = min(PACK_ROWS[0], size * (30 - max(1, (selection.kv_blocks.shape[2] - 1).bit_length())))
     else:
         assert schedule is not None  # one of the two says what is read
         size = query_block = schedule.block_size
-        alike, most = schedule.shares_groups, PACK_ROWS[0]
+        shared_lists, most = schedule.shares_groups, PACK_ROWS[0]
     most = max(size, min(1 << most.bit_length() - 1, power_of_two(kv_length)))
     rows = most if schedule is None else best_rows(schedule, most)
     step = max(LANES, min(MOST_ROWS, power_of_two(query_length * group)))
     fitting = [heads for heads in (1, 2, 4, 8) if group % heads == 0 and heads * query_block <= step]
-    return KeyTiles(rows, step, fitting[-1] if alike and fitting else 1)
+    return KVGradConfig(rows, step, fitting[-1] if shared_lists and fitting else 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,13 +113,13 @@ def best_rows(schedule: BlockSchedule, most: int) -> int:
     sizes = [rows for rows in PACK_ROWS if schedule.block_size <= rows <= most] or [most]
 
     def cost(rows: int) -> int:
-        slices = pack_keys(schedule, rows).slices.astype(np.int64)
-        return (rows + PACK_OVERHEAD) * int((slices[..., 1] - slices[..., 0]).sum())
+        ranges = make_kv_tiles(schedule, rows).ranges.astype(np.int64)
+        return (rows + PACK_OVERHEAD) * int((ranges[..., 1] - ranges[..., 0]).sum())
 
     return min(sizes, key=cost) if len(sizes) > 1 else sizes[0]
 
 
-def choose_tiles(
+def choose_config(
     schedule: BlockSchedule | None,
     selection: BlockSelection | None,
     num_heads: int,
@@ -125,7 +127,7 @@ def choose_tiles(
     query_length: int,
     kv_length: int,
     heads: int | None = None,
-) -> TpuTiles:
+) -> TpuConfig:
     """As many heads of a group as read the same, for then few rows of blocks are merged; and large tiles.
 
     Args:
@@ -137,7 +139,7 @@ def choose_tiles(
         most = min(most, selection.query_block & -selection.query_block)
     least = schedule.block_size if schedule is not None else LEAST_ROWS
     queries = max(least, min(most, power_of_two(query_length)))
-    return TpuTiles(heads, queries, max(LANES, min(MOST_ROWS, power_of_two(kv_length))))
+    return TpuConfig(heads, queries, max(LANES, min(MOST_ROWS, power_of_two(kv_length))))
 
 
 def choose_heads(

@@ -32,7 +32,7 @@ class Row(typing.NamedTuple):
     def steps(self, plan: Plan):
         return jax.lax.div(self.total + plan.slots - 1, plan.slots)
 
-    def turns_without_mask(self, plan: Plan):
+    def groups_without_mask(self, plan: Plan):
         """Turns of AT_ONCE steps that need no mask; all others come after them, and have one."""
         return jax.lax.div(self.full, AT_ONCE * plan.slots)
 
@@ -50,40 +50,40 @@ class Cursor(typing.NamedTuple):
     place: typing.Any
 
 
-def read_row(plan: Plan, slices, first, number) -> Row:
+def read_row(plan: Plan, ranges, first, number) -> Row:
     """One row.
 
     Args:
-      slices: reference, int32 [1, numbers]: see `numbers_of`.
+      ranges: reference, int32 [1, numbers]: see `numbers_of`.
       first: where the list begins among all lists.
     """
     at = number * plan.row_numbers
     total, full, ends, offsets = jnp.int32(0), jnp.int32(0), [], []
-    for part in range(plan.num_parts):
-        start, stop = slices[0, at + 2 * part], slices[0, at + 2 * part + 1]
+    for part in range(plan.num_ranges):
+        start, stop = ranges[0, at + 2 * part], ranges[0, at + 2 * part + 1]
         offsets.append(start - first - total)
         total = total + jnp.maximum(stop - start, 0)
         ends.append(total)
-        full = ends[-1] if part < plan.num_full else full
-    return Row(total, full, tuple(ends[:-1]), tuple(offsets), slices[0, at + 2 * plan.num_parts])
+        full = ends[-1] if part < plan.num_full_ranges else full
+    return Row(total, full, tuple(ends[:-1]), tuple(offsets), ranges[0, at + 2 * plan.num_ranges])
 
 
-def numbers_of(slices: Array) -> Array:
+def row_scalars(ranges: Array) -> Array:
     """What scalar memory holds of rows: int32 [b|1, heads, 1, numbers].
 
     Those of a row are the ends of its slices and the next row that reads something, for no step is made for the others;
     after the last one comes the last one again. Beyond all rows stands the first that reads something.
 
     Args:
-      slices: int32 [b|1, heads, rows, parts, 2].
+      ranges: int32 [b|1, heads, rows, ranges, 2].
     """
-    *outer, rows, _, _ = slices.shape
+    *outer, rows, _, _ = ranges.shape
     row = jnp.arange(rows, dtype=jnp.int32)
-    reads = (slices[..., 1] > slices[..., 0]).any(-1)
+    reads = (ranges[..., 1] > ranges[..., 0]).any(-1)
     last = jnp.where(reads, row, 0).max(-1, keepdims=True)
     ahead = jax.lax.cummin(jnp.where(reads, row, rows), len(outer), reverse=True)
     following = jnp.minimum(jnp.concatenate([ahead[..., 1:], last], -1), last)
-    numbers = jnp.concatenate([slices.reshape(*outer, rows, -1), following[..., None]], -1)
+    numbers = jnp.concatenate([ranges.reshape(*outer, rows, -1), following[..., None]], -1)
     first = jnp.minimum(ahead[..., :1], last)
     return jnp.concatenate([numbers.reshape(*outer, -1), first], -1)[..., None, :]
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.sharding import Sharding
-from pallas_kernels.sinks import add_sinks
+from pallas_kernels.softmax import add_sinks
 from pallas_kernels.xla.backward import key_value_gradients, query_gradient
 from pallas_kernels.xla.forward import RowPass, attend
 from pallas_kernels.xla.layout import Layout
@@ -26,25 +26,25 @@ from pallas_kernels.xla.walks import (
     forward_walks,
     selection_walks,
     transposed_selection_walks,
-    walkers_per_kv_head,
+    unique_heads_per_kv_head,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class XlaTiles:
+class XlaConfig:
     """Tile sizes of the XLA path, in tokens; in whole blocks, at least one.
 
     Attributes:
-      queries: rows of a tile of queries, the heads of a group counted.
-      keys: keys gathered in a step of a pass over queries, at most: fewer where lists are then walked with less rest.
-      packed_keys: keys whose gradients a tile computes, in a pass over keys.
-      walked_queries: queries gathered in a step of such a pass, the heads of a group counted, at most.
+      block_q: rows of a tile of queries, the heads of a group counted.
+      block_kv: at most so many keys gathered in a step of a pass over queries.
+      grad_block_kv: keys whose gradients a tile computes, in a pass over keys.
+      grad_block_q: queries gathered in a step of such a pass, the heads of a group counted, at most.
     """
 
-    queries: int = 128
-    keys: int = 256
-    packed_keys: int = 128
-    walked_queries: int = 256
+    block_q: int = 128
+    block_kv: int = 256
+    grad_block_kv: int = 128
+    grad_block_q: int = 256
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -52,39 +52,39 @@ class XlaTiles:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
-TILES = XlaTiles
+CONFIG = XlaConfig
 
 ONE_PASS = ("cpu",)
 """Platforms whose scatters add in order, so that dk and dv have the same bits every time."""
 
 
-def refuse(problem: Problem, operands: Operands) -> str | None:
+def unsupported_reason(problem: Problem, operands: Operands) -> str | None:
     """Why this backend cannot do it; it can do everything."""
     return None
 
 
 def forward_tables(problem: Problem, operands: Operands) -> Walks | None:
     """What the pass over the queries walks, the walkers of all heads in order; None for a selection."""
-    schedule, tiles = problem.schedule, _tiles(problem)
+    schedule, config = problem.schedule, _config(problem)
     if schedule is None:
         return None
     size = schedule.block_size
-    return forward_walks(schedule, _blocks(tiles.queries, size * _group(schedule)), _blocks(tiles.keys, size))
+    return forward_walks(schedule, _blocks(config.block_q, size * _group(schedule)), _blocks(config.block_kv, size))
 
 
 def backward_tables(problem: Problem, operands: Operands) -> tuple[Walks, Walks] | None:
     """What the passes over queries and over keys walk; None for a selection."""
-    schedule, tiles, forward = problem.schedule, _tiles(problem), forward_tables(problem, operands)
+    schedule, config, forward = problem.schedule, _config(problem), forward_tables(problem, operands)
     if schedule is None or forward is None:
         return None
     size, group = schedule.block_size, _group(schedule)
-    packed, walked = _blocks(tiles.packed_keys, size), _blocks(tiles.walked_queries, size * group)
+    packed, walked = _blocks(config.grad_block_kv, size), _blocks(config.grad_block_q, size * group)
     return forward, backward_walks(schedule, packed, walked)
 
 
 def _group(schedule: BlockSchedule) -> int:
     """Query heads that walk as one."""
-    return schedule.num_heads // schedule.num_kv_heads // walkers_per_kv_head(schedule)
+    return schedule.num_heads // schedule.num_kv_heads // unique_heads_per_kv_head(schedule)
 
 
 def _blocks(tokens: int, size: int) -> int:
@@ -97,7 +97,7 @@ def table_specs(tables: Walks | tuple[Walks, Walks], sharding: Sharding) -> typi
         return tuple(table_specs(each, sharding) for each in tables)
     return dataclasses.replace(
         jax.tree.map(lambda array: PartitionSpec(), tables),
-        slices=sharding.of(heads=1, ndim=5),
+        ranges=sharding.of(heads=1, ndim=5),
         members=None if tables.members is None else sharding.of(heads=0, ndim=3),
         places=None if tables.places is None else sharding.of(heads=0, ndim=2),
     )
@@ -167,8 +167,8 @@ def _two_passes(problem: Problem, operands: Operands, dout: Array, lse: Array, d
     return dquery, *key_value_gradients(layout, dout, lse, delta, bounded=bounded)
 
 
-def _tiles(problem: Problem) -> XlaTiles:
-    return problem.tiles or XlaTiles()
+def _config(problem: Problem) -> XlaConfig:
+    return problem.config or XlaConfig()
 
 
 def _row_pass(problem: Problem, operands: Operands, walks: Walks | None) -> RowPass:
@@ -184,9 +184,9 @@ def _layout(problem: Problem, operands: Operands, walks: Walks | None, *, of_key
         return Layout(problem, operands, walks, problem.schedule.block_size, problem.schedule.block_size)
     if of_keys:
         group = operands.query.shape[2] // max(selection.counts.shape[1], num_kv_heads)
-        per_step = _blocks(_tiles(problem).walked_queries, selection.query_block * group)
+        per_step = _blocks(_config(problem).grad_block_q, selection.query_block * group)
         num_blocks = -(-kv_length // selection.block_size)
         walks = transposed_selection_walks(selection, num_kv_heads, num_blocks, per_step)
     else:
-        walks = selection_walks(selection, num_kv_heads, _blocks(_tiles(problem).keys, selection.block_size))
+        walks = selection_walks(selection, num_kv_heads, _blocks(_config(problem).block_kv, selection.block_size))
     return Layout(problem, operands, walks, selection.query_block, selection.block_size)

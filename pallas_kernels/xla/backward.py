@@ -64,13 +64,13 @@ def key_value_gradients(
     lses, deltas = layout.query_blocks(grid, lse[..., None], jnp.inf), layout.query_blocks(grid, delta[..., None])
 
     def tile(units):
-        batch, walker, pack = layout.split(units, tiles)
-        members = walks.members[walker, pack]
+        batch, unique_head, kv_tile = layout.split(units, tiles)
+        members = walks.members[unique_head, kv_tile]
         blocks = jnp.where(members < 0, layout.num_blocks, members)
-        head = batch * layout.num_kv_heads + layout.kv_head(walker)
+        head = batch * layout.num_kv_heads + layout.kv_head(unique_head)
         where = head[:, None] * (layout.num_blocks + 1) + blocks
         keys_here, values_here = (array[where].reshape(len(units), -1, array.shape[-1]) for array in (keys, values))
-        first_row = (batch * layout.walkers + walker) * (grid.rows + 1)
+        first_row = (batch * layout.unique_heads + unique_head) * (grid.rows + 1)
 
         def body(carry, step):
             dkey, dvalue = carry
@@ -91,11 +91,11 @@ def key_value_gradients(
             return dkey + layout.product("umn,und->umd", dlogits.astype(query.dtype), query), dvalue
 
         start = layout.full(keys_here.shape), layout.full(values_here.shape)
-        return walk(layout.walks, layout.slices(units, tiles), body, start, bounded=bounded)
+        return walk(layout.walks, layout.ranges(units, tiles), body, start, bounded=bounded)
 
     pairs = walks.rows_per_tile * layout.block_size * max(walks.per_step) * layout.group * layout.row_size
     unit_bytes = pairs * layout.accumulate.itemsize
-    gradients = in_chunks(tile, lengths(layout.slices(layout.units(tiles), tiles)), unit_bytes, layout.chunk_bytes)
+    gradients = in_chunks(tile, lengths(layout.ranges(layout.units(tiles), tiles)), unit_bytes, layout.chunk_bytes)
     return _in_place(layout, gradients[0]), _in_place(layout, gradients[1])
 
 
@@ -111,15 +111,15 @@ def _local_rows(layout: Layout, grid, batch: Array, step: Step) -> tuple[Array, 
 
 def _allowed(layout: Layout, grid, batch: Array, blocks: Array, rows: Array, step: Step) -> Array | None:
     """Which keys the queries of a step see: bool [units, keys, queries]; None where it is all that exist."""
-    if step.kinds is None and not layout.masks_all:
+    if step.mask_ids is None and not layout.masks_all:
         return None
     units, packed = blocks.shape
     entries, size, row_size = rows.shape[1], layout.block_size, layout.row_size
     key = layout.key_tokens(batch[:, None], blocks).reshape(units, packed, size, 1, 1, 1)
     query = layout.query_tokens(grid, batch[:, None], rows).reshape(units, 1, 1, entries, 1, row_size)
     allowed = layout.pairs(query, key)
-    if step.kinds is not None:
-        masks = layout.walks.token_masks[layout.walks.kinds[step.kinds]]
+    if step.mask_ids is not None:
+        masks = layout.walks.token_masks[layout.walks.tile_masks[step.mask_ids]]
         allowed &= masks.transpose(0, 2, 4, 1, 3)[:, :, :, :, None]
     allowed = jnp.broadcast_to(allowed, (units, packed, size, entries, layout.group, row_size))
     return allowed.reshape(units, packed * size, -1)
@@ -128,9 +128,9 @@ def _allowed(layout: Layout, grid, batch: Array, blocks: Array, rows: Array, ste
 def _in_place(layout: Layout, gradient: Array) -> Array:
     """[units, keys, f] -> [b, s, k, f]: every block from its pack; zero where nobody reads it; summed over a group."""
     places = layout.walks.places
-    packed = gradient.reshape(layout.batch, layout.walkers, -1, layout.block_size, gradient.shape[-1])
+    packed = gradient.reshape(layout.batch, layout.unique_heads, -1, layout.block_size, gradient.shape[-1])
     blocks = jnp.take_along_axis(packed, jnp.maximum(places, 0)[None, :, :, None, None], 2)
     blocks = jnp.where((places >= 0)[None, :, :, None, None], blocks, 0)
-    groups = layout.walkers // layout.num_kv_heads
+    groups = layout.unique_heads // layout.num_kv_heads
     blocks = blocks.reshape(layout.batch, layout.num_kv_heads, groups, -1, gradient.shape[-1]).sum(2)
     return blocks[:, :, : layout.kv_length].swapaxes(1, 2)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.xla.layout import Grid, Layout
+from pallas_kernels.xla.layout import Layout, QueryGrid
 from pallas_kernels.xla.walking import Step, fold_chunks, lengths, walk
 from pallas_kernels.xla.walks import along
 
@@ -15,7 +15,7 @@ class RowPass:
     def __init__(self, layout: Layout):
         self.layout = layout
         self.rows_per_tile = layout.walks.rows_per_tile
-        self.grid: Grid = layout.grid(self.rows_per_tile)
+        self.grid: QueryGrid = layout.grid(self.rows_per_tile)
         self.keys, self.values = (layout.columns(array) for array in (layout.operands.key, layout.operands.value))
 
     def run(self, tile, *, bounded: bool):
@@ -27,11 +27,11 @@ class RowPass:
         layout, grid = self.layout, self.grid
 
         def chunk(carry, units, counts):
-            slices = jnp.where(counts[:, None, None], layout.query_slices(grid, units), 0)
+            ranges = jnp.where(counts[:, None, None], layout.query_slices(grid, units), 0)
             return tile(
                 carry,
                 units,
-                lambda body, carry: walk(layout.walks, slices, body, carry, bounded=bounded),
+                lambda body, carry: walk(layout.walks, ranges, body, carry, bounded=bounded),
             )
 
         keys = max(layout.walks.per_step) * layout.block_size
@@ -46,9 +46,9 @@ class RowPass:
         What is no entry is the block after the last.
         """
         layout = self.layout
-        batch, walker, _ = layout.split(units, self.grid.rows)
+        batch, unique_head, _ = layout.split(units, self.grid.rows)
         valid = step.valid & (step.blocks >= 0) & (step.blocks < layout.num_blocks)
-        return batch[:, None], layout.kv_head(walker)[:, None], jnp.where(valid, step.blocks, layout.num_blocks)
+        return batch[:, None], layout.kv_head(unique_head)[:, None], jnp.where(valid, step.blocks, layout.num_blocks)
 
     def gather(self, units: Array, step: Step) -> tuple[Array, Array, Array]:
         """Keys [units, n, d], values [units, n, e] and what may be seen, bool [units, m|1, n], of a step.
@@ -64,7 +64,7 @@ class RowPass:
             array.at[batch, inside, :, head].get(mode="promise_in_bounds").reshape(len(units), -1, array.shape[-1])
             for array in (self.keys, self.values)
         )
-        if step.kinds is None and not layout.masks_all:
+        if step.mask_ids is None and not layout.masks_all:
             read = allowed = seen.exists.reshape(len(units), 1, -1)
         else:
             tile = layout.split(units, self.grid.rows)[2]
@@ -87,10 +87,10 @@ class RowPass:
         rows, row_size = self.rows_per_tile, layout.row_size
         query = layout.query_tokens(self.grid, batch, tile).reshape(units, rows, 1, row_size, 1, 1)
         allowed = layout.pairs(query, seen.reshape(units, 1, 1, 1, entries, block_size))
-        if step.kinds is not None:
+        if step.mask_ids is not None:
             # Row by row, in the order in which they are used: a CPU takes thrice as long to transpose what it gathered.
-            kinds = jax.lax.optimization_barrier(layout.walks.kinds[step.kinds].swapaxes(1, 2))
-            masks = layout.walks.token_masks[kinds[:, :, None], along(row_size, 3)[..., None]]
+            tile_masks = jax.lax.optimization_barrier(layout.walks.tile_masks[step.mask_ids].swapaxes(1, 2))
+            masks = layout.walks.token_masks[tile_masks[:, :, None], along(row_size, 3)[..., None]]
             allowed &= jax.lax.optimization_barrier(masks)[:, :, None]
         return jnp.broadcast_to(allowed, (units, rows, layout.group, row_size, entries, block_size))
 

@@ -13,7 +13,7 @@ from pallas_kernels.xla.walks import Walks, along
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class QueryGrid:
     """Queries in rows of `size` tokens, `rows` of them, the first `shift` tokens of the first row being empty.
 
     Attributes:
@@ -66,13 +66,13 @@ class Layout:
         self.row_size, self.block_size = row_size, block_size
         self.batch, self.query_length, self.num_heads, _ = operands.query.shape
         _, self.kv_length, self.num_kv_heads, _ = operands.key.shape
-        self.walkers = walks.slices.shape[1]
-        self.group = self.num_heads // self.walkers
+        self.unique_heads = walks.ranges.shape[1]
+        self.group = self.num_heads // self.unique_heads
         self.num_blocks = -(-self.kv_length // block_size)
         self.accumulate = accumulation_dtype(operands.query.dtype)
         self.chunk_bytes = chunk_bytes(problem.platform, (operands.query, operands.key, operands.value))
 
-    def grid(self, rows_per_tile: int) -> Grid:
+    def grid(self, rows_per_tile: int) -> QueryGrid:
         size = self.row_size * rows_per_tile
         offset = self.operands.query_offset
         if self.problem.schedule is None:
@@ -82,11 +82,11 @@ class Layout:
             most = shift
         else:
             first, shift, most = offset // size, offset % size, size - 1
-        return Grid(size, -(-(self.query_length + most) // size), first, shift)
+        return QueryGrid(size, -(-(self.query_length + most) // size), first, shift)
 
     # Arranging arrays.
 
-    def rows(self, grid: Grid, array: Array, fill: float = 0) -> Array:
+    def rows(self, grid: QueryGrid, array: Array, fill: float = 0) -> Array:
         """[b, t, h, f] -> [b, rows, size, h, f], without moving anything."""
         length = grid.rows * grid.size
         if isinstance(grid.shift, int):
@@ -97,10 +97,12 @@ class Layout:
             array = jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice_in_dim(r, a, at, 0))(room, array, grid.shift)
         return array.reshape(self.batch, grid.rows, grid.size, *array.shape[2:])
 
-    def from_rows(self, grid: Grid, array: Array) -> Array:
+    def from_rows(self, grid: QueryGrid, array: Array) -> Array:
         """The inverse: [units, size · group, f] -> [b, t, h, f]."""
         parts = grid.size // self.row_size
-        array = array.reshape(self.batch, self.walkers, grid.rows, parts, self.group, self.row_size, array.shape[-1])
+        array = array.reshape(
+            self.batch, self.unique_heads, grid.rows, parts, self.group, self.row_size, array.shape[-1]
+        )
         array = array.transpose(0, 2, 3, 5, 1, 4, 6).reshape(self.batch, -1, self.num_heads, array.shape[-1])
         if isinstance(grid.shift, int):
             return array[:, grid.shift : grid.shift + self.query_length]
@@ -109,17 +111,19 @@ class Layout:
 
     def tiles_of(self, rows: Array, units: Array) -> Array:
         """Tiles of an array in rows: [units, size · group, f]."""
-        batch, walker, tile = (index[:, None] for index in self.split(units, rows.shape[1]))
-        heads = walker * self.group + along(self.group, 2)
+        batch, unique_head, tile = (index[:, None] for index in self.split(units, rows.shape[1]))
+        heads = unique_head * self.group + along(self.group, 2)
         tiles = rows.at[batch, tile, :, heads].get(mode="promise_in_bounds")
         tiles = tiles.reshape(len(units), self.group, -1, self.row_size, rows.shape[-1])
         return tiles.swapaxes(1, 2).reshape(len(units), -1, rows.shape[-1])
 
-    def query_blocks(self, grid: Grid, array: Array, fill: float = 0) -> Array:
+    def query_blocks(self, grid: QueryGrid, array: Array, fill: float = 0) -> Array:
         """[b, t, h, f] -> [b · walkers · (rows + 1), group · row_size, f]; the last row of every walker is empty."""
         array = self.rows(grid, array, fill)
-        array = array.reshape(self.batch, -1, self.row_size, self.walkers, self.group, array.shape[-1])
-        array = array.transpose(0, 3, 1, 4, 2, 5).reshape(self.batch * self.walkers, grid.rows, -1, array.shape[-1])
+        array = array.reshape(self.batch, -1, self.row_size, self.unique_heads, self.group, array.shape[-1])
+        array = array.transpose(0, 3, 1, 4, 2, 5).reshape(
+            self.batch * self.unique_heads, grid.rows, -1, array.shape[-1]
+        )
         array = jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=fill)
         return array.reshape(-1, *array.shape[2:])
 
@@ -143,37 +147,37 @@ class Layout:
 
     def split(self, units: Array, tiles: int) -> tuple[Array, Array, Array]:
         """Batch element, walker and tile of each unit."""
-        return units // (self.walkers * tiles), units // tiles % self.walkers, units % tiles
+        return units // (self.unique_heads * tiles), units // tiles % self.unique_heads, units % tiles
 
-    def kv_head(self, walker: Array) -> Array:
+    def kv_head(self, unique_head: Array) -> Array:
         """The KV head that a walker reads."""
-        return walker * self.num_kv_heads // self.walkers
+        return unique_head * self.num_kv_heads // self.unique_heads
 
-    def slices(self, units: Array, tiles: int) -> Array:
-        """Slices of each unit of a pass over the keys: int32 [units, parts, 2]."""
-        batch, walker, tile = self.split(units, tiles)
-        return self._slices(batch, walker, tile)
+    def ranges(self, units: Array, tiles: int) -> Array:
+        """Slices of each unit of a pass over the keys: int32 [units, ranges, 2]."""
+        batch, unique_head, tile = self.split(units, tiles)
+        return self._slices(batch, unique_head, tile)
 
-    def query_slices(self, grid: Grid, units: Array) -> Array:
+    def query_slices(self, grid: QueryGrid, units: Array) -> Array:
         """Those of a pass over the queries; a tile that has no query walks nothing."""
-        batch, walker, tile = self.split(units, grid.rows)
+        batch, unique_head, tile = self.split(units, grid.rows)
         if isinstance(grid.first, int):
-            return self._slices(batch, walker, tile)
+            return self._slices(batch, unique_head, tile)
         first, shift = grid.first[batch], typing.cast(Array, grid.shift)[batch]
         used = tile * grid.size < shift + self.query_length
-        return jnp.where(used[:, None, None], self._slices(batch, walker, first + tile), 0)
+        return jnp.where(used[:, None, None], self._slices(batch, unique_head, first + tile), 0)
 
-    def _slices(self, batch: Array, walker: Array, tile: Array) -> Array:
-        table = self.walks.slices
+    def _slices(self, batch: Array, unique_head: Array, tile: Array) -> Array:
+        table = self.walks.ranges
         tile = jnp.minimum(tile, table.shape[2] - 1)
-        return table[batch if table.shape[0] > 1 else 0, walker, tile]
+        return table[batch if table.shape[0] > 1 else 0, unique_head, tile]
 
     def units(self, tiles: int) -> Array:
-        return jnp.arange(self.batch * self.walkers * tiles, dtype=jnp.int32)
+        return jnp.arange(self.batch * self.unique_heads * tiles, dtype=jnp.int32)
 
     # What may see what.
 
-    def query_tokens(self, grid: Grid, batch: Array, tile: Array) -> "Tokens":
+    def query_tokens(self, grid: QueryGrid, batch: Array, tile: Array) -> "Tokens":
         """The queries of some tiles; `batch` and `tile` broadcast, tokens come as one more axis."""
         shift = grid.shift if isinstance(grid.shift, int) else grid.shift[batch][..., None]
         index = tile[..., None] * grid.size + along(grid.size, tile.ndim + 1) - shift

@@ -14,16 +14,16 @@ class Step(typing.NamedTuple):
 
     Attributes:
       blocks: int32 [units, entries].
-      kinds: int32 [units, entries], which row of `Walks.kinds` masks the entry; None where nothing is masked.
+      mask_ids: int32 [units, entries], which row of `Walks.tile_masks` masks the entry; None where nothing is masked.
       valid: bool [units, entries], False beyond a unit's last entry.
     """
 
     blocks: Int32[Array, "units entries"]
-    kinds: Int32[Array, "units entries"] | None
+    mask_ids: Int32[Array, "units entries"] | None
     valid: Bool[Array, "units entries"]
 
 
-def walk(walks: Walks, slices: Int32[Array, "units parts 2"], body, carry, *, bounded: bool):
+def walk(walks: Walks, ranges: Int32[Array, "units parts 2"], body, carry, *, bounded: bool):
     """Folds `body(carry, step)` over the lists of a chunk of units, entries without a mask first.
 
     Args:
@@ -31,15 +31,15 @@ def walk(walks: Walks, slices: Int32[Array, "units parts 2"], body, carry, *, bo
         as many as this chunk needs.
     """
     for full, longest, count in zip((True, False), walks.longest, walks.per_step, strict=True):
-        parts = slices[:, : walks.num_full] if full else slices[:, walks.num_full :]
+        parts = ranges[:, : walks.num_full_ranges] if full else ranges[:, walks.num_full_ranges :]
         if not parts.shape[1] or not longest:
             continue
-        masked = not full and walks.kinds is not None
+        masked = not full and walks.tile_masks is not None
 
         def fold(index, carry, parts=parts, masked=masked, count=count):
             position, valid = entries(parts, index.astype(jnp.int32) * count, count)
-            kinds = walks.masks[position] if masked else None
-            return body(carry, Step(walks.blocks[position], kinds, valid))
+            mask_ids = walks.mask_ids[position] if masked else None
+            return body(carry, Step(walks.blocks[position], mask_ids, valid))
 
         if bounded:
             carry = jax.lax.fori_loop(0, -(-longest // count), jax.checkpoint(fold), carry)
@@ -49,9 +49,9 @@ def walk(walks: Walks, slices: Int32[Array, "units parts 2"], body, carry, *, bo
     return carry
 
 
-def lengths(slices: Int32[Array, "units parts 2"]) -> Int32[Array, " units"]:
+def lengths(ranges: Int32[Array, "units parts 2"]) -> Int32[Array, " units"]:
     """How many entries units walk."""
-    return jnp.maximum(slices[..., 1] - slices[..., 0], 0).sum(-1, dtype=jnp.int32)
+    return jnp.maximum(ranges[..., 1] - ranges[..., 0], 0).sum(-1, dtype=jnp.int32)
 
 
 def in_chunks(function, lengths: Int32[Array, " units"], unit_bytes: int, chunk_bytes: int):

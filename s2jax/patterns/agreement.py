@@ -45,9 +45,9 @@ def _check(pattern: "Pattern", heads: Heads, query_start: int, query_stop: int, 
     for head in range(heads.num_heads):
         key = pattern.head_key(heads, head)
         if key in first:
-            alike, q, k, rule = first[key]
+            group_similar_rows, q, k, rule = first[key]
             mine = evaluated(pattern, heads, head, q, k)
-            _compare(pattern, q, k, mine, rule, f"head {head}", f"head {alike}, whose head_key is equal,")
+            _compare(pattern, q, k, mine, rule, f"head {head}", f"head {group_similar_rows}, whose head_key is equal,")
             continue
         bands = pattern.bands(heads, head, size, *shape)
         q, k = _sample(bands, size, query_start, query_stop, kv_stop)

@@ -5,7 +5,7 @@ import pytest
 import s2jax
 from benchmarks.compiled.deviceless import missing
 from benchmarks.compiled.ptxas_report import CASES, compiled
-from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, choose_gradient_tiles, choose_key_tiles, choose_tiles
+from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, choose_config, choose_kv_grad_config, choose_query_grad_config
 
 QUICK = ("d 256",)
 
@@ -37,7 +37,7 @@ def sizes(case) -> tuple[int, int, int]:
 
 
 def tiles_of(case):
-    return case.tiles or choose_tiles(case.head_dim, case.value_dim, 64, case.tokens, 1)
+    return case.config or choose_config(case.head_dim, case.value_dim, 64, case.tokens, 1)
 
 
 def products(case, row) -> int:
@@ -45,10 +45,10 @@ def products(case, row) -> int:
     d, e, size = sizes(case)
     over_d, over_e = d // 16, e // 16
     if row["kernel"] == "attend":
-        return over_d + tiles_of(case).keys // 16
+        return over_d + tiles_of(case).block_kv // 16
     if row["kernel"] == "query_gradient":
-        return over_d + over_e + choose_gradient_tiles(d, e, size, case.tokens, 1).keys // 16
-    step = choose_key_tiles(d, e, size, case.tokens).keys // 16
+        return over_d + over_e + choose_query_grad_config(d, e, size, case.tokens, 1).block_kv // 16
+    step = choose_kv_grad_config(d, e, size, case.tokens).block_kv // 16
     return {
         "key_value_gradients": over_d + step + over_e + step,
         "key_gradients": over_d + over_e + step,

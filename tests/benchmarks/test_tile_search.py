@@ -17,11 +17,11 @@ from benchmarks.gpu.device_time import Sample
 from benchmarks.gpu.guard import Ending, Job, Teller
 from benchmarks.gpu.sides import make_arrays
 from benchmarks.schedules import forward_over_ideal
-from pallas_kernels import HopperTiles, mosaic_gpu
+from pallas_kernels import HopperConfig, mosaic_gpu
 from pallas_kernels.mosaic_gpu import tiles as tiles_module
 from pallas_kernels.mosaic_gpu.tables import schedule_tables
-from pallas_kernels.mosaic_gpu.tiles import choose_tiles, usual_tiles
-from pallas_kernels.mosaic_gpu.tuned import tuned_tiles
+from pallas_kernels.mosaic_gpu.tiles import choose_config, default_config
+from pallas_kernels.mosaic_gpu.tuned import tuned_configs
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
@@ -47,9 +47,9 @@ def test_what_is_tried_fits_and_holds_the_usual(case):
     for block in (64, 32, 16):
         key, heads = tile_search.key_of(case, block)
         tried = list(tile_search.fitting(key, heads))
-        assert usual_tiles(*key[:3], case.tokens, key[3]) in tried
+        assert default_config(*key[:3], case.tokens, key[3]) in tried
         assert len(tried) <= 36
-        assert {each.heads for each in tried} == set(heads)
+        assert {each.heads_per_tile for each in tried} == set(heads)
 
 
 def test_the_points_of_the_benchmark_are_searched():
@@ -68,8 +68,8 @@ def test_the_fastest_is_kept_if_it_is_faster_by_more_than_noise(monkeypatch):
     for fastest, expected in ((9.9, 0), (5.0, 3)):
         times[3] = fastest
         row = tile_search.search(key, [(case, 64)], Clock(*times), QUIET, implementation="reference")
-        assert row["tiles"] == row["tried"][expected]["tiles"]
-        assert row["usual"] == row["tried"][0]["tiles"]
+        assert row["config"] == row["tried"][expected]["config"]
+        assert row["usual"] == row["tried"][0]["config"]
         assert row["of usual"] == pytest.approx(0.5 if expected else 1)
 
 
@@ -126,7 +126,7 @@ def test_all_that_is_searched_is_kept(monkeypatch, tmp_path):
     def search(key, cases, clock, teller):
         if key == other:
             raise ValueError("no")
-        return {"tiles": {}, "usual": {}, "of usual": 1.0}
+        return {"config": {}, "usual": {}, "of usual": 1.0}
 
     monkeypatch.setattr(tile_search, "search", search)
     monkeypatch.setattr(tile_search, "matrix_product", lambda: (None, None, 1.0))
@@ -155,7 +155,7 @@ def test_a_configuration_that_hangs_is_left_out(tmp_path, capsys):
 def file(monkeypatch, tmp_path):
     """A file of tiles in the place of the package's own."""
     path = tmp_path / "tuned.json"
-    monkeypatch.setattr(tiles_module, "tuned_tiles", lambda: tuned_tiles.__wrapped__(path))
+    monkeypatch.setattr(tiles_module, "tuned_configs", lambda: tuned_configs.__wrapped__(path))
     return path
 
 
@@ -166,35 +166,35 @@ def write(path, **more):
 
 def test_tiles_of_the_file(file):
     sizes = 64, 64, 64
-    usual = choose_tiles(*sizes, 4096, 2, (1, 2))
-    assert usual == usual_tiles(*sizes, 4096, 2)  # no file
-    write(file, tiles={"heads": 1, "keys": 64, "stages": 3})
-    assert choose_tiles(*sizes, 4096, 2, (1, 2)) == HopperTiles(1, 64, 3)
-    assert choose_tiles(*sizes, 4096, 2) == usual  # a tile can have two heads only
-    assert choose_tiles(*sizes, 32, 2, (1, 2)) == usual_tiles(*sizes, 32, 2)  # steps longer than the keys
-    assert choose_tiles(*sizes, 4096, 1) == usual_tiles(*sizes, 4096, 1)  # another configuration
+    usual = choose_config(*sizes, 4096, 2, (1, 2))
+    assert usual == default_config(*sizes, 4096, 2)  # no file
+    write(file, config={"heads_per_tile": 1, "block_kv": 64, "num_stages": 3})
+    assert choose_config(*sizes, 4096, 2, (1, 2)) == HopperConfig(1, 64, 3)
+    assert choose_config(*sizes, 4096, 2) == usual  # a tile can have two heads only
+    assert choose_config(*sizes, 32, 2, (1, 2)) == default_config(*sizes, 32, 2)  # steps longer than the keys
+    assert choose_config(*sizes, 4096, 1) == default_config(*sizes, 4096, 1)  # another configuration
 
 
 def test_a_file_that_cannot_be_read_is_an_error(file):
     write(file)
     with pytest.raises(ValueError, match="tile_search"):
-        choose_tiles(64, 64, 64, 4096, 2)
+        choose_config(64, 64, 64, 4096, 2)
 
 
 def test_the_op_takes_them(file):
-    write(file, tiles={"heads": 1, "keys": 64, "stages": 3})
+    write(file, config={"heads_per_tile": 1, "block_kv": 64, "num_stages": 3})
     shape = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((1, 256, 1, 64), jnp.bfloat16)
     taken = []
 
     def spied(*arguments):
-        taken.append(choose_tiles(*arguments))
+        taken.append(choose_config(*arguments))
         return taken[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic_gpu, "choose_tiles", spied)
+        patch.setattr(mosaic_gpu, "choose_config", spied)
         jax.eval_shape(lambda q, k: s2jax.attention(q, k, k, TINY.pattern(), implementation="mosaic_gpu"), shape, kv)
-    assert set(taken) == {HopperTiles(1, 64, 3)}
+    assert set(taken) == {HopperConfig(1, 64, 3)}
 
 
 @pytest.mark.parametrize("block", [64, 16])
@@ -203,8 +203,8 @@ def test_executed_pairs_are_those_of_the_tables(block, kv_heads):
     pattern = s2jax.LocalStride(block, 128 // block, 4)
     schedule = s2jax.compile_schedule(pattern, num_heads=4, num_kv_heads=kv_heads, query_length=1024, kv_length=1024)
     heads = 1 if kv_heads == 4 else min(4, 128 // block)
-    slices = schedule_tables(schedule, 128 // heads, min(block, 32)).slices[0]
-    entries = (slices[..., 1] - slices[..., 0]).sum(-1)  # [tiles of heads, tiles]
+    ranges = schedule_tables(schedule, 128 // heads, min(block, 32)).ranges[0]
+    entries = (ranges[..., 1] - ranges[..., 0]).sum(-1)  # [tiles of heads, tiles]
     executed = (-(-entries * block // 128)).sum() * 128 * 128
     ideal = np.count_nonzero(pattern.token_mask(4, kv_heads, 1024, 1024))
     assert forward_over_ideal(schedule, 128) == pytest.approx(executed / ideal)

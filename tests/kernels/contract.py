@@ -2,7 +2,7 @@
 
     class TestXla(AttentionContract):
         implementation = "xla"
-        tilings = {"small": XlaTiles(...), ...}
+        tilings = {"small": XlaConfig(...), ...}
 
 A backend that cannot compute every case says which, and the reason that it will give, in `refusal`.
 """
@@ -27,7 +27,7 @@ from tests.kernels.truth import Results
 POISON = (np.nan, np.inf, -np.inf)
 
 
-def traced_forward(case: Case, implementation: str, tiles=None):
+def traced_forward(case: Case, implementation: str, config=None):
     """The forward pass of a case: query, key, value, sinks and the rest of `arguments(case, given)` -> out and lse."""
 
     def forward(query, key, value, sinks, rest):
@@ -39,15 +39,15 @@ def traced_forward(case: Case, implementation: str, tiles=None):
             query, key, value, pattern,
             scale=case.scale, query_offset=offset,
             query_segment_ids=rest.get("query_segment_ids"), kv_segment_ids=rest.get("kv_segment_ids"),
-            logits_soft_cap=case.soft_cap, sinks=sinks, return_lse=True, implementation=implementation, tiles=tiles,
+            logits_soft_cap=case.soft_cap, sinks=sinks, return_lse=True, implementation=implementation, config=config,
         )  # fmt: skip
 
     return forward
 
 
-def traced(case: Case, implementation: str, tiles=None):
+def traced(case: Case, implementation: str, config=None):
     """The computation of a case: `arguments(case, given)` -> out, lse and gradients."""
-    forward = traced_forward(case, implementation, tiles)
+    forward = traced_forward(case, implementation, config)
 
     def forward_and_backward(query, key, value, sinks, rest, dout, dlse):
         results, pull = jax.vjp(lambda *inputs: forward(*inputs, rest), query, key, value, sinks)

@@ -11,7 +11,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
-from pallas_kernels import HopperTiles
+from pallas_kernels import HopperConfig
 from s2jax import FirstTokens, Local, LocalStride
 from tests.kernels.cases import Case, Selected, parameters
 from tests.kernels.contract import AttentionContract, traced_forward
@@ -58,9 +58,9 @@ class TestInterpreted(AttentionContract):
     implementation = "mosaic_gpu"
     random_share = 8
     tilings: typing.ClassVar = {
-        "small": HopperTiles(heads=1, keys=16, stages=2),
-        "four heads": HopperTiles(heads=4, keys=32, stages=2),
-        "half blocks": HopperTiles(heads=1, keys=64, stages=3),
+        "small": HopperConfig(heads_per_tile=1, block_kv=16, num_stages=2),
+        "four heads": HopperConfig(heads_per_tile=4, block_kv=32, num_stages=2),
+        "half blocks": HopperConfig(heads_per_tile=1, block_kv=64, num_stages=3),
     }
 
     test_gradients_show_the_pattern = None  # of gradients there are none here
@@ -92,8 +92,8 @@ class TestInterpreted(AttentionContract):
         return None
 
     def compiled(self, case: Case):
-        tiles = None if isinstance(case.pattern, Selected) else self.tilings.get(case.tiling)
-        forward = jax.jit(traced_forward(case, self.implementation, tiles))
+        config = None if isinstance(case.pattern, Selected) else self.tilings.get(case.tiling)
+        forward = jax.jit(traced_forward(case, self.implementation, config))
 
         def function(query, key, value, sinks, rest, dout, dlse):
             # One at a time: the interpreter's threads would wait for those that XLA needs.

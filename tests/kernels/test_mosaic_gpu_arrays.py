@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import HopperTiles, mosaic_gpu
+from pallas_kernels import HopperConfig, mosaic_gpu
 from pallas_kernels.mosaic_gpu import chip
 from pallas_kernels.mosaic_gpu.arrange import positive_scale
-from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, choose_tiles
+from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, choose_config
 from pallas_kernels.segments import narrow
 from s2jax import BlockSelection, FirstTokens, Local, LocalStride, PerHead, attention
 
@@ -43,23 +43,23 @@ REFUSED = {
     "large blocks": (LocalStride(256, 1, 2), {}, None, "needs a block size of 16, 32, 64, 128, got 256"),
     "short rows": (selection(8, 32), {}, None, "needs query blocks that fill a tile of 128 rows"),
     "short rows of a head": (selection(4, 64, heads=4), {}, None, "needs query blocks that fill a tile of 128 rows"),
-    "heads that read apart": (APART, {}, HopperTiles(heads=2), "a tile can have 1 heads here, got 2"),
+    "heads that read apart": (APART, {}, HopperConfig(heads_per_tile=2), "a tile can have 1 heads here, got 2"),
     "heads of two groups": (
         LocalStride(16, 2, 4),
         {},
-        HopperTiles(heads=4),
+        HopperConfig(heads_per_tile=4),
         "a tile can have 1 or 2 heads here, got 4",
     ),
-    "part of a block": (LocalStride(128, 1, 2), {}, HopperTiles(heads=2), "a tile can have 1 heads here, got 2"),
-    "large tiles": (WINDOW, {"features": 256}, HopperTiles(1, 128, 2), "the tiles need [0-9]+ bytes of shared memory"),
+    "part of a block": (LocalStride(128, 1, 2), {}, HopperConfig(heads_per_tile=2), "a tile can have 1 heads here"),
+    "large tiles": (WINDOW, {"features": 256}, HopperConfig(1, 128, 2), "the tiles need [0-9]+ bytes of shared memory"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_the_kernel_cannot_do_is_refused(name: str):
-    pattern, sizes, tiles, message = REFUSED[name]
+    pattern, sizes, config, message = REFUSED[name]
     with pytest.raises(NotImplementedError, match=message):
-        attention(*inputs(**sizes), pattern, implementation="mosaic_gpu", tiles=tiles)
+        attention(*inputs(**sizes), pattern, implementation="mosaic_gpu", config=config)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_only_hopper_is_lowered_for(monkeypatch, capability: str, cuda: int | No
     versions = types.SimpleNamespace(cuda_runtime_get_version=lambda: cuda)
     monkeypatch.setattr(jax, "devices", lambda platform: [device])
     monkeypatch.setattr(chip, "cuda_versions", None if cuda is None else versions)
-    reason = chip.refuse_chip()
+    reason = chip.unsupported_chip_reason()
     assert reason is None if message is None else message in str(reason)
 
 
@@ -99,7 +99,7 @@ def test_there_are_tiles_for_all_sizes():
     for head_dim in range(16, 257, 16):
         for value_dim in range(16, 257, 16):
             for block_size in mosaic_gpu.BLOCK_SIZES:
-                tiles = choose_tiles(head_dim, value_dim, block_size, 4096, 1)
+                tiles = choose_config(head_dim, value_dim, block_size, 4096, 1)
                 assert tiles.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES
 
 
@@ -120,13 +120,14 @@ def test_copies_of_lse_have_room(interpreted, monkeypatch):
         found.append((plan, given, results))
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), results)
 
+    jax.clear_caches()  # a call that another test compiled would not reach the kernel
     kernel = mosaic_gpu.attend
     monkeypatch.setattr(mosaic_gpu, "attend", attend)
     query, key, value = inputs(tokens=201)
     ids = jnp.zeros((1, 201), jnp.int32)
     attention(query, key, value, WINDOW, implementation="mosaic_gpu", query_segment_ids=ids, kv_segment_ids=ids)
     ((plan, given, (_, lse)),) = found
-    assert lse.shape[2] == plan.tiles * plan.queries >= 201
+    assert lse.shape[2] == plan.num_tiles * plan.block_q >= 201
     # And of lengths the chip can take, by rows that lie together in shared memory and by 16 bytes.
     assert [array.shape[1] % 8 for array in (given.query, given.key, given.value)] == [0, 0, 0]
     assert given.kv_segments is not None
@@ -139,8 +140,8 @@ def test_tables_over_a_mesh(interpreted, monkeypatch, heads: int):
 
     def attend(plan, given):
         """Which slices a tile has, and the values, in a kernel's place."""
-        marks = given.slices.astype(jnp.float32) @ jnp.asarray([1.0, 1e-3])
-        marks = jnp.repeat(jnp.repeat(marks.sum(-1), plan.heads, 1), plan.queries, 2)
+        marks = given.ranges.astype(jnp.float32) @ jnp.asarray([1.0, 1e-3])
+        marks = jnp.repeat(jnp.repeat(marks.sum(-1), plan.heads_per_tile, 1), plan.block_q, 2)
         value = jnp.repeat(given.value, plan.num_heads // plan.num_kv_heads, 2)
         return value, jnp.broadcast_to(marks, (plan.batch, *marks.shape[1:]))
 
@@ -175,11 +176,11 @@ class TestNarrow:
         tiles, count = len(query_ids) // self.queries, len(kv_ids) // self.block_size
         blocks = np.concatenate([np.arange(count), np.arange(0, count, 2), np.arange(1, count, 2)]).astype(np.int32)
         starts = np.cumsum([0, count, len(range(0, count, 2)), len(range(1, count, 2))])
-        slices = np.stack([starts[:-1], starts[1:]], -1)[None, None, None].repeat(tiles, 2).astype(np.int32)
+        ranges = np.stack([starts[:-1], starts[1:]], -1)[None, None, None].repeat(tiles, 2).astype(np.int32)
         ids = query_ids.reshape(1, tiles, self.queries)
-        cut = np.asarray(jax.jit(narrow, static_argnums=(2, 5))(blocks, slices, 2, ids, kv_ids[None], self.block_size))
+        cut = np.asarray(jax.jit(narrow, static_argnums=(2, 5))(blocks, ranges, 2, ids, kv_ids[None], self.block_size))
         listed = [[blocks[low:high].tolist() for low, high in tile] for tile in cut[0, 0]]
-        return listed, [blocks[low:high].tolist() for low, high in slices[0, 0, 0]]
+        return listed, [blocks[low:high].tolist() for low, high in ranges[0, 0, 0]]
 
     def test_documents(self):
         """One after the other: exactly the blocks that some query shares a segment with, and no mask inside its own."""

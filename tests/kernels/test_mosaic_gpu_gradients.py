@@ -45,8 +45,8 @@ class TestGradients(Interpreted):
     test_random_cases = test_optimised = test_shape = test_offsets_beyond_the_keys_and_nan_queries_give_nan = None
 
     def compiled(self, case: Case):
-        tiles = None if isinstance(case.pattern, Selected) else self.tilings.get(case.tiling)
-        return jax.jit(traced(case, self.implementation, tiles))
+        config = None if isinstance(case.pattern, Selected) else self.tilings.get(case.tiling)
+        return jax.jit(traced(case, self.implementation, config))
 
     @pytest.mark.usefixtures("quick_compilation")
     @pytest.mark.parametrize("case", later((*LONG, "selection by KV head"), [*parameters(*QUICK), *named(*WIDE)]))

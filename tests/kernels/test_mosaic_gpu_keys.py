@@ -13,11 +13,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu.key_tables import KeyTables, key_tables, selection_key_tables
+from pallas_kernels.mosaic_gpu.kv_tables import KVTables, kv_tables, selection_kv_tables
 from pallas_kernels.mosaic_gpu.plan import ROWS
-from pallas_kernels.packs import sort_entries
 from pallas_kernels.problem import Operands
-from pallas_kernels.segments import narrow_packs
+from pallas_kernels.segments import narrow_kv_tiles
+from pallas_kernels.tiling import sort_entries
 from s2jax import BlockSelection, FirstTokens, Local, LocalStride, PerHead, attention, compile_schedule
 from tests.kernels.test_mosaic_gpu_arrays import inputs
 from tests.patterns.families import HEADS, compositions
@@ -25,21 +25,21 @@ from tests.patterns.families import HEADS, compositions
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
 
-def written_out(tables: KeyTables, group: int, rows: int, queries: int, key_block: int, width: int, batch: int = 0):
+def written_out(tables: KVTables, group: int, rows: int, queries: int, key_block: int, width: int, batch: int = 0):
     """int [h, queries, keys], how often a head's query is said to see a key, and the blocks that are in packs."""
-    slices, blocks, masks = (np.asarray(each) for each in (tables.slices, tables.blocks, tables.masks))
-    slices = slices[batch if len(slices) > 1 else 0]
-    bits = np.asarray(tables.words)[..., None] >> np.arange(width) & 1  # [kinds, words, ROWS, width]
+    ranges, blocks, masks = (np.asarray(each) for each in (tables.ranges, tables.blocks, tables.mask_ids))
+    ranges = ranges[batch if len(ranges) > 1 else 0]
+    bits = np.asarray(tables.mask_bits)[..., None] >> np.arange(width) & 1  # [kinds, words, ROWS, width]
     bits = bits.swapaxes(1, 2).reshape(len(bits), ROWS, queries)
-    heads, packs, rounds = slices.shape[:3]
+    heads, kv_tiles, head_passes = ranges.shape[:3]
     seen = np.zeros((heads * group, rows, tables.members.max() + 1, queries, key_block), int)
-    for head, pack, turn in np.ndindex(heads, packs, rounds):
-        for number, (low, high) in enumerate(slices[head, pack, turn]):
+    for head, kv_tile, group_head in np.ndindex(heads, kv_tiles, head_passes):
+        for number, (low, high) in enumerate(ranges[head, kv_tile, group_head]):
             for entry in range(low, high):
                 kind = bits[masks[entry]].reshape(-1, key_block, queries).swapaxes(1, 2)
-                assert number >= tables.num_full or kind.all()
-                mine = range(head * group, (head + 1) * group) if rounds == 1 else [head * group + turn]
-                for place, member in enumerate(np.asarray(tables.members)[head, pack]):
+                assert number >= tables.num_full_ranges or kind.all()
+                mine = range(head * group, (head + 1) * group) if head_passes == 1 else [head * group + group_head]
+                for place, member in enumerate(np.asarray(tables.members)[head, kv_tile]):
                     if member >= 0:
                         seen[mine, blocks[entry], member] += kind[place]
     return seen.swapaxes(2, 3).reshape(len(seen), rows * queries, -1)
@@ -58,7 +58,7 @@ def test_packs_are_walked_by_what_reads_them(data, heads, query_length: int, kv_
     size, group = schedule.block_size, heads.num_heads // heads.num_kv_heads
     width = data.draw(st.sampled_from([16, 32])) if size > 16 else 16
     hypothesis.assume(size <= ROWS)
-    tables = key_tables(schedule, width)
+    tables = kv_tables(schedule, width)
     seen = written_out(tables, group, schedule.lists.num_rows, size, size, width)
     np.testing.assert_array_equal(seen[:, :query_length, :kv_length], schedule.token_mask())
     assert each_once(tables.members, schedule.num_columns)
@@ -81,7 +81,7 @@ def test_a_selection_transposed(seed: int, heads: int, batch: int, block_size: i
     selection = BlockSelection(jnp.asarray(kv_blocks), jnp.asarray(counts), block_size, query_block)
     query, key, value = inputs(tokens=kv_length, heads=num_heads, kv_heads=num_kv_heads, features=16)
     width = min(query_block, 16)
-    tables = selection_key_tables(selection, Operands(query, key, value, selection=selection), width)
+    tables = selection_kv_tables(selection, Operands(query, key, value, selection=selection), width)
     assert each_once(tables.members, num_blocks)
     for sequence in range(batch):
         seen = written_out(tables, 2, rows, query_block, block_size, width, sequence)
@@ -94,7 +94,7 @@ def test_a_selection_transposed(seed: int, heads: int, batch: int, block_size: i
         # Once a row and pack, and none for what is not there.
         in_packs = np.pad(expected, ((0, 0), (0, 0), (0, -num_blocks % (ROWS // block_size))))
         in_packs = in_packs.reshape(num_heads, rows, -1, ROWS // block_size).any(-1).sum()
-        lengths = np.diff(np.asarray(tables.slices)[sequence % len(tables.slices)])[..., 0]
+        lengths = np.diff(np.asarray(tables.ranges)[sequence % len(tables.ranges)])[..., 0]
         assert lengths.sum() * (num_heads // num_kv_heads // lengths.shape[2]) == in_packs
 
 
@@ -111,22 +111,22 @@ def test_entries_are_sorted_as_one_number_or_as_three():
 def test_packs_and_segments(seed: int, ascending: bool, first_row: int):
     """Nothing that shares a segment is lost or walked twice, and nothing else goes without a mask; of ids that ascend,
     nothing else is left."""
-    random, packs, rows = np.random.default_rng(seed), 6, 12
-    query_ids, kv_ids = (random.integers(0, 4, count * 2).repeat(random.choice([2, 4])) for count in (rows, packs))
+    random, kv_tiles, rows = np.random.default_rng(seed), 6, 12
+    query_ids, kv_ids = (random.integers(0, 4, count * 2).repeat(random.choice([2, 4])) for count in (rows, kv_tiles))
     if ascending:
         query_ids.sort()
-    query_ids, kv_ids = query_ids[: rows * 4].reshape(1, -1, 4), kv_ids[: packs * 4].reshape(1, 1, -1, 4)
-    rows, packs = query_ids.shape[1], kv_ids.shape[2]
+    query_ids, kv_ids = query_ids[: rows * 4].reshape(1, -1, 4), kv_ids[: kv_tiles * 4].reshape(1, 1, -1, 4)
+    rows, kv_tiles = query_ids.shape[1], kv_ids.shape[2]
     # Even rows without a mask, odd ones with one.
     blocks = np.concatenate([np.arange(0, 20, 2), np.arange(1, 20, 2)]).astype(np.int32)
-    slices = np.broadcast_to(np.array([[0, 10], [10, 20]], np.int32), (1, 1, packs, 1, 2, 2))
-    narrowed = jax.jit(narrow_packs, static_argnums=2)
+    ranges = np.broadcast_to(np.array([[0, 10], [10, 20]], np.int32), (1, 1, kv_tiles, 1, 2, 2))
+    narrowed = jax.jit(narrow_kv_tiles, static_argnums=2)
     edge = jnp.full((1, 1, 1), first_row, jnp.int32)
-    cut = narrowed(blocks, slices, 1, query_ids.astype(np.int32), kv_ids.astype(np.int32), edge)
-    for pack, parts in enumerate(np.asarray(cut)[0, 0, :, 0]):
+    cut = narrowed(blocks, ranges, 1, query_ids.astype(np.int32), kv_ids.astype(np.int32), edge)
+    for kv_tile, parts in enumerate(np.asarray(cut)[0, 0, :, 0]):
         listed = [blocks[low:high] - first_row for low, high in parts]
         walked = np.concatenate(listed)
-        mine = set(kv_ids[0, 0, pack].tolist())
+        mine = set(kv_ids[0, 0, kv_tile].tolist())
         shared = {row for row in range(rows) if mine & set(query_ids[0, row].tolist())}
         assert len(walked) == len(set(walked.tolist()))
         assert shared <= set(walked.tolist()) | set(range(20 - first_row, rows))
@@ -166,7 +166,7 @@ def test_copies_have_room(interpreted, monkeypatch):
     assert [each.shape[-1] for each in (given.lse, given.delta, given.query_segments)] == [256] * 3
     assert [each.shape[1] % 8 for each in (given.query, given.dout, given.key, given.value)] == [0] * 4
     plan, given = found["query_gradient"]
-    assert given.lse.shape == given.delta.shape == (1, plan.num_heads // plan.heads, plan.tiles, ROWS)
+    assert given.lse.shape == given.delta.shape == (1, plan.num_heads // plan.heads_per_tile, plan.num_tiles, ROWS)
     assert given.query.shape == given.dout.shape
 
 
@@ -177,11 +177,11 @@ def test_packs_over_a_mesh(monkeypatch, heads: int):
     def marks(plan, given):
         """Which slices and which members a KV head has, in the place of the gradients."""
         tables = given.tables
-        lists = (tables.slices.astype(jnp.float32) @ jnp.asarray([1.0, 1e-3])).sum((0, 2, 3, 4))
-        packs = (tables.members * jnp.arange(tables.members[0].size).reshape(tables.members.shape[1:])).sum((1, 2))
+        lists = (tables.ranges.astype(jnp.float32) @ jnp.asarray([1.0, 1e-3])).sum((0, 2, 3, 4))
+        kv_tiles = (tables.members * jnp.arange(tables.members[0].size).reshape(tables.members.shape[1:])).sum((1, 2))
         return tuple(
             jnp.broadcast_to(mark.astype(array.dtype)[:, None], array.shape)
-            for mark, array in ((lists, given.key), (packs, given.value))
+            for mark, array in ((lists, given.key), (kv_tiles, given.value))
         )
 
     monkeypatch.setattr(mosaic_gpu, "attend", lambda plan, given: (given.query, given.query[..., 0].swapaxes(1, 2)))
@@ -212,7 +212,7 @@ def test_an_offset_leaves_rows_that_exist(monkeypatch):
     """Lists are for all positions: of an offset at run time, those of the call's own rows are left."""
 
     def first_and_last(plan, given):
-        low, high = (given.tables.slices[..., edge] for edge in (0, 1))
+        low, high = (given.tables.ranges[..., edge] for edge in (0, 1))
         blocks, row = given.tables.blocks, given.first_row[:, None, None, None, None]
         first = jnp.where(low < high, blocks[low] - row, 0).min((1, 2, 3, 4))
         last = jnp.where(low < high, blocks[high - 1] - row, 0).max((1, 2, 3, 4))

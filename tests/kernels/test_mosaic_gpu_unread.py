@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.unread import reads_own_position
+from pallas_kernels.nonfinite import reads_own_position
 from s2jax import Dense, FirstTokens, Local, LocalStride, Strided, attention
 from s2jax.compiler import compile_schedule
 

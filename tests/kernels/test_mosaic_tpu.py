@@ -8,7 +8,7 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import TpuTiles
+from pallas_kernels import TpuConfig
 from pallas_kernels.mosaic_tpu import tables
 from s2jax import LocalStride
 from tests.kernels.cases import Case, Selected, parameters
@@ -53,9 +53,9 @@ class TestInterpreted(AttentionContract):
     implementation = "mosaic_tpu"
     random_share = 8
     tilings: typing.ClassVar = {
-        "small": TpuTiles(heads=1, queries=16, keys=128),
-        "turns": TpuTiles(heads=1, queries=64, keys=128),
-        "pieces": TpuTiles(heads=2, queries=256, keys=128),
+        "small": TpuConfig(heads_per_tile=1, block_q=16, block_kv=128),
+        "turns": TpuConfig(heads_per_tile=1, block_q=64, block_kv=128),
+        "pieces": TpuConfig(heads_per_tile=2, block_q=256, block_kv=128),
     }
 
     test_optimised = None  # of what XLA computes here, there is little
@@ -73,7 +73,7 @@ class TestInterpreted(AttentionContract):
     @pytest.fixture
     def no_room(self, monkeypatch):
         """For lists in which every row has its own entries."""
-        remembered = tables.schedule_tables, tables.key_tables
+        remembered = tables.schedule_tables, tables.kv_tables
         monkeypatch.setattr(tables, "OWN_BYTES", -1)
         for each in remembered:
             each.cache_clear()
@@ -107,14 +107,14 @@ class TestInterpreted(AttentionContract):
         assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found
 
     def compiled(self, case: Case):
-        tiles = self.tilings.get(case.tiling)
+        config = self.tilings.get(case.tiling)
         if (
-            tiles is not None
+            config is not None
             and not isinstance(case.pattern, Selected)
-            and case.pattern.schedule_block_size() > tiles.queries
+            and case.pattern.schedule_block_size() > config.block_q
         ):
-            tiles = None
-        return jax.jit(traced(case, self.implementation, tiles))
+            config = None
+        return jax.jit(traced(case, self.implementation, config))
 
     def adapted(self, case: Case) -> Case:
         if case.dtype == "float16":

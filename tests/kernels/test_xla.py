@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from pallas_kernels import XlaTiles, xla
+from pallas_kernels import XlaConfig, xla
 from pallas_kernels.xla import layout
 from pallas_kernels.xla.walks import entries_per_step
 from tests.kernels.cases import BY_NAME, Case, arrays, parameters
@@ -19,8 +19,8 @@ class TestXla(AttentionContract):
     random_share = 10
     tilings: typing.ClassVar = {
         # Three rows a tile, packs of three blocks, a few steps; numbers that divide nothing.
-        "merged": XlaTiles(queries=100, keys=40, packed_keys=50, walked_queries=70),
-        "small": XlaTiles(queries=1, keys=1, packed_keys=1, walked_queries=1),
+        "merged": XlaConfig(block_q=100, block_kv=40, grad_block_kv=50, grad_block_q=70),
+        "small": XlaConfig(block_q=1, block_kv=1, grad_block_kv=1, grad_block_q=1),
     }
 
     @pytest.fixture(autouse=True)
@@ -66,4 +66,4 @@ def test_lists_are_walked_in_steps_that_leave_little_over():
 
 class TestTransformations(TransformationContract):
     implementation = "xla"
-    tiles = XlaTiles(queries=64, keys=32, packed_keys=32, walked_queries=64)
+    config = XlaConfig(block_q=64, block_kv=32, grad_block_kv=32, grad_block_q=64)

@@ -44,10 +44,10 @@ def passes(jaxpr) -> int:
 @pytest.mark.usefixtures("strict_dtypes", "quick_compilation")
 class TransformationContract:
     implementation: typing.ClassVar[str]
-    tiles: typing.ClassVar[typing.Any] = None
+    config: typing.ClassVar[typing.Any] = None
 
     def attention(self, query, key, value, pattern=PATTERN, **options):
-        return attention(query, key, value, pattern, implementation=self.implementation, tiles=self.tiles, **options)
+        return attention(query, key, value, pattern, implementation=self.implementation, config=self.config, **options)
 
     def gradients(self, *inputs, **options):
         """out, lse, and the gradients of a sum of both, of every input."""
@@ -167,7 +167,7 @@ class TransformationContract:
 
     def test_export_round_trip(self):
         case = BY_NAME["an offset for each"]
-        function, inputs = jax.jit(traced(case, self.implementation, self.tiles)), arguments(case, arrays(case))
+        function, inputs = jax.jit(traced(case, self.implementation, self.config)), arguments(case, arrays(case))
         shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), inputs)
         exported = jax.export.export(function)(*shapes)
         if importlib.util.find_spec("flatbuffers"):  # which jax needs for this, and does not bring

@@ -111,11 +111,11 @@ def test_a_function_reads_what_it_says(function, causal):
 
 
 @pytest.mark.parametrize(
-    ("function", "walkers"),
+    ("function", "unique_heads"),
     [(dilated, 1), (by_numpy, 1), (documents, 1), (by_pair_of_heads, 2), (by_branch, 2), (by_list, 2)],
 )
-def test_heads_that_agree_share_a_walker(function, walkers):
-    assert compiled(MaskMod(function, 16)).lists.num_walkers == walkers
+def test_heads_that_agree_share_a_walker(function, unique_heads):
+    assert compiled(MaskMod(function, 16)).lists.num_unique_heads == unique_heads
 
 
 @pytest.mark.parametrize(("function", "keys"), [(dilated, 1), (by_numpy, 1), (by_pair_of_heads, 2), (by_branch, 2)])
@@ -303,7 +303,7 @@ def test_token_masks_go_by_content_and_may_reach_further():
 
 def test_heads_of_equal_masks_share_a_walker():
     mask = np.random.default_rng(0).random((1, 64, 64)) < 0.5
-    assert compiled(np.concatenate([mask, ~mask, mask, mask]), rows=64, columns=64).lists.num_walkers == 2
+    assert compiled(np.concatenate([mask, ~mask, mask, mask]), rows=64, columns=64).lists.num_unique_heads == 2
 
 
 # What is refused.

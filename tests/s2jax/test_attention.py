@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import op, xla
-from s2jax import BlockSelection, Dense, LocalStride, XlaTiles, attention, block_sparse_attention, compile_schedule
+from s2jax import BlockSelection, Dense, LocalStride, XlaConfig, attention, block_sparse_attention, compile_schedule
 from tests.kernels.cases import EPS
 
 pytestmark = [
@@ -43,7 +43,7 @@ def test_numpy_integers_are_static_offsets(inputs):
 
 class TestImplementations:
     def test_xla_by_default(self, inputs):
-        expected = attention(*inputs, PATTERN, implementation="xla", tiles=XlaTiles())
+        expected = attention(*inputs, PATTERN, implementation="xla", config=XlaConfig())
         np.testing.assert_array_equal(attention(*inputs, PATTERN), expected)
 
     @pytest.mark.parametrize("names", [["xla", "reference"], ("reference", "xla"), "reference"])
@@ -55,7 +55,7 @@ class TestImplementations:
         attention(*inputs, PATTERN, implementation=names)
 
     def test_one_that_refuses_leaves_it_to_the_next(self, inputs, monkeypatch):
-        monkeypatch.setattr(xla, "refuse", lambda *_: "not today")
+        monkeypatch.setattr(xla, "unsupported_reason", lambda *_: "not today")
         found = attention(*inputs, PATTERN, implementation=["xla", "reference"])
         np.testing.assert_array_equal(found, attention(*inputs, PATTERN, implementation="reference"))
 
@@ -67,7 +67,7 @@ class TestImplementations:
             attention(query, key, value, PATTERN, implementation="mosaic_gpu")
 
     def test_all_that_refuse_give_their_reasons(self, inputs, monkeypatch):
-        monkeypatch.setattr(xla, "refuse", lambda *_: "not today")
+        monkeypatch.setattr(xla, "unsupported_reason", lambda *_: "not today")
         with pytest.raises(NotImplementedError, match="xla: not today"):
             attention(*inputs, PATTERN, implementation="xla")
 

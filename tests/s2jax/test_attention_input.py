@@ -14,7 +14,7 @@ from s2jax import (
     Dense,
     LocalStride,
     PerHead,
-    XlaTiles,
+    XlaConfig,
     attention,
     block_sparse_attention,
     compile_schedule,
@@ -129,11 +129,11 @@ OPTIONS = {
         {"query": QUERY[..., :0], "key": KEY[..., :0]},
         "query…length 0: (2, 40, 4, 0)…only the batch may be empty",
     ),
-    "tiles of another backend": (
-        {"implementation": "reference", "tiles": XlaTiles()},
-        "tiles for 'reference' must be NoneType, got XlaTiles",
+    "a config of another backend": (
+        {"implementation": "reference", "config": XlaConfig()},
+        "config for 'reference' must be NoneType, got XlaConfig",
     ),
-    "tiles that are none": ({"implementation": "xla", "tiles": 128}, "tiles for 'xla' must be XlaTiles, got int"),
+    "a config that is none": ({"implementation": "xla", "config": 128}, "config for 'xla' must be XlaConfig, got int"),
     "a spec without a mesh": ({"query_spec": P("data")}, "query_spec…needs a mesh; set it with jax.set_mesh(mesh)"),
     "a spec that is none": ({"query_spec": "data"}, "query_spec must be a PartitionSpec, got str"),
 }
@@ -221,9 +221,9 @@ def test_options_of_other_attentions_raise(option):
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "128"])
-def test_tiles(value):
-    with pytest.raises(ValueError, match="queries must be an integer of at least 1, got"):
-        XlaTiles(queries=value)
+def test_config(value):
+    with pytest.raises(ValueError, match="block_q must be an integer of at least 1, got"):
+        XlaConfig(block_q=value)
 
 
 @pytest.mark.parametrize("block_size", [0, -8, 1.5])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule
-from pallas_kernels.tiles import Tiles, alike, merge, neighbours
+from pallas_kernels.tiling import Tiles, group_consecutive_rows, group_similar_rows, merge
 from s2jax import BlockMask, Dense, FirstTokens, Local, LocalStride, PerHead, Ranges, compile_schedule
 from s2jax import patterns as p
 from s2jax.patterns import Pattern
@@ -29,28 +29,28 @@ def compiled_case(case) -> BlockSchedule:
 
 def written_out(lists: BlockLists, num_columns: int) -> np.ndarray:
     """The mask id of every row and block: int [walkers, rows, blocks]; fails where a row has a block twice."""
-    dense = np.full((lists.num_walkers, lists.num_rows, num_columns), NOTHING)
+    dense = np.full((lists.num_unique_heads, lists.num_rows, num_columns), NOTHING)
     seen = np.zeros(dense.shape, bool)
-    for walker in range(lists.num_walkers):
-        row, position = lists.entries(walker)
+    for unique_head in range(lists.num_unique_heads):
+        row, position = lists.entries(unique_head)
         blocks = lists.blocks[position]
         np.testing.assert_array_less(blocks, num_columns)
         places = np.stack([row, blocks])
         assert len(np.unique(places, axis=1).T) == len(row), "a row walks a block twice"
-        dense[walker, row, blocks] = lists.masks[position]
-        seen[walker, row, blocks] = True
+        dense[unique_head, row, blocks] = lists.mask_ids[position]
+        seen[unique_head, row, blocks] = True
     assert ((dense != NOTHING) == seen).all(), "an entry that reads nothing"
     return dense
 
 
 def assert_parts_are_what_they_say(lists: BlockLists) -> None:
     """The full parts hold entries without a mask only; every slice lies within one list, which is ascending."""
-    for walker in range(lists.num_walkers):
-        for part in range(lists.slices.shape[2]):
-            _, position = lists.entries(walker, slice(part, part + 1))
-            if part < lists.num_full:
-                assert (lists.masks[position] == WHOLE).all(), "a masked entry in a full part"
-    starts, stops = (lists.slices[..., end][lists.slices[..., 1] > lists.slices[..., 0]] for end in (0, 1))
+    for unique_head in range(lists.num_unique_heads):
+        for part in range(lists.ranges.shape[2]):
+            _, position = lists.entries(unique_head, slice(part, part + 1))
+            if part < lists.num_full_ranges:
+                assert (lists.mask_ids[position] == WHOLE).all(), "a masked entry in a full part"
+    starts, stops = (lists.ranges[..., end][lists.ranges[..., 1] > lists.ranges[..., 0]] for end in (0, 1))
     which = np.searchsorted(lists.offsets, starts, side="right") - 1
     assert (stops <= lists.offsets[which + 1]).all(), "a slice that runs into the next list"
     for low, high in np.unique(np.stack([starts, stops], 1), axis=0):
@@ -115,7 +115,7 @@ def test_the_ends_of_the_keys_need_no_mask():
 
 def test_heads_that_read_alike_share_a_walker():
     schedule = compiled(LocalStride(16, 1, 4, homo_head=True), (8, 4))
-    assert schedule.lists.num_walkers == 1
+    assert schedule.lists.num_unique_heads == 1
     assert not schedule.head_index.any()
     schedule = compiled(LocalStride(16, 1, 4), (8, 4))
     assert schedule.head_index.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -168,11 +168,11 @@ def assert_merged(lists: BlockLists, tiles: Tiles, num_columns: int) -> None:
     """Every row of every tile gets what it got alone."""
     alone, merged = written_out(lists, num_columns), written_out(tiles.lists, num_columns)
     assert_parts_are_what_they_say(tiles.lists)
-    assert (tiles.masks[WHOLE] == WHOLE).all()
-    assert (tiles.masks[NOTHING] == NOTHING).all()
-    for walker, tile, row in np.argwhere(tiles.members >= 0):
-        found = tiles.masks[merged[walker, tile], row]
-        np.testing.assert_array_equal(found, alone[walker, tiles.members[walker, tile, row]])
+    assert (tiles.tile_masks[WHOLE] == WHOLE).all()
+    assert (tiles.tile_masks[NOTHING] == NOTHING).all()
+    for unique_head, tile, row in np.argwhere(tiles.members >= 0):
+        found = tiles.tile_masks[merged[unique_head, tile], row]
+        np.testing.assert_array_equal(found, alone[unique_head, tiles.members[unique_head, tile, row]])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -181,7 +181,7 @@ def assert_merged(lists: BlockLists, tiles: Tiles, num_columns: int) -> None:
 def test_merged_neighbours_read_what_each_reads(case, size):
     schedule = compiled_case(case)
     lists = schedule.lists
-    members = neighbours(lists.num_walkers, lists.num_rows, size)
+    members = group_consecutive_rows(lists.num_unique_heads, lists.num_rows, size)
     assert (members.max(), len(np.unique(members[0][members[0] >= 0]))) == (lists.num_rows - 1, lists.num_rows)
     assert_merged(lists, merge(lists, members), schedule.num_columns)
 
@@ -192,22 +192,22 @@ def test_merged_neighbours_read_what_each_reads(case, size):
 def test_merged_packs_read_what_each_reads(case, size):
     schedule = compiled_case(case)
     lists, rows = schedule.transposed, schedule.lists.num_rows
-    members = alike(lists, size)
+    members = group_similar_rows(lists, size)
     busy = (lists.counts() > 0).any(-1)
-    for walker in range(lists.num_walkers):
-        found = members[walker][members[walker] >= 0]
-        np.testing.assert_array_equal(np.sort(found), np.flatnonzero(busy[walker]))
+    for unique_head in range(lists.num_unique_heads):
+        found = members[unique_head][members[unique_head] >= 0]
+        np.testing.assert_array_equal(np.sort(found), np.flatnonzero(busy[unique_head]))
     assert_merged(lists, merge(lists, members), rows)
 
 
 def test_executed_blocks_count_whole_steps():
     """Five blocks walked two at a time by tiles of three rows are three steps of six pairs."""
     schedule = compiled(Dense(causal=False), (1, 1), 48, 80)
-    tiles = merge(schedule.lists, neighbours(1, 1, 3))
+    tiles = merge(schedule.lists, group_consecutive_rows(1, 1, 3))
     assert schedule.block_size == 64
     assert tiles.executed_blocks(2).tolist() == [1 * 2 * 3]
     schedule = compiled(Local((9, 9), block_size=16, causal=False), (1, 1), 48, 80)
-    assert merge(schedule.lists, neighbours(1, 3, 3)).executed_blocks(2).tolist() == [3 * 2 * 3]
+    assert merge(schedule.lists, group_consecutive_rows(1, 3, 3)).executed_blocks(2).tolist() == [3 * 2 * 3]
 
 
 # What does not fit.

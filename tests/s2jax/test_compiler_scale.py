@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.schedule import BlockSchedule
-from pallas_kernels.tiles import alike, merge, neighbours
+from pallas_kernels.tiling import group_consecutive_rows, group_similar_rows, merge
 from s2jax import Dense, LocalStride, compile_schedule
 from s2jax.compiler import forget_schedules
 
@@ -62,9 +62,9 @@ POINTS = {  # BENCHMARKS.md; block size 16 has the windows of 64 in tokens
 def needed_pairs(schedule: BlockSchedule) -> int:
     """Pairs of tokens that some head reads, one head for each walker."""
     tokens, total = schedule.token_masks.sum((1, 2), dtype=np.int64), 0
-    for walker in range(schedule.lists.num_walkers):
-        _, position = schedule.lists.entries(walker)
-        total += tokens[schedule.lists.masks[position]].sum()
+    for unique_head in range(schedule.lists.num_unique_heads):
+        _, position = schedule.lists.entries(unique_head)
+        total += tokens[schedule.lists.mask_ids[position]].sum()
     return int(total)
 
 
@@ -76,8 +76,8 @@ def test_executed_over_needed_pairs(name):
     schedule = compiled(pattern, *shape)
     size = schedule.block_size
     lists, transposed = schedule.lists, schedule.transposed
-    forward = merge(lists, neighbours(lists.num_walkers, lists.num_rows, 128 // size))
-    backward = merge(transposed, alike(transposed, 128 // size))
+    forward = merge(lists, group_consecutive_rows(lists.num_unique_heads, lists.num_rows, 128 // size))
+    backward = merge(transposed, group_similar_rows(transposed, 128 // size))
     needed = needed_pairs(schedule)
     narrow = size == 16 and pattern.local_blocks == 1
     # Packs are walked a block of 64 queries at a time, tiles 128 keys at a time.

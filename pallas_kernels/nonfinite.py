@@ -35,28 +35,28 @@ def reads_own_position(schedule: BlockSchedule) -> bool:
     # Of the last row, not all queries exist.
     last = lists.num_rows - 1
     whole_at_end = diagonals[:, : schedule.query_length - last * size].all(-1)
-    for walker in range(lists.num_walkers):
-        row, position = lists.entries(walker, slice(lists.num_full, None))
-        kind = lists.masks[position]
+    for unique_head in range(lists.num_unique_heads):
+        row, position = lists.entries(unique_head, slice(lists.num_full_ranges, None))
+        kind = lists.mask_ids[position]
         reads = np.where(row == last, whole_at_end[kind], whole[kind]) & (lists.blocks[position] == row)
         others = np.setdiff1d(np.arange(lists.num_rows), row[reads])
-        if not _walks(lists, lists.slices[walker, others, : lists.num_full], others[:, None]).any(-1).all():
+        if not _walks(lists, lists.ranges[unique_head, others, : lists.num_full_ranges], others[:, None]).any(-1).all():
             return False
     return True
 
 
-def _walks(lists: BlockLists, slices: np.ndarray, block: np.ndarray) -> Bool[np.ndarray, "rows parts"]:
+def _walks(lists: BlockLists, ranges: np.ndarray, block: np.ndarray) -> Bool[np.ndarray, "rows parts"]:
     """Whether each slice holds the block."""
-    (low, high), last = (slices[..., 0], slices[..., 1]), len(lists.blocks) - 1
+    (low, high), last = (ranges[..., 0], ranges[..., 1]), len(lists.blocks) - 1
     # Blocks ascend within a slice: the first one that is not before it.
     for _ in range(len(lists.blocks).bit_length()):
         middle = (low + high) // 2
         before = (low < high) & (lists.blocks[np.minimum(middle, last)] < block)
         low, high = np.where(before, middle + 1, low), np.where(before, high, np.minimum(middle, high))
-    return (low < slices[..., 1]) & (lists.blocks[np.minimum(low, last)] == block)
+    return (low < ranges[..., 1]) & (lists.blocks[np.minimum(low, last)] == block)
 
 
-def on_read_arrays[T](
+def zero_unread_keys[T](
     problem: Problem,
     operands: Operands,
     names: tuple[str, ...],
@@ -95,7 +95,7 @@ def _zeroed(arrays: dict[str, Array], read: Bool[Array, "#b s k"] | None) -> dic
 
 def _read(problem: Problem, operands: Operands, walks) -> Bool[Array, "b s k"]:
     """Which keys some query reads: those whose values have a gradient when all logits are zero."""
-    problem = dataclasses.replace(problem, scale=1.0, logits_soft_cap=None, tiles=None)
+    problem = dataclasses.replace(problem, scale=1.0, logits_soft_cap=None, config=None)
     query, key = (jnp.zeros((*array.shape[:3], 1), jnp.float32) for array in (operands.query, operands.key))
     operands = dataclasses.replace(operands, query=query, key=key, value=key, sinks=None, tables=walks)
     over_queries = dataclasses.replace(operands, tables=None if walks is None else walks[0])
@@ -107,8 +107,10 @@ def _read(problem: Problem, operands: Operands, walks) -> Bool[Array, "b s k"]:
 @functools.lru_cache(maxsize=64)
 def unread_keys(schedule: BlockSchedule) -> Bool[np.ndarray, "k s"] | None:
     """Keys that no query of a KV head's group reads, though their block is read; None where there are none."""
-    by_walker = np.stack([_read_by(schedule, walker) for walker in range(schedule.lists.num_walkers)])
-    read = by_walker[schedule.head_index].reshape(schedule.num_kv_heads, -1, *by_walker.shape[1:]).any(1)
+    by_unique_head = np.stack(
+        [_read_by(schedule, unique_head) for unique_head in range(schedule.lists.num_unique_heads)]
+    )
+    read = by_unique_head[schedule.head_index].reshape(schedule.num_kv_heads, -1, *by_unique_head.shape[1:]).any(1)
     tokens = read.reshape(len(read), -1)
     tokens[:, schedule.kv_length :] = True
     if (read.all(-1) | ~read.any(-1)).all():
@@ -116,19 +118,19 @@ def unread_keys(schedule: BlockSchedule) -> Bool[np.ndarray, "k s"] | None:
     return ~tokens[:, : schedule.kv_length]
 
 
-def _read_by(schedule: BlockSchedule, walker: int) -> Bool[np.ndarray, "columns block_size"]:
+def _read_by(schedule: BlockSchedule, unique_head: int) -> Bool[np.ndarray, "columns block_size"]:
     """The keys that some query of a distinct head reads."""
     lists, size = schedule.lists, schedule.block_size
     # Blocks without a mask, in time that grows with the slices: where in the lists some slice is open.
-    slices = lists.slices[walker, :, : lists.num_full].reshape(-1, 2)
-    slices = slices[slices[:, 1] > slices[:, 0]]
+    ranges = lists.ranges[unique_head, :, : lists.num_full_ranges].reshape(-1, 2)
+    ranges = ranges[ranges[:, 1] > ranges[:, 0]]
     opened = np.zeros(len(lists.blocks) + 1, np.int64)
-    np.add.at(opened, slices[:, 0], 1)
-    np.add.at(opened, slices[:, 1], -1)
+    np.add.at(opened, ranges[:, 0], 1)
+    np.add.at(opened, ranges[:, 1], -1)
     read = np.zeros((schedule.num_columns, size), bool)
     read[lists.blocks[np.cumsum(opened)[:-1] > 0]] = True
-    row, position = lists.entries(walker, slice(lists.num_full, None))
-    block, mask = lists.blocks[position], lists.masks[position]
+    row, position = lists.entries(unique_head, slice(lists.num_full_ranges, None))
+    block, mask = lists.blocks[position], lists.mask_ids[position]
     # Of the first and the last row, not all queries exist.
     first = schedule.query_offset - schedule.first_row * size
     last = first + schedule.query_length - (lists.num_rows - 1) * size

@@ -10,7 +10,7 @@ from pallas_kernels.problem import Operands, Problem
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class QueryGrid:
     """Queries in tiles: the first `shift` rows of the first tile are empty.
 
     Attributes:
@@ -18,8 +18,8 @@ class Grid:
       first: int, or int32 [b], which tile of the tables the first one is.
     """
 
-    queries: int
-    tiles: int
+    block_q: int
+    num_tiles: int
     length: int
     shift: int | Array
     first: int | Array
@@ -33,7 +33,7 @@ class Grid:
         room = jnp.full((array.shape[0], length, *array.shape[2:]), nothing, array.dtype)
         return jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice_in_dim(r, a, at, 0))(room, array, self.shift)
 
-    def take_back(self, array: Array, axis: int) -> Array:
+    def unpad(self, array: Array, axis: int) -> Array:
         """The inverse, along an axis after the batch."""
         if isinstance(self.shift, int):
             return jax.lax.slice_in_dim(array, self.shift, self.shift + self.length, axis=axis)
@@ -41,11 +41,11 @@ class Grid:
 
     def rows(self, array: Array, rows: int) -> Array:
         """[b, t] -> [b, tiles, rows]: the rows of the tiles, the same queries once for every head."""
-        array = self.place(array, self.tiles * self.queries).reshape(array.shape[0], self.tiles, self.queries)
-        return jnp.tile(array, (1, 1, rows // self.queries))
+        array = self.place(array, self.num_tiles * self.block_q).reshape(array.shape[0], self.num_tiles, self.block_q)
+        return jnp.tile(array, (1, 1, rows // self.block_q))
 
 
-def make_grid(problem: Problem, operands: Operands, queries: int) -> Grid:
+def make_query_grid(problem: Problem, operands: Operands, queries: int) -> QueryGrid:
     length, offset = operands.query.shape[1], operands.query_offset
     if problem.schedule is None:
         shift, first, most = 0, 0, 0
@@ -54,15 +54,15 @@ def make_grid(problem: Problem, operands: Operands, queries: int) -> Grid:
         first, most = 0, shift
     else:
         shift, first, most = offset % queries, offset // queries, queries - 1
-    return Grid(queries, -(-(length + most) // queries), length, shift, first)
+    return QueryGrid(queries, -(-(length + most) // queries), length, shift, first)
 
 
-def edge_ids(grid: Grid, ids: Array) -> Array:
+def edge_ids(grid: QueryGrid, ids: Array) -> Array:
     """[b, t] -> [b, tiles, queries]; where there is no query the nearest one's, so that no tile is mixed by it."""
-    index = jnp.arange(grid.tiles * grid.queries, dtype=jnp.int32)
+    index = jnp.arange(grid.num_tiles * grid.block_q, dtype=jnp.int32)
     shift = jnp.full(ids.shape[0], grid.shift, jnp.int32) if isinstance(grid.shift, int) else grid.shift
     index = jnp.clip(index - shift[:, None], 0, grid.length - 1)
-    return jnp.take_along_axis(ids, index, 1).reshape(ids.shape[0], grid.tiles, grid.queries)
+    return jnp.take_along_axis(ids, index, 1).reshape(ids.shape[0], grid.num_tiles, grid.block_q)
 
 
 def positive_scale(query: Array, scale: float) -> tuple[Array, float]:
