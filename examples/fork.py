@@ -3,16 +3,12 @@
 python -m examples.fork --prompt "Once upon a time" --samples 4
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
 from models.checkpoints.pretrained import Pretrained
 from models.command_line import Parser, add_model_flags, load_model, run
+from models.decoder import Decoder
 from models.sampling import Sampling
 
 
@@ -24,33 +20,16 @@ def samples_of(
     Returns:
         The token ids of each sample, and the bytes of the forked caches and of caches that held a prompt each.
     """
-    model, settings = pretrained.model, {"max_length": len(prompt) + max_new_tokens}
-    graph, state = nnx.split(model)
-
-    @jax.jit
-    def prefill(state, tokens, caches):
-        return nnx.merge(graph, state).prefill(tokens, caches)
-
-    @functools.partial(jax.jit, donate_argnums=2)
-    def extend(state, tokens, caches):
-        return nnx.merge(graph, state).extend(tokens, caches)
-
-    logits, caches = prefill(state, jnp.array([prompt]), model.create_caches(1, **settings))
-    forked = tuple(cache.fork(samples, max_new_tokens) for cache in caches)
-    size = sum(cache.nbytes for cache in forked)
-    apart = samples * sum(cache.nbytes for cache in caches)
-    logits, found = jnp.repeat(logits, samples, 0), []
-    for number in range(max_new_tokens):
-        tokens = jax.jit(sampling)(logits[:, -1], jax.random.fold_in(jax.random.key(seed), number))
-        found.append(tokens.tolist())
-        if number + 1 < max_new_tokens:
-            logits, forked = extend(state, tokens[:, None], forked)
-    return [_ended(list(ids), pretrained.eos_ids) for ids in zip(*found, strict=True)], size, apart
-
-
-def _ended(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens before the first that ends a text."""
-    return ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
+    decoder = Decoder(pretrained, batch=1, max_length=len(prompt) + max_new_tokens, sampling=sampling, seed=seed)
+    decoder.feed([prompt])
+    apart = samples * decoder.nbytes
+    decoder.fork(samples, max_new_tokens)
+    size, found = decoder.nbytes, [list[int]() for _ in range(samples)]
+    for drawn in decoder.decode(max_new_tokens, end_ids=pretrained.eos_ids):
+        for sample, token in drawn.items():
+            if token not in pretrained.eos_ids:
+                found[sample].append(token)
+    return found, size, apart
 
 
 def _main(argv: list[str] | None) -> None:

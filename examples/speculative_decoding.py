@@ -20,7 +20,7 @@ from flax import nnx
 from models import Transformer
 from models.checkpoints.pretrained import Pretrained
 from models.command_line import Parser, add_model_flags, load_model, run
-from models.decoder import generate
+from models.generation import generate
 from models.sampling import Sampling
 from s2jax import Pattern
 from s2jax.patterns import parse_pattern

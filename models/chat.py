@@ -23,13 +23,12 @@ from models.extras import exit_for_missing
 try:
     from models.command_line import (
         Parser,
-        add_model_flags,
-        add_sampling_flags,
-        check_sampling,
+        add_generation_flags,
+        check_generation_flags,
         check_text,
+        decoder_settings,
         load_model,
         run,
-        sampling_of,
         say,
     )
     from models.conversation import Conversation
@@ -45,15 +44,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _chat(argv: list[str] | None) -> None:
     given = _parser().parse(argv)
-    check_sampling(given)
-    if given.system is not None:
-        check_text("--system", given.system)
+    check_generation_flags(given)
     pretrained = load_model(given)
     if pretrained.chat_template is None:
         raise ValueError("the checkpoint has no chat template: it lays out no conversation; see models.generate")
     conversation = Conversation(
-        pretrained, system=given.system, max_new_tokens=given.max_new_tokens, sampling=sampling_of(given, pretrained),
-        seed=given.seed or 0, stops=given.stop, cache_dtype=given.cache_dtype, say=say,
+        pretrained, system=given.system, max_new_tokens=given.max_new_tokens, stops=given.stop,
+        **decoder_settings(given, pretrained),
     )  # fmt: skip
     typed = sys.stdin is not None and sys.stdin.isatty()
     try:
@@ -132,9 +129,7 @@ def _on_screen() -> bool:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m models.chat", description=__doc__)
-    parser.add_argument("--system", help="what is said before all turns; by default what the checkpoint says")
-    add_model_flags(parser)
-    add_sampling_flags(parser, max_new_tokens=512)
+    add_generation_flags(parser, system="what is said before all turns", max_new_tokens=512)
     return parser
 
 

@@ -74,8 +74,15 @@ def add_model_flags(parser: Parser) -> None:
     )  # fmt: skip
 
 
-def add_sampling_flags(parser: Parser, max_new_tokens: int) -> None:
-    """The flags of how tokens are chosen, and when a text ends."""
+def add_generation_flags(parser: Parser, *, system: str, max_new_tokens: int) -> None:
+    """Adds the flags of a program that generates text: system message, model, choice of tokens, end of a text.
+
+    Args:
+        system: the help of --system.
+        max_new_tokens: the default of --max-new-tokens.
+    """
+    parser.add_argument("--system", help=f"{system}; by default what the checkpoint says")
+    add_model_flags(parser)
     parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="default %(default)s")
     parser.add_argument("--temperature", type=float, help="0 takes the likeliest token; default the checkpoint's, or 0")
     parser.add_argument("--top-k", type=int, help="only so many of the likeliest tokens; default the checkpoint's")
@@ -87,13 +94,15 @@ def add_sampling_flags(parser: Parser, max_new_tokens: int) -> None:
     )
 
 
-def check_sampling(given: argparse.Namespace) -> None:
-    """Checks the flags of `add_sampling_flags` before anything takes long.
+def check_generation_flags(given: argparse.Namespace) -> None:
+    """Checks the flags of `add_generation_flags` before the model is loaded.
 
     Raises:
         ValueError: in one line, if a value is out of range.
     """
     Sampling(**_asked(given))
+    if given.system is not None:
+        check_text("--system", given.system)
     if given.seed is not None and not 0 <= given.seed < 1 << 32:
         raise ValueError(f"--seed must be from 0 to {(1 << 32) - 1}, got {given.seed}")
     if not 1 <= given.max_new_tokens < 1 << 31:
@@ -104,8 +113,10 @@ def check_sampling(given: argparse.Namespace) -> None:
             raise ValueError("--stop must be a text of at least one character, got none")
 
 
-def sampling_of(given: argparse.Namespace, pretrained: Pretrained) -> Sampling:
-    """The sampling that the flags and, where they are silent, the checkpoint ask for; names flags without effect.
+def decoder_settings(given: argparse.Namespace, pretrained: Pretrained) -> dict[str, typing.Any]:
+    """The arguments of a `Decoder` that the flags and, where they are silent, the checkpoint ask for.
+
+    Flags without effect are named on stderr.
 
     Raises:
         ValueError: no flag is given, and the checkpoint asks for what is not supported.
@@ -116,7 +127,7 @@ def sampling_of(given: argparse.Namespace, pretrained: Pretrained) -> Sampling:
         for flag, value in (("--top-k", given.top_k), ("--top-p", given.top_p), ("--seed", given.seed)):
             if value is not None:
                 say(f"{flag} has no effect: at --temperature 0 the likeliest token is taken")
-    return sampling
+    return {"sampling": sampling, "seed": given.seed or 0, "cache_dtype": given.cache_dtype, "say": say}
 
 
 def _asked(given: argparse.Namespace) -> dict[str, typing.Any]:

@@ -50,7 +50,6 @@ class Conversation:
         self.messages = [] if system is None else [{"role": "system", "content": system}]
         self._first = len(self.messages)
         self._decoder: Decoder | None = None
-        self._held: list[int] = []
         self.fed = 0
 
     def answer(self, text: str) -> Generator[str, None, None]:
@@ -75,7 +74,7 @@ class Conversation:
         except GeneratorExit:  # between tokens, so that the caches are whole
             raise
         except BaseException:  # an interrupted step leaves no caches behind
-            self._decoder, self._held = None, []
+            self._decoder = None
             raise
         finally:
             self.messages.append({"role": "assistant", "content": stream.text})
@@ -106,13 +105,11 @@ class Conversation:
         limit = min(self._max_new_tokens, self._pretrained.max_context - len(tokens))
         decoder = self._with_room(len(tokens) + limit)
         self._feed(decoder, tokens)
-        for _ in range(limit):
-            [token] = decoder.draw()
-            yield stream.push(token)
-            if token in self._pretrained.eos_ids or stream.stopped:
-                break
-            decoder.feed([[token]])
-            self._held.append(token)
+        ended = set[int]()
+        for drawn in decoder.decode(limit, end_ids=self._pretrained.eos_ids, ended=ended):
+            yield stream.push(drawn[0])
+            if stream.stopped:
+                ended.add(0)
         if piece := stream.finish():
             yield piece
 
@@ -126,20 +123,19 @@ class Conversation:
             self._decoder = Decoder(
                 self._pretrained, batch=1, max_length=whole, max_rollback=ROLLBACK, **self._settings
             )
-            self._held = []
         return self._decoder
 
     def _feed(self, decoder: Decoder, tokens: list[int]) -> None:
         """Brings the caches from the tokens that they hold to `tokens`."""
+        [held] = decoder.tokens
         common = 0
         # The last token is fed in any case: its logits are needed.
-        while common < min(len(self._held), len(tokens) - 1) and self._held[common] == tokens[common]:
+        while common < min(len(held), len(tokens) - 1) and held[common] == tokens[common]:
             common += 1
-        if len(self._held) - common > ROLLBACK:
+        if len(held) - common > ROLLBACK:
             decoder.empty()
             common = 0
-        elif len(self._held) > common:
-            decoder.rollback([len(self._held) - common])
+        elif len(held) > common:
+            decoder.rollback([len(held) - common])
         self.fed = len(tokens) - common
         decoder.feed([tokens[common:]])
-        self._held = list(tokens)

@@ -1,8 +1,6 @@
-"""A batch of sequences over a model's caches: prompts in, one token after the other out."""
+"""Decoding of a batch of sequences over a model's caches."""
 
-import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from models.checkpoints.pretrained import Pretrained
 from models.sampling import UNDEFINED, Sampling, undefined_message
-from s2jax.counted import counted
 
 WIDEST = 256
 """Tokens of a step are padded to a power of two up to this, or to a multiple of it, so that few widths are compiled."""
@@ -28,9 +25,9 @@ def padded_width(tokens: int) -> int:
 
 
 class Decoder:
-    """Sequences of a model at lengths of their own: feeds them tokens and draws the next ones.
+    """A batch of sequences of different lengths, to which tokens are appended and from which they are drawn.
 
-    Whatever goes to the device or comes from it does so by `device_put` and `device_get`, as a transfer guard asks.
+    All transfers to and from the device are explicit (`device_put`, `device_get`), as a transfer guard demands.
 
     Args:
         pretrained: the model.
@@ -45,7 +42,7 @@ class Decoder:
         say: is given a line before anything is compiled.
 
     Attributes:
-        lengths: int [b], tokens of every sequence in the caches.
+        tokens: the ids in the caches, one list for each sequence.
         caches: one for each layer.
     """
 
@@ -63,6 +60,7 @@ class Decoder:
         say: Callable[[str], None] = lambda line: None,
     ):
         self._model, self._batch, self._chunk, self._say = pretrained.model, batch, chunk, say
+        self._sampling, self._seed = sampling, seed
         self._graph, self._state = nnx.split(pretrained.model)
         self.max_length = -(-max_length // WIDEST) * WIDEST
         self._cache_settings = {"max_length": self.max_length, "max_rollback": max_rollback, "dtype": cache_dtype}
@@ -71,10 +69,15 @@ class Decoder:
         self._choose = _chooser(sampling, seed, batch)
         self.empty()
 
+    @property
+    def lengths(self) -> Int[np.ndarray, " b"]:
+        """The number of tokens of each sequence in the caches."""
+        return np.array([len(row) for row in self.tokens])
+
     def empty(self) -> None:
-        """Begins all sequences anew."""
+        """Removes all tokens of all sequences."""
         self.caches = self._model.create_caches(self._batch, **self._cache_settings)
-        self.lengths = np.zeros(self._batch, int)
+        self.tokens: list[list[int]] = [[] for _ in range(self._batch)]
         # NaN would say that there is nothing to draw from, but JAX's debug_nans refuses them in results.
         self._fed = np.zeros(self._batch, bool)
         self._logits = _no_logits(self._batch, self._model.config.vocab_size)
@@ -124,7 +127,8 @@ class Decoder:
         step = self._compiled(width, begin=begin)
         on_device = jax.device_put((padded, counts))
         self._logits, self.caches = step(self._state, on_device[0], self.caches, on_device[1], self._logits)
-        self.lengths += counts
+        for row, new in zip(self.tokens, tokens, strict=True):
+            row += new
         self._fed |= counts > 0
 
     def draw(self, which: Sequence[bool] | None = None) -> list[int]:
@@ -149,15 +153,57 @@ class Decoder:
         """Takes back the last tokens of every sequence. What follows must be fed before anything is drawn."""
         counts = jax.device_put(np.asarray(tokens, np.int32))
         self.caches = tuple(cache.rollback(counts) for cache in self.caches)
-        self.lengths -= np.asarray(tokens)
+        for row, count in zip(self.tokens, tokens, strict=True):
+            del row[len(row) - count :]
         self._fed &= np.asarray(tokens) == 0
 
     def reset(self, which: Sequence[bool]) -> None:
         """Empties some of the sequences, for others to take their places."""
         emptied = jax.device_put(np.asarray(which, bool))
         self.caches = tuple(cache.reset(emptied) for cache in self.caches)
-        self.lengths[np.asarray(which)] = 0
+        self.tokens = [[] if gone else row for gone, row in zip(which, self.tokens, strict=True)]
         self._fed[np.asarray(which)] = False
+
+    def fork(self, samples: int, max_new_tokens: int) -> None:
+        """Continues every sequence in several samples, which share its blocks: [b] -> [b · samples].
+
+        Args:
+            samples: continuations of each sequence.
+            max_new_tokens: most tokens of each.
+        """
+        self.caches = tuple(cache.fork(samples, max_new_tokens) for cache in self.caches)
+        self.max_length = min(self.max_length, int(self.lengths.max()) + max_new_tokens)
+        self.tokens = [list(row) for row in self.tokens for _ in range(samples)]
+        self._batch, self._fed = samples * self._batch, np.repeat(self._fed, samples)
+        self._logits = _repeated(self._logits, samples)
+        self._steps, self._choose = {}, _chooser(self._sampling, self._seed, self._batch)
+
+    def decode(
+        self, max_new_tokens: int, *, end_ids: Sequence[int] = (), ended: set[int] | None = None
+    ) -> Iterator[dict[int, int]]:
+        """Draws tokens and feeds them back until every sequence has ended.
+
+        Args:
+            max_new_tokens: most tokens of a sequence.
+            end_ids: tokens that end a sequence. They are drawn, but not fed.
+            ended: indices of the sequences that have ended. The caller may add to it between two steps.
+
+        Yields:
+            The next token of each sequence that continues, by its index.
+
+        Raises:
+            FloatingPointError: see `draw`.
+        """
+        ended = set() if ended is None else ended
+        for number in range(max_new_tokens):
+            active = [row not in ended for row in range(self._batch)]
+            drawn = {row: token for row, token in enumerate(self.draw(active)) if active[row]}
+            ended |= {row for row, token in drawn.items() if token in end_ids}
+            yield drawn
+            following = [[] if row in ended else [drawn[row]] for row in range(self._batch)]
+            if not any(following) or number + 1 == max_new_tokens:
+                return
+            self.feed(following)
 
     def wait(self) -> None:
         """Returns when the device has done what it was given."""
@@ -204,122 +250,12 @@ def _no_logits(batch: int, vocab_size: int) -> Array:
     return jnp.zeros((batch, vocab_size), jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _repeated(logits: Array, samples: int) -> Array:
+    return jnp.repeat(logits, samples, 0)
+
+
 def _full_bytes(cache, length: int) -> int:
     blocks = -(-length // cache.layout.block_size) * len(cache.layout.slots)
     slots = sum(buffer.held.shape[1] * buffer.held.shape[2] for buffer in cache.buffers)
     return cache.nbytes * blocks // slots
-
-
-@dataclasses.dataclass
-class Spent:
-    """Measurements of a generation, filled in while it runs.
-
-    Attributes:
-        prompt: tokens of the prompts.
-        prefill, decode: seconds for the prompts and for all further tokens, compilation not counted.
-        tokens: generated tokens, of all sequences.
-        sequences: number of prompts.
-        cache_bytes, full_bytes: of all layers' caches, and of caches that held every token.
-    """
-
-    prompt: int = 0
-    prefill: float = 0.0
-    decode: float = 0.0
-    tokens: int = 0
-    sequences: int = 1
-    cache_bytes: int = 0
-    full_bytes: int = 0
-
-    def __str__(self) -> str:
-        share = self.cache_bytes / max(1, self.full_bytes)
-        rate = max(0, self.tokens - self.sequences) / self.decode if self.decode else 0.0
-        prompts = "prompt" if self.sequences == 1 else f"{self.sequences} prompts"
-        return (
-            f"{prompts}: {counted(self.prompt, 'token')} in {self.prefill:.2f} s; "
-            f"then {counted(self.tokens, 'token')}, {rate:.1f} a second; "
-            f"cache: {self.cache_bytes / 2**20:.1f} MiB, {share:.0%} of a full one"
-        )
-
-
-def generate(pretrained: Pretrained, prompt: list[int], max_new_tokens: int, **settings: Any) -> Iterator[int]:
-    """Token ids after a prompt, one by one, until one that ends a text or `max_new_tokens`.
-
-    Args and errors are those of `generate_batch`, for one prompt.
-    """
-    for tokens in generate_batch(pretrained, [prompt], max_new_tokens, **settings):
-        yield tokens[0]
-
-
-def generate_batch(
-    pretrained: Pretrained,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    sampling: Sampling | None = None,
-    seed: int = 0,
-    chunk: int | None = None,
-    cache_dtype: str | None = None,
-    spent: Spent | None = None,
-    ended: set[int] | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Iterator[dict[int, int]]:
-    """The next token of each prompt that goes on, by the prompt's index, until all have ended.
-
-    A prompt ends with a token that ends a text, or after `max_new_tokens`.
-
-    Args:
-        prompts: token ids, of lengths of their own.
-        sampling: how to choose a token; by default as the checkpoint wants it, see `Pretrained.own_sampling`.
-        chunk: most tokens of a prompt in one step, which bounds the memory; by default all at once.
-        cache_dtype: of what the caches store; by default the model's.
-        spent: is filled in.
-        ended: the caller adds to it whatever prompts need no further tokens.
-        say: is given a line before anything is compiled.
-
-    Raises:
-        ValueError: there is no prompt; one is empty, has an id that the model does not know, or does not fit into the
-            model's context together with the new tokens; or the checkpoint's own sampling cannot be followed.
-        FloatingPointError: the model's logits are NaN.
-    """
-    spent, ended = spent or Spent(), set() if ended is None else ended
-    sampling = pretrained.own_sampling() if sampling is None else sampling
-    longest = _check_prompts(pretrained, prompts, max_new_tokens, chunk)
-    decoder = Decoder(
-        pretrained, batch=len(prompts), max_length=longest + max_new_tokens, sampling=sampling, seed=seed, chunk=chunk,
-        cache_dtype=cache_dtype, say=say,
-    )  # fmt: skip
-    spent.prompt, spent.sequences = sum(map(len, prompts)), len(prompts)
-    spent.cache_bytes, spent.full_bytes = decoder.nbytes, decoder.full_nbytes
-    decoder.prepare(longest)
-    start = time.perf_counter()
-    decoder.feed(prompts)
-    decoder.wait()
-    spent.prefill = time.perf_counter() - start
-    for number in range(max_new_tokens):
-        active = [row not in ended for row in range(len(prompts))]
-        tokens = {row: token for row, token in enumerate(decoder.draw(active)) if active[row]}
-        spent.tokens += len(tokens)
-        spent.decode = time.perf_counter() - start - spent.prefill
-        ended |= {row for row, token in tokens.items() if token in pretrained.eos_ids}
-        yield tokens
-        going_on = [[tokens[row]] if row not in ended else [] for row in range(len(prompts))]
-        if not any(going_on) or number + 1 == max_new_tokens:
-            return
-        decoder.feed(going_on)
-
-
-def _check_prompts(pretrained: Pretrained, prompts: Sequence[Sequence[int]], new: int, chunk: int | None) -> int:
-    """Returns the length of the longest prompt."""
-    if not prompts or not all(prompts):
-        raise ValueError("the prompt is empty: give at least one token to go on from")
-    vocab_size, context = pretrained.vocab_size, pretrained.max_context
-    if strays := [token for prompt in prompts for token in prompt if not 0 <= token < vocab_size]:
-        raise ValueError(f"the prompt must have ids from 0 to {vocab_size - 1}, got {strays[0]}")
-    if new < 1 or (chunk is not None and chunk < 1):
-        raise ValueError(f"max_new_tokens and chunk must be at least 1, got {new} and {chunk}")
-    longest = max(map(len, prompts))
-    if longest + new > context:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {new} new ones do not fit into the model's context of {context}"
-        )
-    return longest

@@ -27,16 +27,15 @@ try:
     from models.checkpoints.pretrained import Pretrained
     from models.command_line import (
         Parser,
-        add_model_flags,
-        add_sampling_flags,
-        check_sampling,
+        add_generation_flags,
+        check_generation_flags,
         check_text,
+        decoder_settings,
         load_model,
         run,
-        sampling_of,
         say,
     )
-    from models.decoder import Spent, generate_batch
+    from models.generation import Spent, generate_batch
     from models.interruption import noted
     from models.text_stream import TextStream
 except ModuleNotFoundError as error:
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(argv: list[str] | None) -> None:
     given = _parser().parse(argv)
-    check_sampling(given)
+    check_generation_flags(given)
     prompts = _prompts(given)
     if given.system is not None and not given.chat:
         raise ValueError("--system is part of a conversation: give --chat, too")
@@ -62,8 +61,8 @@ def _generate(argv: list[str] | None) -> None:
     alone, streams = len(prompts) == 1, [TextStream(pretrained.tokenizer, given.stop) for _ in prompts]
     spent, ended, ends = Spent(), set[int](), ["length"] * len(prompts)
     steps = generate_batch(
-        pretrained, tokens, given.max_new_tokens, sampling=sampling_of(given, pretrained), seed=given.seed or 0,
-        chunk=given.chunk, cache_dtype=given.cache_dtype, spent=spent, ended=ended, say=say,
+        pretrained, tokens, given.max_new_tokens, chunk=given.chunk, spent=spent, ended=ended,
+        **decoder_settings(given, pretrained),
     )  # fmt: skip
     try:
         with noted() as check:
@@ -114,8 +113,6 @@ def _prompts(given: argparse.Namespace) -> list[str]:
         raise ValueError("there is no prompt: give --prompt or --prompt-file")
     if not all(found):
         raise ValueError("the prompt is empty: give a text to go on from")
-    if given.system is not None:
-        check_text("--system", given.system)
     return found
 
 
@@ -148,9 +145,7 @@ def _parser() -> Parser:
         "--prompt-file", action=_InOrder, dest="prompts", metavar="FILE", help="a UTF-8 file that is a prompt; likewise"
     )
     parser.add_argument("--chat", action="store_true", help="a prompt is what a user says, to be answered")
-    parser.add_argument("--system", help="what is said before, with --chat; by default what the checkpoint says")
-    add_model_flags(parser)
-    add_sampling_flags(parser, max_new_tokens=64)
+    add_generation_flags(parser, system="what is said before, with --chat", max_new_tokens=64)
     parser.add_argument("--chunk", type=int, help="tokens of the prompt at a time; by default all at once")
     return parser
 

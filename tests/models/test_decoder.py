@@ -10,7 +10,8 @@ from flax import nnx
 
 from models import TransformerConfig
 from models.checkpoints.pretrained import Pretrained
-from models.decoder import Decoder, Spent, generate, generate_batch, padded_width
+from models.decoder import Decoder, padded_width
+from models.generation import Spent, generate, generate_batch
 from models.sampling import Sampling
 from s2jax import Dense, FirstTokens, Local, LocalStride
 from tests.models.tiny_checkpoints import greedy, transformer
@@ -151,6 +152,19 @@ class TestModel:
         assert decoder.lengths.tolist() == [20, 20]
         with pytest.raises(ValueError, match="257 tokens do not fit into caches for 256"):
             decoder.feed([prompt(237), []])
+
+    def test_a_forked_decoder_goes_on_in_samples(self):
+        ours, prompts = pretrained(), [prompt(40), prompt(23)]
+        decoder = Decoder(ours, batch=2, max_length=100)
+        decoder.feed(prompts)
+        decoder.fork(2, 6)
+        found = [list(ids) for ids in decoder.tokens]
+        for drawn in decoder.decode(6, ended={3}):
+            for row, token in drawn.items():
+                found[row].append(token)
+        first, second = (ids + greedy(ours.model, ids, 6) for ids in prompts)
+        assert found == [first, first, second, prompts[1]]
+        assert decoder.tokens == [first[:-1], first[:-1], second[:-1], prompts[1]]  # the last tokens are not fed
 
 
 @pytest.mark.parametrize(

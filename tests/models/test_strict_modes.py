@@ -5,7 +5,8 @@ from flax import nnx
 
 from models import Transformer, TransformerConfig
 from models.checkpoints.pretrained import Pretrained
-from models.decoder import Decoder, generate_batch
+from models.decoder import Decoder
+from models.generation import generate_batch
 from models.sampling import Sampling
 from s2jax import LocalStride
 from tests import strict_modes

@@ -21,7 +21,7 @@ import models.checkpoints.huggingface_generation as generation_settings
 from models.checkpoints.huggingface_tokenizer import SPECIAL_TOKENS
 from models.checkpoints.huggingface_weights import to_huggingface
 from models.checkpoints.pretrained import Pretrained, load, open_checkpoint, save
-from models.decoder import generate
+from models.generation import generate
 from models.sampling import Sampling
 from tests.models.tiny_checkpoints import LLAMA, TOKENS, UNTIED, transformer
 
