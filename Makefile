@@ -54,7 +54,7 @@ bench: .venv/.train ## the benchmarks into benchmarks/results/, and their tables
 	@$(PY) -m benchmarks.report
 
 docs: .venv/.train ## what is generated: pictures, the tables of docs/results.md
-	@$(PY) -m s2jax.picture
+	@$(PY) -m s2jax.plotting
 	@$(PY) -m benchmarks.report
 
 compilers: .venv/.compilers ## the compilers for TPU and NVIDIA, to compile kernels with no device (1.5 GB)

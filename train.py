@@ -28,7 +28,7 @@ try:
     import s2jax
     from models.checkpoints.pretrained import Checkpoint, Pretrained
     from models.compilation_cache import keep_compilations
-    from s2jax.counted import counted
+    from s2jax.messages import counted
     from training.checkpoint import Checkpoints
     from training.cluster import agreeing, say, wait_for_all
     from training.command_line import flags_of, parse

@@ -4,8 +4,8 @@ import dataclasses
 
 from jax.sharding import PartitionSpec
 
-from s2jax.heads import RopeScaling
 from s2jax.patterns import Dense, Pattern, as_pattern
+from s2jax.rotary import RopeScaling
 
 REMAT_POLICIES = ("none", "attention", "full")
 COMPUTE_DTYPES = ("bfloat16", "float32")

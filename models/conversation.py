@@ -7,7 +7,7 @@ from models.checkpoints.pretrained import Pretrained
 from models.decoder import Decoder
 from models.sampling import Sampling
 from models.text_stream import TextStream
-from s2jax.counted import counted
+from s2jax.messages import counted
 
 ROLLBACK = 64
 """Tokens that are taken back at most where a turn, laid out again, differs from what the cache holds."""

@@ -26,7 +26,7 @@ from models.config import TransformerConfig
 from models.extras import exit_for_missing
 from models.transformer import Transformer
 from s2jax import Dense, Pattern, attention, compile_cache
-from s2jax.counted import counted
+from s2jax.messages import counted
 from s2jax.patterns import parse_pattern
 
 try:

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
 from s2jax.cache import KVCache
-from s2jax.heads import rms_norm
 from s2jax.nnx import S2Attention
+from s2jax.rotary import rms_norm
 
 EMBEDDING_INIT = nnx.initializers.normal(0.02)
 

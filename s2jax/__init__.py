@@ -8,11 +8,9 @@ import importlib
 import typing
 
 from pallas_kernels import BlockSchedule, BlockSelection, HopperConfig, TpuConfig, XlaConfig, block_sparse_attention
-from s2jax.cache import KVCache
-from s2jax.cache_layout import CacheLayout, compile_cache
+from s2jax.cache import CacheLayout, KVCache, compile_cache
 from s2jax.compiler import compile_schedule
 from s2jax.functional import attention, combine
-from s2jax.heads import RopeScaling
 from s2jax.patterns import (
     BlockMask,
     Dense,
@@ -31,6 +29,7 @@ from s2jax.patterns import (
     as_pattern,
     parse_pattern,
 )
+from s2jax.rotary import RopeScaling
 
 __version__ = "0.1.0"
 

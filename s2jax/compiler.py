@@ -10,9 +10,9 @@ import numpy as np
 
 from pallas_kernels.head_place import refuse_unknown_heads, unknown_heads
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule, ListTable
-from s2jax.bands import Band, with_period
-from s2jax.patterns import Heads, Pattern, PatternLike, as_pattern, statistics
+from s2jax.patterns import HeadGroups, Pattern, PatternLike, as_pattern, statistics
 from s2jax.patterns.agreement import check_agreement
+from s2jax.patterns.bands import Band, with_period
 from s2jax.patterns.evaluation import outside_traces
 
 PAIRS_AT_ONCE = 1 << 22
@@ -43,7 +43,7 @@ def compile_schedule(
     Raises:
       ValueError: the pattern does not fit these heads or lengths, or its closed form contradicts its rule.
     """
-    heads = Heads(num_heads, num_kv_heads)
+    heads = HeadGroups(num_heads, num_kv_heads)
     for name, value, least in (
         ("query_length", query_length, 1),
         ("kv_length", kv_length, 1),
@@ -65,14 +65,18 @@ def forget_schedules() -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(pattern: Pattern, heads: Heads, query_length: int, kv_length: int, query_offset: int) -> BlockSchedule:
+def _compiled(
+    pattern: Pattern, heads: HeadGroups, query_length: int, kv_length: int, query_offset: int
+) -> BlockSchedule:
     check_agreement(pattern, heads, query_offset, query_offset + query_length, kv_length)
     statistics.warn_if_incomplete(pattern, heads, kv_length, (query_offset, query_offset + query_length))
     return _schedule(pattern, heads, query_length, kv_length, query_offset)
 
 
 @outside_traces
-def _schedule(pattern: Pattern, heads: Heads, query_length: int, kv_length: int, query_offset: int) -> BlockSchedule:
+def _schedule(
+    pattern: Pattern, heads: HeadGroups, query_length: int, kv_length: int, query_offset: int
+) -> BlockSchedule:
     compiler = _Compiler(pattern.schedule_block_size(), query_offset, query_offset + query_length, kv_length)
     unique_heads: dict[typing.Hashable, int] = {}
     head_index, parts = [], []
@@ -113,7 +117,7 @@ def refuse_unsaid_heads(
     """
     if not axes or num_kv_heads < 1 or num_heads % num_kv_heads:
         return
-    given = pattern, Heads(num_heads, num_kv_heads), query_length, kv_length, query_offset
+    given = pattern, HeadGroups(num_heads, num_kv_heads), query_length, kv_length, query_offset
     try:
         pattern.check(*given[1:])
     except ValueError as error:
@@ -122,7 +126,7 @@ def refuse_unsaid_heads(
 
 
 def heads_differ(
-    pattern: Pattern, heads: Heads, query_length: int, kv_length: int, query_offset: int, shards: tuple[int, ...]
+    pattern: Pattern, heads: HeadGroups, query_length: int, kv_length: int, query_offset: int, shards: tuple[int, ...]
 ) -> bool:
     """True if heads read differently, or would among so many times as many heads.
 
@@ -131,7 +135,7 @@ def heads_differ(
     keys = {pattern.head_key(heads, head) for head in range(heads.num_heads)}
     fits_more = False
     for times in shards:
-        more = Heads(heads.num_heads * times, heads.num_kv_heads * times)
+        more = HeadGroups(heads.num_heads * times, heads.num_kv_heads * times)
         try:
             pattern.check(more, query_length, kv_length, query_offset)
         except ValueError:
@@ -266,7 +270,7 @@ class _Compiler:
 
     # Everything else: one list per row.
 
-    def entries(self, pattern: Pattern, heads: Heads, head: int) -> list[Entries]:
+    def entries(self, pattern: Pattern, heads: HeadGroups, head: int) -> list[Entries]:
         """Blocks that a head reads whole and in part, computed from its block states and its rule alone."""
         groups = max(1, len(self.rows) * self.num_columns // PAIRS_AT_ONCE)
         found = [self._entries_of(pattern, heads, head, rows) for rows in np.array_split(self.rows, groups)]
@@ -283,7 +287,7 @@ class _Compiler:
                 )
         return joined
 
-    def _entries_of(self, pattern: Pattern, heads: Heads, head: int, rows: np.ndarray) -> list[Entries]:
+    def _entries_of(self, pattern: Pattern, heads: HeadGroups, head: int, rows: np.ndarray) -> list[Entries]:
         states = pattern.block_states(heads, head, self.block_size, rows, self.num_columns)
         row, column = np.nonzero(states)
         partly = np.flatnonzero(states[row, column] != 2)
@@ -294,7 +298,9 @@ class _Compiler:
             ids[some] = self._mask_ids(pattern, heads, head, row[some], column[some])
         return [Entries(row[each], column[each], ids[each]) for each in (ids == WHOLE, ids > NOTHING)]
 
-    def _mask_ids(self, pattern: Pattern, heads: Heads, head: int, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def _mask_ids(
+        self, pattern: Pattern, heads: HeadGroups, head: int, rows: np.ndarray, columns: np.ndarray
+    ) -> np.ndarray:
         masks = pattern.token_tiles(heads, head, self.block_size, rows, columns, self.query_stop, self.kv_stop)
         packed = np.packbits(masks.reshape(len(rows), -1), axis=1)
         return np.array([self._masks.setdefault(mask.tobytes(), len(self._masks)) for mask in packed], np.int32)

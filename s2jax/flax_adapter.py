@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.head_place import HeadAxis
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.functional import attention
-from s2jax.heads import as_layer_pattern
+from s2jax.layers import as_layer_pattern
 
 
 @explains_unknown_arguments

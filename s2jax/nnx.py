@@ -16,16 +16,16 @@ from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.cache import KVCache
 from s2jax.flax_adapter import attention_fn
 from s2jax.functional import attention
-from s2jax.heads import (
-    RopeScaling,
+from s2jax.layers import (
+    LayerHeads,
     as_layer_pattern,
     check_layer,
     head_counts,
     next_positions,
-    place,
     refuse_key_arguments,
+    sum_over,
 )
-from s2jax.layer_heads import LayerHeads, sum_over
+from s2jax.rotary import RopeScaling, place
 
 __all__ = ["S2Attention", "attention_fn"]
 

@@ -1,9 +1,12 @@
 """The layout of the tree: which way imports point, how long files get, what the wheel ships."""
 
 import ast
+import contextlib
+import graphlib
 import importlib.metadata
 import pathlib
 import tomllib
+from collections.abc import Collection
 
 import pytest
 
@@ -45,6 +48,57 @@ def test_imports_point_one_way(layer):
     assert paths, f"{layer} has no modules"
     wrong = {str(path.relative_to(ROOT)): imported(path.read_text()) & forbidden(layer) for path in paths}
     assert {path: names for path, names in wrong.items() if names} == {}
+
+
+NOT_ON_IMPORT = ("typing.TYPE_CHECKING", "TYPE_CHECKING", "__name__ == '__main__'")
+
+
+def imported_on_import(source: str, modules: Collection[str]) -> set[str]:
+    """The modules that a module imports when it is imported itself: not those in functions or under TYPE_CHECKING.
+
+    `from package import name` counts as `package.name` if that is a module, else as the package.
+    """
+    names, statements = set(), list(ast.parse(source).body)
+    while statements:
+        node = statements.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            submodules = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= submodules if submodules <= set(modules) else {*submodules, str(node.module)}
+        elif isinstance(node, ast.If) and ast.unparse(node.test) in NOT_ON_IMPORT:
+            statements += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            statements += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return names & set(modules)
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """The modules that each module imports; an `__init__` that thereby runs does not count."""
+    return {module: imported_on_import(source, sources) for module, source in sources.items()}
+
+
+@pytest.mark.parametrize(
+    ("sources", "circle"),
+    [
+        ({"p": "from p.a import f", "p.a": "from p import b", "p.b": "from p.a import f"}, True),
+        ({"p": "from p.a import f", "p.a": "from p import g"}, True),
+        ({"p": "from p.a import f", "p.a": "def g():\n    import p.b", "p.b": "import p.a"}, False),
+        ({"a": "if typing.TYPE_CHECKING:\n    import b\nelse:\n    pass", "b": "import a"}, False),
+        ({"a": "try:\n    import b\nexcept ImportError:\n    pass", "b": "import a"}, True),
+    ],
+)
+def test_import_graph_has_circles(sources, circle):
+    with pytest.raises(graphlib.CycleError) if circle else contextlib.nullcontext():
+        graphlib.TopologicalSorter(import_graph(sources)).prepare()
+
+
+def test_no_module_imports_itself_in_a_circle():
+    names = {path: path.relative_to(ROOT).with_suffix("").parts for path in SOURCES}
+    modules = {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for path, parts in names.items()}
+    graph = import_graph({name: path.read_text() for name, path in modules.items()})
+    assert graph["s2jax.patterns.statistics"] >= {"s2jax.patterns.bands", "s2jax.patterns.rule"}
+    graphlib.TopologicalSorter(graph).prepare()  # its CycleError names the modules
 
 
 def test_files_stay_short():

@@ -16,7 +16,7 @@ from typing import Literal
 
 import models
 from models.checkpoints.pretrained import open_checkpoint
-from s2jax.counted import counted
+from s2jax.messages import counted
 from s2jax.patterns import parse_pattern
 from training.left_out import shown
 

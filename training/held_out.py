@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from s2jax.counted import counted
+from s2jax.messages import counted
 from training.documents import Corpus, Document, Part
 from training.left_out import LeftOut, shown
 

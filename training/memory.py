@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 import models
-from s2jax.counted import counted
+from s2jax.messages import counted
 from training.config import Config, require
 
 

@@ -10,7 +10,7 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from s2jax.counted import counted
+from s2jax.messages import counted
 from training.config import IMPLEMENTATIONS, Config, require
 from training.output import show
 from training.rendezvous import meet

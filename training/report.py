@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 import models
-from s2jax.counted import counted
+from s2jax.messages import counted
 from training.config import Config
 from training.corpus import Corpus
 from training.evaluate import ContextScore, Tick, far_context, gzip_bits, heldout_bits, sample_text, unigram_bits

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from s2jax.counted import counted
+from s2jax.messages import counted
 from training.documents import TokenDocument
 from training.file_listing import suffix_of
 from training.left_out import LeftOut, shown, shown_error, shown_path

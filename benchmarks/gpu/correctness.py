@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from benchmarks.gpu.sides import RESULTS, Arrays
-from s2jax.patterns import Heads, Pattern
+from s2jax.patterns import HeadGroups, Pattern
 
 NAMES = RESULTS["forward + backward"]
 PAIRS = 1 << 26
@@ -132,7 +132,7 @@ def truth(pattern: Pattern, arrays: Arrays, pairs: int = PAIRS) -> Truth:
     """The truth of a pattern, one sequence and KV head at a time."""
     batch, length, num_heads, _ = arrays.query.shape
     kv_length, num_kv_heads = arrays.key.shape[1:3]
-    heads, group = Heads(num_heads, num_kv_heads), num_heads // num_kv_heads
+    heads, group = HeadGroups(num_heads, num_kv_heads), num_heads // num_kv_heads
     rows = sample_rows(length, kv_length, pairs)
     bands_of_rows, bands_of_keys = bands(rows), bands(np.arange(kv_length))
     found, errors = [], []
@@ -156,16 +156,16 @@ def _number(positions) -> int:
     return int(bands(np.asarray(positions)).max()) + 1
 
 
-def _mask(pattern: Pattern, heads: Heads, kv_length: int, head: int, rows: np.ndarray) -> Bool[Array, "rows s"]:
+def _mask(pattern: Pattern, heads: HeadGroups, kv_length: int, head: int, rows: np.ndarray) -> Bool[Array, "rows s"]:
     """The pattern's definition, computed where the arrays are; its bounds need 64 bits."""
     with jax.enable_x64(True):
         return _reads(pattern, heads, kv_length, head, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _reads(pattern: Pattern, heads: Heads, kv_length: int, head: typing.Any, rows: typing.Any) -> Array:
+def _reads(pattern: Pattern, heads: HeadGroups, kv_length: int, head: typing.Any, rows: typing.Any) -> Array:
     """The head is traced: one compilation does for all."""
-    read = pattern.reads(heads, head, rows[:, None], typing.cast(typing.Any, jnp.arange(kv_length)[None]))
+    read = pattern.mask_fn(head, rows[:, None], typing.cast(typing.Any, jnp.arange(kv_length)[None]), heads)
     return jnp.broadcast_to(jnp.asarray(read), (len(rows), kv_length))
 
 

@@ -18,7 +18,7 @@ import jax
 from benchmarks.cases import Case
 from benchmarks.gpu.attempt import LeftOut, attempt
 from benchmarks.gpu.sides import PASSES, Arrays, Prepared
-from s2jax.patterns import Heads, LocalStride
+from s2jax.patterns import HeadGroups, LocalStride
 
 NAMES = {"flex 128x64": (128, 64), "flex 128x128": (128, 128)}
 """The sides, and the queries and keys of their blocks."""
@@ -134,7 +134,7 @@ def block_mask(pattern: LocalStride, case: Case, sizes: tuple[int, int], device:
     import torch
     import torch.nn.attention.flex_attention as flex
 
-    heads, size = Heads(case.num_heads, case.num_kv_heads), pattern.block_size
+    heads, size = HeadGroups(case.num_heads, case.num_kv_heads), pattern.block_size
     window, stride = pattern.local_blocks, pattern.vert_stride
     residues = [pattern.residues_of(heads, head)[0] for head in range(case.num_heads)]
     residue = torch.tensor(residues, dtype=torch.int32, device=device)

@@ -17,7 +17,7 @@ import numpy as np
 
 from models.checkpoints.gguf_header import GgufTensor, read_gguf
 from models.untrusted import quoted, shortened
-from s2jax.heads import RopeScaling
+from s2jax.rotary import RopeScaling
 
 _OUTER_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",

@@ -11,7 +11,7 @@ from typing import Any
 from models.checkpoints.huggingface_generation import generation_settings
 from models.config import TransformerConfig
 from models.untrusted import quoted, shortened
-from s2jax.heads import RopeScaling
+from s2jax.rotary import RopeScaling
 
 # What the architectures are called elsewhere in config.json, and the defaults in which they differ. Mistral's window is
 # on unless config.json turns it off, Qwen3's where it has use_sliding_window.

@@ -3,7 +3,7 @@
 from s2jax.patterns.base import BlockPattern, Intersection, Pattern, Union
 from s2jax.patterns.block_mask import BlockMask
 from s2jax.patterns.coercion import PatternLike, as_pattern
-from s2jax.patterns.heads import Heads
+from s2jax.patterns.head_groups import HeadGroups
 from s2jax.patterns.local_stride import LocalStride
 from s2jax.patterns.mask_mod import MaskMod
 from s2jax.patterns.parsing import parse_pattern
@@ -21,7 +21,7 @@ __all__ = [
     "Dense",
     "FirstBlocks",
     "FirstTokens",
-    "Heads",
+    "HeadGroups",
     "Intersection",
     "Local",
     "LocalStride",

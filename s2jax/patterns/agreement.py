@@ -2,17 +2,15 @@
 
 import functools
 import math
-import typing
 from collections.abc import Hashable, Iterator
 
 import numpy as np
 
-from s2jax.bands import UNBOUNDED, Band
+from s2jax.patterns.bands import UNBOUNDED, Band
+from s2jax.patterns.checks import check_count
 from s2jax.patterns.evaluation import evaluated, outside_traces
-from s2jax.patterns.heads import Heads
-
-if typing.TYPE_CHECKING:
-    from s2jax.patterns.base import Pattern
+from s2jax.patterns.head_groups import HeadGroups
+from s2jax.patterns.rule import Rule
 
 EXHAUSTIVE = 1 << 16
 """Pairs of tokens up to which all are compared."""
@@ -24,8 +22,21 @@ MOST_BANDS = 64
 """Bands of a head whose edges are looked at."""
 
 
+def checked_heads(pattern: Rule, num_heads: int, num_kv_heads: int, length: int) -> HeadGroups:
+    """The head groups of a pattern over `length` tokens.
+
+    Raises:
+      ValueError: the pattern does not fit these heads or this length, or contradicts itself.
+    """
+    heads = HeadGroups(num_heads, num_kv_heads)
+    check_count("length", length, at_least=1)
+    pattern.check(heads, length, length, 0)
+    check_agreement(pattern, heads, 0, length, length)
+    return heads
+
+
 @functools.lru_cache(maxsize=512)
-def check_agreement(pattern: "Pattern", heads: Heads, query_start: int, query_stop: int, kv_stop: int) -> None:
+def check_agreement(pattern: Rule, heads: HeadGroups, query_start: int, query_stop: int, kv_stop: int) -> None:
     """Compares the closed form of every distinct head, and heads of one key with each other, on a sample.
 
     The sample is all pairs of a small input; else the edges of blocks, of bands and of the input at some queries, and
@@ -38,16 +49,16 @@ def check_agreement(pattern: "Pattern", heads: Heads, query_start: int, query_st
 
 
 @outside_traces
-def _check(pattern: "Pattern", heads: Heads, query_start: int, query_stop: int, kv_stop: int) -> None:
+def _check(pattern: Rule, heads: HeadGroups, query_start: int, query_stop: int, kv_stop: int) -> None:
     size = pattern.schedule_block_size()
     shape = -(-query_stop // size), -(-kv_stop // size)
     first: dict[Hashable, tuple[int, np.ndarray, np.ndarray, np.ndarray]] = {}
     for head in range(heads.num_heads):
         key = pattern.head_key(heads, head)
         if key in first:
-            group_similar_rows, q, k, rule = first[key]
+            other, q, k, rule = first[key]
             mine = evaluated(pattern, heads, head, q, k)
-            _compare(pattern, q, k, mine, rule, f"head {head}", f"head {group_similar_rows}, whose head_key is equal,")
+            _compare(pattern, q, k, mine, rule, f"head {head}", f"head {other}, whose head_key is equal,")
             continue
         bands = pattern.bands(heads, head, size, *shape)
         q, k = _sample(bands, size, query_start, query_stop, kv_stop)
@@ -68,15 +79,15 @@ def _check(pattern: "Pattern", heads: Heads, query_start: int, query_stop: int, 
         first[key] = head, q, k, rule
 
 
-def _compare(pattern: "Pattern", q, k, rule: np.ndarray, said: np.ndarray, one: str, other: str) -> None:
+def _compare(pattern: Rule, q, k, rule: np.ndarray, said: np.ndarray, one: str, other: str) -> None:
     wrong = rule != said
     if wrong.any():
         at = int(np.argmax(wrong))
         verbs = ("reads", "does not read") if rule[at] else ("does not read", "reads")
         raise ValueError(
             f"{pattern!r} contradicts itself at query {q[at]}, key {k[at]}: {one} {verbs[0]} it, {other} {verbs[1]} "
-            "it. `reads` is the definition, decided by head and positions alone; bands, block states and head_key have "
-            "to agree with it"
+            "it. `mask_fn` is the definition, decided by head and positions alone; bands, block states and head_key "
+            "have to agree with it"
         )
 
 

@@ -9,12 +9,11 @@ from collections.abc import Hashable, Iterable
 import numpy as np
 from jaxtyping import Bool, Int
 
-from s2jax.bands import Band, block_states, intersect_all, refine
 from s2jax.patterns import statistics
-from s2jax.patterns.agreement import check_agreement
-from s2jax.patterns.checks import check_count
+from s2jax.patterns.agreement import checked_heads
+from s2jax.patterns.bands import Band, block_states, intersect_all, refine
 from s2jax.patterns.evaluation import evaluated, outside_traces, tile_positions
-from s2jax.patterns.heads import Heads
+from s2jax.patterns.head_groups import HeadGroups
 
 DEFAULT_BLOCK_SIZE = 64
 """Tokens in a block for patterns that have no blocks of their own, such as `Dense`."""
@@ -26,7 +25,7 @@ OPTIONS = {"head_step", "head_offset", "homo_head", "num_dense_heads", "residues
 class Pattern(abc.ABC):
     """Who reads whom. A small frozen, hashable value.
 
-    `reads` is the definition, token by token. `bands` says the same in closed form, from which everything fast is
+    `mask_fn` is the definition, token by token. `bands` says the same in closed form, from which everything fast is
     compiled; where it gives None, the rule is asked for every token. A closed form that differs from the rule raises
     ValueError when the pattern is compiled, as far as a sample shows it: all tokens of small inputs, a few thousand
     pairs of large ones.
@@ -38,12 +37,12 @@ class Pattern(abc.ABC):
     causal: bool
 
     @abc.abstractmethod
-    def reads(self, heads: Heads, head: int, query_position: np.ndarray, key_position: np.ndarray) -> np.ndarray:
+    def mask_fn(self, head: int, query_position: np.ndarray, key_position: np.ndarray, heads: HeadGroups) -> np.ndarray:
         """The definition: does query head `head` at `query_position` read `key_position`? Broadcasts; bool."""
 
     @abc.abstractmethod
     def bands(
-        self, heads: Heads, head: int, block_size: int, num_rows: int, num_columns: int
+        self, heads: HeadGroups, head: int, block_size: int, num_rows: int, num_columns: int
     ) -> tuple[Band, ...] | None:
         """The rule in closed form over blocks of `block_size` tokens, or None where it has none."""
 
@@ -55,7 +54,7 @@ class Pattern(abc.ABC):
         """The block size in which the pattern is compiled, and in which its blocks are counted."""
         return self.own_block_size() or DEFAULT_BLOCK_SIZE
 
-    def head_key(self, heads: Heads, head: int) -> Hashable:
+    def head_key(self, heads: HeadGroups, head: int) -> Hashable:
         """Heads with equal keys read the same, so that what follows need be computed for one of them only."""
         return head
 
@@ -63,10 +62,12 @@ class Pattern(abc.ABC):
         """Whether heads share out the context by stripes, and so may together miss some of it."""
         return False
 
-    def check(self, heads: Heads, query_length: int, kv_length: int, query_offset: int) -> None:  # noqa: B027 (most fit all)
+    def check(self, heads: HeadGroups, query_length: int, kv_length: int, query_offset: int) -> None:  # noqa: B027 (most fit all)
         """Raises ValueError where the pattern does not fit these heads or lengths."""
 
-    def block_states(self, heads: Heads, head: int, block_size: int, rows: np.ndarray, num_columns: int) -> np.ndarray:
+    def block_states(
+        self, heads: HeadGroups, head: int, block_size: int, rows: np.ndarray, num_columns: int
+    ) -> np.ndarray:
         """What is known of pairs of blocks without asking the rule, at any block size that divides the pattern's own.
 
         Args:
@@ -82,7 +83,7 @@ class Pattern(abc.ABC):
         return block_states(found, block_size, rows, num_columns)
 
     def token_tiles(
-        self, heads: Heads, head: int, block_size: int, rows: np.ndarray, columns: np.ndarray, query_stop: int,
+        self, heads: HeadGroups, head: int, block_size: int, rows: np.ndarray, columns: np.ndarray, query_stop: int,
         kv_stop: int,
     ) -> Bool[np.ndarray, "n block_size block_size"]:  # fmt: skip
         """The rule over the tokens of pairs of blocks.
@@ -106,7 +107,7 @@ class Pattern(abc.ABC):
         Raises:
           ValueError: the pattern does not fit these heads or lengths.
         """
-        heads = Heads(num_heads, num_kv_heads)
+        heads = HeadGroups(num_heads, num_kv_heads)
         self.check(heads, query_length, kv_length, query_offset)
         query_position = query_offset + np.arange(query_length)[:, None]
         key_position = np.arange(kv_length)[None, :]
@@ -117,12 +118,12 @@ class Pattern(abc.ABC):
     @outside_traces
     def block_mask(self, num_heads: int, num_kv_heads: int, length: int) -> Bool[np.ndarray, "h n n"]:
         """Which blocks are read: bool [h, n, n], n = ⌈length / block size⌉; a block is read if any token of it is."""
-        return statistics.block_mask(self, self._heads(num_heads, num_kv_heads, length), length)
+        return statistics.block_mask(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     @outside_traces
     def density(self, num_heads: int, num_kv_heads: int, length: int) -> float:
         """Blocks read, over the blocks h·n·(n+1)/2 that a causal dense pattern reads (all h·n², if bidirectional)."""
-        return statistics.density(self, self._heads(num_heads, num_kv_heads, length), length)
+        return statistics.density(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     @outside_traces
     def coverage(self, num_heads: int, num_kv_heads: int, length: int) -> float:
@@ -132,7 +133,7 @@ class Pattern(abc.ABC):
         head. The window is what all heads have in common: the blocks at distances 0, 1, … up to the first distance at
         which some head leaves out some block. 1.0 where the window is everything.
         """
-        return statistics.coverage(self, self._heads(num_heads, num_kv_heads, length), length)
+        return statistics.coverage(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     @outside_traces
     def is_kv_efficient(self, num_heads: int, num_kv_heads: int, length: int) -> bool:
@@ -141,7 +142,7 @@ class Pattern(abc.ABC):
         True if for every KV head and key block, the query blocks that read it through any head of the group are
         without a gap and, if causal, begin with the block's own.
         """
-        return statistics.is_kv_efficient(self, self._heads(num_heads, num_kv_heads, length), length)
+        return statistics.is_kv_efficient(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     @outside_traces
     def kv_blocks_kept(self, num_heads: int, num_kv_heads: int, length: int) -> Int[np.ndarray, "k"]:
@@ -150,34 +151,11 @@ class Pattern(abc.ABC):
         A block is held from its own query block (in a bidirectional pattern: from the first) to the last query block
         that reads it through any head of the group.
         """
-        return statistics.kv_blocks_kept(self, self._heads(num_heads, num_kv_heads, length), length)
+        return statistics.kv_blocks_kept(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     def warn_if_incomplete(self, num_heads: int, num_kv_heads: int, length: int) -> None:
         """Warns where heads share out the context but miss some of it, or where queries miss their own block."""
-        statistics.warn_if_incomplete(self, self._heads(num_heads, num_kv_heads, length), length)
-
-    def picture(self, num_heads: int, num_kv_heads: int, length: int) -> str:
-        """A picture for the terminal: queries downwards, keys to the right, each kind of head and all together."""
-        from s2jax import picture  # draws patterns, and so knows of them
-
-        return picture.text(self, self._heads(num_heads, num_kv_heads, length), length)
-
-    def plot(self, num_heads: int, num_kv_heads: int, length: int):
-        """The same drawn: a `matplotlib.figure.Figure`, to be saved with `.savefig("pattern.svg")`.
-
-        Raises:
-          ImportError: matplotlib is missing.
-        """
-        from s2jax import picture
-
-        return picture.figure(self, self._heads(num_heads, num_kv_heads, length), length)
-
-    def _heads(self, num_heads: int, num_kv_heads: int, length: int) -> Heads:
-        heads = Heads(num_heads, num_kv_heads)
-        check_count("length", length, at_least=1)
-        self.check(heads, length, length, 0)
-        check_agreement(self, heads, 0, length, length)
-        return heads
+        statistics.warn_if_incomplete(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     # Functions, bool arrays and text compose with patterns, on either side.
 
@@ -212,7 +190,7 @@ class BlockPattern(Pattern):
     block_size: int
 
     @abc.abstractmethod
-    def block_bands(self, heads: Heads, head: int, num_rows: int, num_columns: int) -> tuple[Band, ...] | None:
+    def block_bands(self, heads: HeadGroups, head: int, num_rows: int, num_columns: int) -> tuple[Band, ...] | None:
         """The rule in closed form over blocks of the pattern's own size, or None where it has none."""
 
     def own_block_size(self) -> int | None:
@@ -297,9 +275,9 @@ class Union(_Composition):
     def causal(self) -> bool:
         return all(part.causal for part in self.parts)
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         return functools.reduce(
-            np.logical_or, (part.reads(heads, head, query_position, key_position) for part in self.parts)
+            np.logical_or, (part.mask_fn(head, query_position, key_position, heads) for part in self.parts)
         )
 
     def bands(self, heads, head, block_size, num_rows, num_columns):
@@ -323,9 +301,9 @@ class Intersection(_Composition):
     def causal(self) -> bool:
         return any(part.causal for part in self.parts)
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         return functools.reduce(
-            np.logical_and, (part.reads(heads, head, query_position, key_position) for part in self.parts)
+            np.logical_and, (part.mask_fn(head, query_position, key_position, heads) for part in self.parts)
         )
 
     def bands(self, heads, head, block_size, num_rows, num_columns):

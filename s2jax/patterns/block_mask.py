@@ -69,7 +69,7 @@ class BlockMask(BlockPattern):
     def head_key(self, heads, head):
         return head if len(self.mask) > 1 else 0
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         i, j = query_position // self.block_size, key_position // self.block_size
         # Positions beyond the mask occur in padding only.
         last = self.mask.shape[1] - 1

@@ -2,13 +2,11 @@
 
 import numpy as np
 
-from s2jax.bands import UNBOUNDED
+from s2jax.messages import shown
+from s2jax.patterns.bands import UNBOUNDED
 
 Window = int | tuple[int, int]
 """The extent of a window: one number, or (left, right)."""
-
-MOST_SHOWN = 100
-"""Characters of a wrong value that an error quotes."""
 
 LARGEST_BLOCK = 4096
 """A token mask has so many squared entries."""
@@ -16,12 +14,6 @@ LARGEST_BLOCK = 4096
 
 def is_integer(value) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def shown(value) -> str:
-    """The value as Python writes it, cut to part of a line."""
-    text = repr(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}… ({len(text)} characters)"
 
 
 def check_count(name: str, value, *, at_least: int) -> None:

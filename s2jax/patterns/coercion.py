@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool
 
+from s2jax.messages import shown
 from s2jax.patterns.base import Pattern
-from s2jax.patterns.checks import shown
 from s2jax.patterns.mask_mod import MaskMod
 from s2jax.patterns.parsing import parse_pattern
 from s2jax.patterns.token_mask import TokenMask

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-if typing.TYPE_CHECKING:
-    from s2jax.patterns.base import Pattern
-    from s2jax.patterns.heads import Heads
+from s2jax.patterns.head_groups import HeadGroups
+from s2jax.patterns.rule import Rule
 
 _thread = threading.local()
 
@@ -87,20 +86,20 @@ def tile_positions(
     return np.minimum(query, query_stop - 1), np.minimum(key, kv_stop - 1)
 
 
-def evaluated(pattern: "Pattern", heads: "Heads", head: int, query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """`pattern.reads`, checked: bool, of the shape of the two positions broadcast.
+def evaluated(pattern: Rule, heads: HeadGroups, head: int, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """`pattern.mask_fn`, checked: bool, of the shape of the two positions broadcast.
 
     Raises:
       ValueError: the rule returns anything but bools of that shape.
     """
-    found = np.asarray(pattern.reads(heads, head, query, key))
+    found = np.asarray(pattern.mask_fn(head, query, key, heads))
     shape = np.broadcast_shapes(query.shape, key.shape)
     if found.dtype != bool:
-        raise ValueError(f"{type(pattern).__name__}.reads must return bool, got {found.dtype}")
+        raise ValueError(f"{type(pattern).__name__}.mask_fn must return bool, got {found.dtype}")
     try:
         return np.broadcast_to(found, shape)
     except ValueError:
         raise ValueError(
-            f"{type(pattern).__name__}.reads must return an array that broadcasts to {list(shape)}, as the positions "
+            f"{type(pattern).__name__}.mask_fn must return an array that broadcasts to {list(shape)}, as the positions "
             f"do; got {list(found.shape)}"
         ) from None

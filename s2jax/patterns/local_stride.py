@@ -49,7 +49,7 @@ class LocalStride(Striped):
     def strides(self):
         return (self.vert_stride,)
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         i, j = query_position // self.block_size, key_position // self.block_size
         left, right = window_sides(self.local_blocks, self.causal)
         (residue,) = self.residues_of(heads, head)

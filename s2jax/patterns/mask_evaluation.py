@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
 from jaxtyping import Bool
 
-from s2jax.patterns.checks import shown
+from s2jax.messages import shown
 from s2jax.patterns.evaluation import on_cpu, tile_positions
 
 TILE_PAIRS = 1 << 21

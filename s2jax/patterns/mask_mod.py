@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from s2jax.messages import shown
 from s2jax.patterns.base import DEFAULT_BLOCK_SIZE, Pattern
-from s2jax.patterns.checks import check_block_size, check_flag, shown
+from s2jax.patterns.checks import check_block_size, check_flag
 from s2jax.patterns.evaluation import outside_traces
 from s2jax.patterns.function_key import function_key
 from s2jax.patterns.mask_evaluation import MaskEvaluator
@@ -89,7 +90,7 @@ class MaskMod(Pattern):
         return self._evaluator.head_key(head)
 
     @outside_traces
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         found = self._evaluator.pairs(head, np.asarray(query_position), np.asarray(key_position))
         return found & (query_position - key_position >= lowest_distance(self.causal))
 

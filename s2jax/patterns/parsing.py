@@ -6,8 +6,8 @@ import inspect
 import re
 import typing
 
+from s2jax.messages import MOST_SHOWN
 from s2jax.patterns.base import Intersection, Pattern, Union, join
-from s2jax.patterns.checks import MOST_SHOWN
 from s2jax.patterns.local_stride import LocalStride
 from s2jax.patterns.per_head import PerHead
 from s2jax.patterns.ranges import Ranges

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
+from s2jax.messages import shown
 from s2jax.patterns.base import Pattern
-from s2jax.patterns.checks import shown
-from s2jax.patterns.heads import Heads
+from s2jax.patterns.head_groups import HeadGroups
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -50,15 +50,15 @@ class PerHead(Pattern):
     def is_strided(self):
         return any(each.is_strided() for each in self.patterns)
 
-    def _of(self, heads: Heads, head: int) -> Pattern:
+    def _of(self, heads: HeadGroups, head: int) -> Pattern:
         return self.patterns[head if len(self.patterns) == heads.num_heads else heads.kv_head(head)]
 
     def head_key(self, heads, head):
         pattern = self._of(heads, head)
         return pattern, pattern.head_key(heads, head)
 
-    def reads(self, heads, head, query_position, key_position):
-        return self._of(heads, head).reads(heads, head, query_position, key_position)
+    def mask_fn(self, head, query_position, key_position, heads):
+        return self._of(heads, head).mask_fn(head, query_position, key_position, heads)
 
     def bands(self, heads, head, block_size, num_rows, num_columns):
         return self._of(heads, head).bands(heads, head, block_size, num_rows, num_columns)

@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 
-from s2jax.bands import UNBOUNDED
+from s2jax.patterns.bands import UNBOUNDED
 from s2jax.patterns.base import DEFAULT_BLOCK_SIZE
 from s2jax.patterns.checks import check_count
 from s2jax.patterns.simple import lowest_distance
@@ -72,7 +72,7 @@ class Ranges(Striped):
             for (low, high), stride, residue in zip(bounds, self.strides, residues, strict=True)
         ]
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         i, j = query_position // self.block_size, key_position // self.block_size
         distance = i - j if self.causal else abs(i - j)
         allowed = query_position - key_position >= lowest_distance(self.causal)

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from s2jax.bands import UNBOUNDED, Band
+from s2jax.patterns.bands import UNBOUNDED, Band
 from s2jax.patterns.base import DEFAULT_BLOCK_SIZE
 from s2jax.patterns.checks import Window, check_count, check_window, window_sides
 from s2jax.patterns.simple import lowest_distance
@@ -54,7 +54,7 @@ class RelativeStride(Striped):
     def strides(self):
         return (self.vert_stride,)
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         distance = query_position // self.block_size - key_position // self.block_size
         left, right = window_sides(self.local_blocks, self.causal)
         (residue,) = self.residues_of(heads, head)

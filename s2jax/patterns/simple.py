@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from s2jax.bands import UNBOUNDED, Band, all_columns
+from s2jax.patterns.bands import UNBOUNDED, Band, all_columns
 from s2jax.patterns.base import DEFAULT_BLOCK_SIZE, BlockPattern, Pattern
 from s2jax.patterns.checks import Window, check_block_size, check_count, check_flag, check_window, window_sides
 
@@ -26,7 +26,7 @@ class Dense(Pattern):
     def head_key(self, heads, head):
         return None
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         return query_position - key_position >= lowest_distance(self.causal)
 
     def bands(self, heads, head, block_size, num_rows, num_columns):
@@ -76,7 +76,7 @@ class Local(BlockPattern):
         assert extent is not None
         return window_sides(extent, self.causal)
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         distance = query_position - key_position
         allowed = distance >= lowest_distance(self.causal)
         if self.tokens is None:
@@ -115,7 +115,7 @@ class FirstTokens(Pattern):
     def head_key(self, heads, head):
         return None
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         return (key_position < self.count) & (query_position - key_position >= lowest_distance(self.causal))
 
     def bands(self, heads, head, block_size, num_rows, num_columns):
@@ -139,7 +139,7 @@ class FirstBlocks(BlockPattern):
     def head_key(self, heads, head):
         return None
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         allowed = query_position - key_position >= lowest_distance(self.causal)
         return (key_position // self.block_size < self.count) & allowed
 

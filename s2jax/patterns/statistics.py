@@ -18,12 +18,10 @@ import jax
 import numpy as np
 
 import pallas_kernels
-from s2jax.bands import Band, with_period
+from s2jax.patterns.bands import Band, with_period
 from s2jax.patterns.evaluation import evaluated, outside_traces
-from s2jax.patterns.heads import Heads
-
-if typing.TYPE_CHECKING:
-    from s2jax.patterns.base import Pattern
+from s2jax.patterns.head_groups import HeadGroups
+from s2jax.patterns.rule import Rule
 
 PAIRS_AT_ONCE = 1 << 21
 """Pairs of blocks, or of tokens, looked at together."""
@@ -60,12 +58,12 @@ class Slice(typing.NamedTuple):
         return int((np.maximum(stop - first, 0) * self.read).sum())
 
 
-def num_blocks(pattern: "Pattern", length: int) -> int:
+def num_blocks(pattern: Rule, length: int) -> int:
     return -(-length // pattern.schedule_block_size())
 
 
 def profile(
-    pattern: "Pattern", heads: Heads, group: Sequence[int], length: int, start: int | None = None
+    pattern: Rule, heads: HeadGroups, group: Sequence[int], length: int, start: int | None = None
 ) -> Iterator[Slice]:
     """What the heads of a group read together, at the distances from `start` on, or at all of them."""
     n = num_blocks(pattern, length)
@@ -76,7 +74,7 @@ def profile(
     return _profile_of_bands([cut for band in bands for cut in _cuts(band, pattern, length)], start, n)
 
 
-def _bands(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) -> list[Band] | None:
+def _bands(pattern: Rule, heads: HeadGroups, group: Sequence[int], length: int) -> list[Band] | None:
     size, n = pattern.schedule_block_size(), num_blocks(pattern, length)
     found: list[Band] = []
     for head in distinct(pattern, heads, group).values():
@@ -87,7 +85,7 @@ def _bands(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) 
     return found
 
 
-def distinct(pattern: "Pattern", heads: Heads, group: Sequence[int]) -> dict[Hashable, int]:
+def distinct(pattern: Rule, heads: HeadGroups, group: Sequence[int]) -> dict[Hashable, int]:
     """The first head of each kind."""
     found: dict[Hashable, int] = {}
     for head in group:
@@ -99,7 +97,7 @@ Cut = tuple[int, int, np.ndarray]
 """Distances from low to below high, and bool [period, n]: the key blocks that some token reads some token of there."""
 
 
-def _cuts(band: Band, pattern: "Pattern", length: int) -> list[Cut]:
+def _cuts(band: Band, pattern: Rule, length: int) -> list[Cut]:
     """A band with its token interval turned into whole blocks; it depends on how many tokens of the block are read."""
     size = pattern.schedule_block_size()
     remaining = length - np.arange(band.columns.shape[1]) * size
@@ -151,7 +149,7 @@ def _chunks(start: int, stop: int, step: int) -> Iterator[np.ndarray]:
     return (np.arange(low, min(low + step, stop)) for low in range(start, stop, step))
 
 
-def rows_read(pattern: "Pattern", heads: Heads, head: int, rows: np.ndarray, length: int) -> np.ndarray:
+def rows_read(pattern: Rule, heads: HeadGroups, head: int, rows: np.ndarray, length: int) -> np.ndarray:
     """Which blocks some query blocks read, found token by token where need be: bool [rows, n]."""
     size, n = pattern.schedule_block_size(), num_blocks(pattern, length)
     states = pattern.block_states(heads, head, size, rows, n)
@@ -159,7 +157,7 @@ def rows_read(pattern: "Pattern", heads: Heads, head: int, rows: np.ndarray, len
     row, column = np.nonzero(states == 1)
     if pattern.bands(heads, head, size, 1, 1) is not None:
         # The last query and the first key tell most; only where they do not is every token looked at.
-        corner = pattern.reads(heads, head, np.minimum(rows[row] * size + size, length) - 1, column * size)
+        corner = pattern.mask_fn(head, np.minimum(rows[row] * size + size, length) - 1, column * size, heads)
         read[row, column] = corner
         row, column = row[~corner], column[~corner]
     read[row, column] = tiles_read(pattern, heads, head, rows[row], column, length, length)
@@ -167,7 +165,7 @@ def rows_read(pattern: "Pattern", heads: Heads, head: int, rows: np.ndarray, len
 
 
 def tiles_read(
-    pattern: "Pattern", heads: Heads, head: int, rows: np.ndarray, columns: np.ndarray, query_stop: int, kv_stop: int
+    pattern: Rule, heads: HeadGroups, head: int, rows: np.ndarray, columns: np.ndarray, query_stop: int, kv_stop: int
 ) -> np.ndarray:
     """Whether any token of each pair of blocks is read: bool [pairs]."""
     size = pattern.schedule_block_size()
@@ -179,7 +177,7 @@ def tiles_read(
 
 
 @functools.lru_cache(maxsize=32)
-def _rule_mask(pattern: "Pattern", heads: Heads, head: int, length: int) -> np.ndarray:
+def _rule_mask(pattern: Rule, heads: HeadGroups, head: int, length: int) -> np.ndarray:
     """Which blocks a head without a closed form reads: bool [n, n], not to be written to."""
     n = num_blocks(pattern, length)
     chunks = _chunks(0, n, max(1, PAIRS_AT_ONCE // n))
@@ -188,12 +186,12 @@ def _rule_mask(pattern: "Pattern", heads: Heads, head: int, length: int) -> np.n
     return mask
 
 
-def _group_mask(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) -> np.ndarray:
+def _group_mask(pattern: Rule, heads: HeadGroups, group: Sequence[int], length: int) -> np.ndarray:
     each = distinct(pattern, heads, group).values()
     return functools.reduce(np.logical_or, (_rule_mask(pattern, heads, head, length) for head in each))
 
 
-def block_mask(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
+def block_mask(pattern: Rule, heads: HeadGroups, length: int) -> np.ndarray:
     n = num_blocks(pattern, length)
     found = np.zeros((heads.num_heads, n, n), bool)
     first = distinct(pattern, heads, range(heads.num_heads))
@@ -222,7 +220,7 @@ def _draw(slices: Iterator[Slice], mask: np.ndarray) -> None:
                     mask[row, here] = columns[here]
 
 
-def density(pattern: "Pattern", heads: Heads, length: int) -> float:
+def density(pattern: Rule, heads: HeadGroups, length: int) -> float:
     n = num_blocks(pattern, length)
     keys = [pattern.head_key(heads, head) for head in range(heads.num_heads)]
     read = {
@@ -233,7 +231,7 @@ def density(pattern: "Pattern", heads: Heads, length: int) -> float:
     return sum(read[key] for key in keys) / (heads.num_heads * everything)
 
 
-def _of_groups(pattern: "Pattern", heads: Heads, statistic: typing.Callable[[Sequence[int]], typing.Any]) -> list:
+def _of_groups(pattern: Rule, heads: HeadGroups, statistic: typing.Callable[[Sequence[int]], typing.Any]) -> list:
     """A statistic of every KV head's group, computed once for equal groups."""
     known: dict[frozenset, typing.Any] = {}
     found = []
@@ -246,11 +244,11 @@ def _of_groups(pattern: "Pattern", heads: Heads, statistic: typing.Callable[[Seq
     return found
 
 
-def is_kv_efficient(pattern: "Pattern", heads: Heads, length: int) -> bool:
+def is_kv_efficient(pattern: Rule, heads: HeadGroups, length: int) -> bool:
     return all(_of_groups(pattern, heads, lambda group: _never_read_again(pattern, heads, group, length)))
 
 
-def _never_read_again(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) -> bool:
+def _never_read_again(pattern: Rule, heads: HeadGroups, group: Sequence[int], length: int) -> bool:
     n = num_blocks(pattern, length)
     begun, dropped = np.full(n, pattern.causal), np.zeros(n, bool)
     for each in profile(pattern, heads, group, length, 0 if pattern.causal else None):
@@ -263,11 +261,11 @@ def _never_read_again(pattern: "Pattern", heads: Heads, group: Sequence[int], le
     return True
 
 
-def kv_blocks_kept(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
+def kv_blocks_kept(pattern: Rule, heads: HeadGroups, length: int) -> np.ndarray:
     return np.array(_of_groups(pattern, heads, lambda group: _most_kept(pattern, heads, group, length)), np.int64)
 
 
-def _most_kept(pattern: "Pattern", heads: Heads, group: Sequence[int], length: int) -> int:
+def _most_kept(pattern: Rule, heads: HeadGroups, group: Sequence[int], length: int) -> int:
     n = num_blocks(pattern, length)
     block, last = np.arange(n), np.full(n, -1)
     for each in profile(pattern, heads, group, length):
@@ -280,7 +278,7 @@ def _most_kept(pattern: "Pattern", heads: Heads, group: Sequence[int], length: i
     return int(np.cumsum(change).max())
 
 
-def _window(pattern: "Pattern", heads: Heads, head: int, length: int) -> int:
+def _window(pattern: Rule, heads: HeadGroups, head: int, length: int) -> int:
     """How many distances from 0 on the head reads in full."""
     n = num_blocks(pattern, length)
     for each in profile(pattern, heads, [head], length, start=0):
@@ -290,7 +288,7 @@ def _window(pattern: "Pattern", heads: Heads, head: int, length: int) -> int:
     return n
 
 
-def _reads_own_blocks(pattern: "Pattern", heads: Heads, head: int, length: int, queries: tuple[int, int]) -> bool:
+def _reads_own_blocks(pattern: Rule, heads: HeadGroups, head: int, length: int, queries: tuple[int, int]) -> bool:
     size, (start, stop) = pattern.schedule_block_size(), queries
     stop = min(stop, length)
     block = np.arange(start // size, -(-stop // size))
@@ -301,7 +299,7 @@ def _reads_own_blocks(pattern: "Pattern", heads: Heads, head: int, length: int, 
     return all(tiles_read(pattern, heads, head, some, some, stop, length).all() for some in parts)
 
 
-def _far_context(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
+def _far_context(pattern: Rule, heads: HeadGroups, length: int) -> np.ndarray:
     """Which blocks beyond the window the last query block reads through some head: bool [blocks beyond]."""
     n = num_blocks(pattern, length)
     representatives = list(distinct(pattern, heads, range(heads.num_heads)).values())
@@ -311,13 +309,13 @@ def _far_context(pattern: "Pattern", heads: Heads, length: int) -> np.ndarray:
     return read[: n - window]
 
 
-def coverage(pattern: "Pattern", heads: Heads, length: int) -> float:
+def coverage(pattern: Rule, heads: HeadGroups, length: int) -> float:
     far = _far_context(pattern, heads, length)
     return float(far.mean()) if far.size else 1.0
 
 
 def warn_if_incomplete(
-    pattern: "Pattern", heads: Heads, length: int, queries: tuple[int, int] = (0, sys.maxsize)
+    pattern: Rule, heads: HeadGroups, length: int, queries: tuple[int, int] = (0, sys.maxsize)
 ) -> None:
     """Warns of what a pattern leaves out of a context, for some of its queries: those from `queries[0]` on."""
     for message in shortcomings(pattern, heads, length, queries):
@@ -325,7 +323,7 @@ def warn_if_incomplete(
 
 
 @outside_traces
-def shortcomings(pattern: "Pattern", heads: Heads, length: int, queries: tuple[int, int]) -> list[str]:
+def shortcomings(pattern: Rule, heads: HeadGroups, length: int, queries: tuple[int, int]) -> list[str]:
     """What a pattern leaves out that it hardly means to."""
     representatives = distinct(pattern, heads, range(heads.num_heads)).values()
     blind = (head for head in representatives if not _reads_own_blocks(pattern, heads, head, length, queries))

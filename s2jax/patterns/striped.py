@@ -5,10 +5,10 @@ import typing
 
 import numpy as np
 
-from s2jax.bands import UNBOUNDED, Band, all_columns
+from s2jax.patterns.bands import UNBOUNDED, Band, all_columns
 from s2jax.patterns.base import DEFAULT_BLOCK_SIZE, BlockPattern
 from s2jax.patterns.checks import check_block_size, check_count, check_flag
-from s2jax.patterns.heads import Heads
+from s2jax.patterns.head_groups import HeadGroups
 from s2jax.patterns.simple import lowest_distance
 
 Residues = typing.Literal["kv_head", "query_head"]
@@ -52,13 +52,13 @@ class Striped(BlockPattern):
     def is_strided(self) -> bool:
         return max(self.strides) > 1
 
-    def is_dense(self, heads: Heads, head: int) -> bool:
+    def is_dense(self, heads: HeadGroups, head: int) -> bool:
         return heads.kv_head(head) >= heads.num_kv_heads - self.num_dense_heads
 
     def head_key(self, heads, head):
         return "dense" if self.is_dense(heads, head) else self.residues_of(heads, head)
 
-    def residues_of(self, heads: Heads, head: int) -> tuple[int, ...]:
+    def residues_of(self, heads: HeadGroups, head: int) -> tuple[int, ...]:
         """r(κ) for each stride V, modulo it: the head reads the blocks j with (j + r) mod V = 0.
 
         r(κ) = κ · head_step + head_offset; without a step, ⌊κ · V / number of κ⌋ + head_offset. Where a stride divides
@@ -116,7 +116,7 @@ class Strided(Striped):
     def strides(self):
         return (self.vert_stride,)
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         allowed = query_position - key_position >= lowest_distance(self.causal)
         (residue,) = self.residues_of(heads, head)
         stripe = (key_position // self.block_size + residue) % self.vert_stride == 0

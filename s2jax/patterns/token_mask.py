@@ -96,7 +96,7 @@ class TokenMask(Pattern):
     def _place(self, head: int) -> int:
         return head if len(self.mask) > 1 else 0
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         row = np.asarray(query_position) - self.query_offset
         inside = (row >= 0) & (row < self.mask.shape[1]) & (key_position < self.mask.shape[2])
         row, column = np.clip(row, 0, self.mask.shape[1] - 1), np.minimum(key_position, self.mask.shape[2] - 1)

@@ -12,8 +12,8 @@ from flax import nnx
 
 from models import Transformer, TransformerConfig
 from models.checkpoints.huggingface_weights import to_huggingface
-from s2jax.heads import RopeScaling
 from s2jax.patterns import Dense
+from s2jax.rotary import RopeScaling
 
 LLAMA = TransformerConfig(
     vocab_size=96,

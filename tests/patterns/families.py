@@ -83,16 +83,16 @@ def block_masks(draw, num_heads: int, length: int):
     return p.BlockMask(mask, size, draw(FLAGS))
 
 
-def leaves(heads: p.Heads, length: int):
+def leaves(heads: p.HeadGroups, length: int):
     return st.one_of(striped(), striped(), simple(), block_masks(heads.num_heads, length))
 
 
-def per_head(inner, heads: p.Heads):
+def per_head(inner, heads: p.HeadGroups):
     counts = st.sampled_from([heads.num_heads, heads.num_kv_heads])
     return counts.flatmap(lambda count: st.lists(inner, min_size=count, max_size=count)).map(p.PerHead)
 
 
-def compositions(heads: p.Heads, length: int):
+def compositions(heads: p.HeadGroups, length: int):
     """Leaves, and `|`, `&` and PerHead of them, nested."""
 
     def extend(inner):
@@ -102,7 +102,7 @@ def compositions(heads: p.Heads, length: int):
     return st.recursive(leaves(heads, length), extend, max_leaves=4)
 
 
-HEADS = st.sampled_from([p.Heads(1, 1), p.Heads(2, 1), p.Heads(4, 4), p.Heads(6, 3)])
+HEADS = st.sampled_from([p.HeadGroups(1, 1), p.HeadGroups(2, 1), p.HeadGroups(4, 4), p.HeadGroups(6, 3)])
 
 
 @st.composite

@@ -8,7 +8,7 @@ import pytest
 
 from s2jax import LocalStride, PerHead, compile_cache, compile_schedule
 from s2jax import patterns as p
-from s2jax.bands import Band, all_columns
+from s2jax.patterns.bands import Band, all_columns
 from tests.patterns.test_statistics import check_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
@@ -21,7 +21,7 @@ class Fine(p.BlockPattern):
     block_size: int = 32
     causal: bool = True
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         return ((query_position - key_position) % 2 == 0) & (key_position <= query_position)
 
     def block_bands(self, heads, head, num_rows, num_columns):
@@ -32,7 +32,7 @@ class Fine(p.BlockPattern):
 class FineByJax(Fine):
     """The same, written with jax.numpy."""
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         return jnp.logical_and(jnp.mod(query_position - key_position, 2) == 0, key_position <= query_position)
 
 
@@ -40,7 +40,7 @@ class FineByJax(Fine):
 class Diagonal(Fine):
     """Reads in the middle of blocks only, where no corner shows it."""
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         return (key_position % 32 == 16) & (query_position % 32 == 17) & (key_position <= query_position)
 
 
@@ -52,7 +52,7 @@ def test_a_rule_without_a_closed_form_is_asked_for_every_token(family):
             pattern, num_heads=2, num_kv_heads=1, query_length=150, kv_length=170, query_offset=9
         )
         np.testing.assert_array_equal(schedule.token_mask(), pattern.token_mask(2, 1, 150, 170, 9))
-        check_statistics(pattern, p.Heads(2, 1), 150)
+        check_statistics(pattern, p.HeadGroups(2, 1), 150)
     by_head = PerHead([family(), p.Local(2, block_size=32)])
     schedule = compile_schedule(by_head, num_heads=2, num_kv_heads=2, query_length=99, kv_length=99)
     np.testing.assert_array_equal(schedule.token_mask(), by_head.token_mask(2, 2, 99, 99))
@@ -61,22 +61,22 @@ def test_a_rule_without_a_closed_form_is_asked_for_every_token(family):
 class OtherRule(LocalStride):
     """A subclass that changes the rule alone."""
 
-    def reads(self, heads, head, query_position, key_position):
-        return super().reads(heads, head, query_position, key_position) & (key_position % 5 > 0)
+    def mask_fn(self, head, query_position, key_position, heads):
+        return super().mask_fn(head, query_position, key_position, heads) & (key_position % 5 > 0)
 
 
 class WiderRule(LocalStride):
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         i, j = query_position // self.block_size, key_position // self.block_size
         wide = (i - j == self.local_blocks) & (key_position <= query_position)
-        return super().reads(heads, head, query_position, key_position) | wide
+        return super().mask_fn(head, query_position, key_position, heads) | wide
 
 
 class OtherHeads(LocalStride):
     """One head of a group reads something else, but its key says that it does not."""
 
-    def reads(self, heads, head, query_position, key_position):
-        read = super().reads(heads, head, query_position, key_position)
+    def mask_fn(self, head, query_position, key_position, heads):
+        read = super().mask_fn(head, query_position, key_position, heads)
         return read & (key_position > 0) if head == 1 else read
 
 
@@ -87,7 +87,7 @@ class OtherStates(p.BlockMask):
 
 @dataclasses.dataclass(frozen=True)
 class LaterTokens(Fine):
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         return abs(query_position - key_position) < 3
 
 
@@ -101,7 +101,7 @@ class OneMore(p.Local):
 
 @dataclasses.dataclass(frozen=True)
 class Numbers(Fine):
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         return (query_position - key_position) % 2
 
 
@@ -115,7 +115,7 @@ WRONG = {
     "other states": (OtherStates(np.ones((1, 1024, 1024), bool), 32), "reads it, its closed form does not"),
     "later tokens": (LaterTokens(), "says that it is causal, but .*query .* read the later key"),
     "one token more": (OneMore(tokens=70), "does not read it, its closed form reads"),
-    "numbers": (Numbers(), "Numbers.reads must return bool, got int64"),
+    "numbers": (Numbers(), "Numbers.mask_fn must return bool, got int64"),
     "within a composition": (OtherRule(32, 2, 4) | p.FirstTokens(3), "contradicts itself"),
     "of one head": (PerHead([p.Dense(), OtherRule(32, 2, 4)]), "contradicts itself .*head 2"),
 }
@@ -136,8 +136,8 @@ def test_a_cache_that_streams_looks_far_ahead():
     class Later(p.Local):
         """Reads less, late in the context."""
 
-        def reads(self, heads, head, query_position, key_position):
-            read = super().reads(heads, head, query_position, key_position)
+        def mask_fn(self, head, query_position, key_position, heads):
+            read = super().mask_fn(head, query_position, key_position, heads)
             return read & ((query_position < 100_000) | (key_position % 2 == 0))
 
     with pytest.raises(ValueError, match="contradicts itself"):
@@ -149,7 +149,7 @@ def test_unhashable_families_are_refused():
     class Thawed(Fine.__bases__[0]):
         block_size: int = 32
         causal: bool = True
-        reads = Fine.reads
+        mask_fn = Fine.mask_fn
         block_bands = Fine.block_bands
 
     with pytest.raises(ValueError, match="Thawed is no pattern, as it cannot be hashed"):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s2jax import patterns as p
-from s2jax.bands import UNBOUNDED, Band, intersect, refine
+from s2jax.patterns.bands import UNBOUNDED, Band, intersect, refine
 from tests.patterns.families import cases, examples, leaves
 
 
@@ -69,7 +69,7 @@ EDGES = [
 
 @pytest.mark.parametrize("pattern", EDGES, ids=repr)
 def test_edges_of_every_family(pattern):
-    check_closed_form((pattern, p.Heads(2, 2), 200, 210, 40))
+    check_closed_form((pattern, p.HeadGroups(2, 2), 200, 210, 40))
 
 
 @examples(6)
@@ -126,7 +126,7 @@ def test_bands_refine(band, ratio):
 def test_bands_take_linear_memory():
     pattern = p.Ranges(((2, 1), (8, 2), (None, 8))) & p.Local(tokens=5000) | p.FirstTokens(4) | p.LocalStride(128)
     columns = 1 << 14
-    found = pattern.bands(p.Heads(8, 8), 3, 64, columns, columns)
+    found = pattern.bands(p.HeadGroups(8, 8), 3, 64, columns, columns)
     assert found is not None
     assert sum(band.columns.nbytes for band in found) <= 16 * columns * 4
 
@@ -138,7 +138,7 @@ class PowersOfTwo(p.BlockPattern):
     block_size: int = 32
     causal: bool = True
 
-    def reads(self, heads, head, query_position, key_position):
+    def mask_fn(self, head, query_position, key_position, heads):
         distance = query_position // self.block_size - key_position // self.block_size
         return (distance & (distance - 1) == 0) & (key_position <= query_position)
 
@@ -147,7 +147,7 @@ class PowersOfTwo(p.BlockPattern):
 
 
 def test_a_family_that_knows_only_its_rule():
-    heads = p.Heads(2, 1)
+    heads = p.HeadGroups(2, 1)
     for pattern in (PowersOfTwo(), PowersOfTwo() | p.FirstTokens(5), PowersOfTwo() & p.Local(tokens=200)):
         check_closed_form((pattern, heads, 390, 400, 11))
     blocks = PowersOfTwo().block_mask(2, 1, 300)[1]

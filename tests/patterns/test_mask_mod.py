@@ -22,9 +22,10 @@ from s2jax import (
     attention,
     compile_cache,
     compile_schedule,
+    plotting,
 )
 from s2jax.compiler import forget_schedules
-from s2jax.patterns import Heads
+from s2jax.patterns import HeadGroups
 from tests.patterns.test_statistics import check_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
@@ -107,7 +108,7 @@ def test_a_function_reads_what_it_says(function, causal):
     np.testing.assert_array_equal(
         compiled(pattern, rows=37, columns=139, offset=101).token_mask(), expected[:, 101:138, :139]
     )
-    check_statistics(pattern, Heads(4, 2), 139)
+    check_statistics(pattern, HeadGroups(4, 2), 139)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_heads_that_agree_share_a_walker(function, unique_heads):
 
 @pytest.mark.parametrize(("function", "keys"), [(dilated, 1), (by_numpy, 1), (by_pair_of_heads, 2), (by_branch, 2)])
 def test_heads_that_agree_are_evaluated_once(function, keys):
-    assert len({MaskMod(function).head_key(Heads(4, 2), head) for head in range(4)}) == keys
+    assert len({MaskMod(function).head_key(HeadGroups(4, 2), head) for head in range(4)}) == keys
 
 
 def test_masks_are_stored_once():
@@ -144,7 +145,7 @@ def test_functions_compose():
 
 
 def test_a_function_has_a_picture():
-    assert "MaskMod(<dilated, line" in MaskMod(dilated).picture(2, 1, 300)
+    assert "MaskMod(<dilated, line" in plotting.plot_text(MaskMod(dilated), 2, 1, 300)
 
 
 # Equality.
@@ -294,7 +295,7 @@ def test_token_masks_go_by_content_and_may_reach_further():
     np.testing.assert_array_equal(
         compiled(pattern, rows=70, columns=90).token_mask(), np.tri(70, 90, dtype=bool)[None].repeat(4, 0)
     )
-    check_statistics(pattern, Heads(4, 2), 99)
+    check_statistics(pattern, HeadGroups(4, 2), 99)
     with pytest.raises(ValueError, match=r"queries 0 to 99, the input has 40 to 100"):
         compiled(pattern, rows=61, offset=40)
     with pytest.raises(ValueError, match=r"is for 120 keys, the input has 121"):

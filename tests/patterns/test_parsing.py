@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s2jax import Dense, FirstTokens, Local, LocalStride, PerHead, Ranges, Strided, parse_pattern, picture
+from s2jax import Dense, FirstTokens, Local, LocalStride, PerHead, Ranges, Strided, parse_pattern, plotting
 from tests.patterns.families import examples, simple, striped
 
 
@@ -123,8 +123,8 @@ def test_the_picture_executes_nothing(tmp_path, capsys):
     target = tmp_path / "made"
     for text in (f"open({str(target)!r}, 'w')", f"[x for x in ().__class__.__base__.__subclasses__()] or {target}"):
         with pytest.raises(SystemExit, match="2"):
-            picture.main([text, "--text"])
+            plotting.main([text, "--text"])
         assert "expected a pattern such as" in capsys.readouterr().err
     assert not target.exists()
-    picture.main(["Local(2) | FirstTokens(4)", "--text", "--length", "512"])
+    plotting.main(["Local(2) | FirstTokens(4)", "--text", "--length", "512"])
     assert "Local(blocks=2, block_size=64) | FirstTokens(count=4)" in capsys.readouterr().out

@@ -18,7 +18,7 @@ def mask_of(pattern):
     return pattern.token_mask(4, 2, 300, 280, 13)
 
 
-ANY = compositions(p.Heads(4, 2), 320)
+ANY = compositions(p.HeadGroups(4, 2), 320)
 
 
 @examples(2)
@@ -83,7 +83,7 @@ def test_block_mask_goes_by_content_and_cannot_change():
 def test_block_mask_reads_nothing_beyond_itself():
     pattern = p.BlockMask(np.ones((1, 2, 2), bool), 16, causal=False)
     position = np.array([0, 31, 32, 999])
-    read = pattern.reads(p.Heads(1, 1), 0, position[:, None], position)
+    read = pattern.mask_fn(0, position[:, None], position, p.HeadGroups(1, 1))
     np.testing.assert_array_equal(read, (position < 32)[:, None] & (position < 32))
 
 
@@ -151,7 +151,7 @@ BAD = {
     "groups": (lambda: p.Dense().density(4, 3, 9), "multiple of num_kv_heads, got 4 and 3"),
     "no heads": (lambda: p.Dense().density(0, 1, 9), "num_heads .* at least 1, got 0"),
     "no length": (lambda: p.Dense().density(1, 1, 0), "length .* at least 1, got 0"),
-    "blocks too large": (lambda: p.LocalStride(32).bands(p.Heads(1, 1), 0, 64, 4, 4), "blocks of 64"),
+    "blocks too large": (lambda: p.LocalStride(32).bands(p.HeadGroups(1, 1), 0, 64, 4, 4), "blocks of 64"),
 }
 
 

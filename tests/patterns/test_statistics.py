@@ -84,7 +84,7 @@ def test_statistics_equal_counting(case):
     ids=repr,
 )
 def test_statistics_at_the_edges(pattern, length):
-    check_statistics(pattern, p.Heads(4, 2), length)
+    check_statistics(pattern, p.HeadGroups(4, 2), length)
 
 
 POINTS = {  # h, k, local blocks, stride, length, density: benchmark points, blocks over causal blocks
@@ -148,7 +148,7 @@ def test_ranges_never_read_again_if_each_stride_divides_the_next(ranges, efficie
 @pytest.mark.parametrize("strides", [(2, 4), (2, 6, 12), (4, 16), (1, 8)])
 def test_nested_residues_spread_over_every_stride(num_kv_heads, strides):
     ranges = tuple((bound, stride) for bound, stride in zip((2, 4, 6), strides, strict=False))
-    pattern, heads = p.Ranges(ranges, 16), p.Heads(num_kv_heads, num_kv_heads)
+    pattern, heads = p.Ranges(ranges, 16), p.HeadGroups(num_kv_heads, num_kv_heads)
     for place, stride in enumerate(strides):
         used = [pattern.residues_of(heads, head)[place] for head in range(num_kv_heads)]
         assert len(set(used)) == min(stride, num_kv_heads)
@@ -156,7 +156,7 @@ def test_nested_residues_spread_over_every_stride(num_kv_heads, strides):
 
 def test_strides_that_do_not_divide_are_spread_each_for_itself():
     pattern = p.Ranges(((2, 2), (None, 3)), head_offset=1)
-    assert [pattern.residues_of(p.Heads(6, 6), head) for head in range(6)] == [
+    assert [pattern.residues_of(p.HeadGroups(6, 6), head) for head in range(6)] == [
         ((head * 2 // 6 + 1) % 2, (head * 3 // 6 + 1) % 3) for head in range(6)
     ]
 

@@ -15,7 +15,7 @@ from s2jax import (
     Strided,
     compile_cache,
 )
-from s2jax.cache_layout import forget_layouts
+from s2jax.cache.layout import forget_layouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 

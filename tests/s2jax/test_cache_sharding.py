@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from s2jax import Dense, KVCache, Local, LocalStride, PerHead, attention, compile_cache
-from s2jax.cache_layout import forget_layouts
+from s2jax.cache.layout import forget_layouts
 from s2jax.nnx import S2Attention
 from tests.s2jax.cache_cases import check, cut
 

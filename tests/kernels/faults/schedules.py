@@ -4,7 +4,7 @@ from tests.kernels.faults.fault import Fault, case, in_two_passes
 
 TILES, SCHEDULE, BACKWARD = "pallas_kernels/tiles.py", "pallas_kernels/schedule.py", "pallas_kernels/xla/backward.py"
 WALKS, LAYOUT = "pallas_kernels/xla/walks.py", "pallas_kernels/xla/layout.py"
-COMPILER, BANDS = "s2jax/compiler.py", "s2jax/bands.py"
+COMPILER, BANDS = "s2jax/compiler.py", "s2jax/patterns/bands.py"
 
 COMPILED = "tests/s2jax/test_compiler.py::test_"
 

@@ -9,8 +9,8 @@ import pytest
 from models.checkpoints.gguf import GgufFile
 from models.checkpoints.huggingface_weights import to_huggingface
 from models.checkpoints.pretrained import load
-from s2jax.heads import RopeScaling
 from s2jax.patterns import LocalStride
+from s2jax.rotary import RopeScaling
 from tests.models.tiny_checkpoints import LLAMA, QWEN3, UNTIED, gguf_tensors, logits, transformer, write_gguf
 
 SETTINGS = {"dtype": "float32", "implementation": "reference"}

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from s2jax.cache_attention import for_each
-from s2jax.cache_layout import CacheLayout
+from s2jax.cache.attention import for_each
+from s2jax.cache.layout import CacheLayout
 
 
 @jax.tree_util.register_dataclass

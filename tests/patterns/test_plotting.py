@@ -10,13 +10,13 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from s2jax import patterns as p
-from s2jax import picture
+from s2jax import plotting
 
 FOUR = p.LocalStride(64, 1, 4)
 
 
 def test_text():
-    lines = FOUR.picture(4, 4, 8 * 64).splitlines()
+    lines = plotting.plot_text(FOUR, 4, 4, 8 * 64).splitlines()
     assert lines[0] == repr(FOUR)
     assert lines[1] == ("4 heads, 512 tokens in 8 blocks of 64: density 41.7%, coverage 100%, KV blocks kept 34.4%")
     assert [line.rstrip() for line in lines[3:]] == [
@@ -29,17 +29,17 @@ def test_text():
 
 
 def test_text_groups_equal_heads_and_shades_long_contexts():
-    drawn = p.LocalStride(64, 16, 8).picture(32, 8, 1 << 17)
+    drawn = plotting.plot_text(p.LocalStride(64, 16, 8), 32, 8, 1 << 17)
     assert "heads 0–3" in drawn
     assert "heads 28–31" in drawn
     assert "░" in drawn
-    assert max(map(len, drawn.splitlines()[2:])) <= picture.TEXT_WIDTH
-    assert "head 0" not in p.Local(tokens=1000).picture(4, 4, 1 << 12)  # every head is the union
+    assert max(map(len, drawn.splitlines()[2:])) <= plotting.TEXT_WIDTH
+    assert "head 0" not in plotting.plot_text(p.Local(tokens=1000), 4, 4, 1 << 12)  # every head is the union
 
 
 def test_panels_hold_the_block_mask():
     pattern = FOUR | p.FirstTokens(4)
-    *heads, union = picture.panels(pattern, p.Heads(4, 4), 1000, cells=99)
+    *heads, union = plotting.panels(pattern, p.HeadGroups(4, 4), 1000, cells=99)
     mask = pattern.block_mask(4, 4, 1000)
     for panel, blocks in zip([*heads, union], [*mask, mask.any(0)], strict=True):
         np.testing.assert_array_equal(np.nan_to_num(panel.share), blocks)
@@ -49,20 +49,20 @@ def test_panels_hold_the_block_mask():
 
 def test_cells_hold_shares_of_the_block_mask():
     pattern, cells = p.LocalStride(64, 8, 8, causal=False), 4
-    head, *_ = picture.panels(pattern, p.Heads(8, 8), 64 * 32, cells)
+    head, *_ = plotting.panels(pattern, p.HeadGroups(8, 8), 64 * 32, cells)
     expected = pattern.block_mask(8, 8, 64 * 32)[0].reshape(cells, 8, cells, 8).mean((1, 3))
     np.testing.assert_allclose(head.share, expected)
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_drawing(tmp_path, suffix):
-    chart = FOUR.plot(4, 4, 1000)
+    chart = plotting.plot(FOUR, 4, 4, 1000)
     assert [axis.get_title() for axis in chart.axes] == ["head 0", "head 1", "head 2", "head 3", "all heads together"]
     image = chart.axes[1].images[0].get_array()
-    np.testing.assert_allclose(image[0, 0, :3], to_rgb(picture.INK))  # every head reads its own block
-    np.testing.assert_allclose(image[9, 3, :3], to_rgb(picture.HEAD_COLOURS[1]))  # (3 + r) mod 4 = 0
-    np.testing.assert_allclose(chart.axes[4].images[0].get_array()[9, 3, :3], to_rgb(picture.HEAD_COLOURS[1]))
-    np.testing.assert_allclose(image[9, 2, :3], to_rgb(picture.FAINT))
+    np.testing.assert_allclose(image[0, 0, :3], to_rgb(plotting.INK))  # every head reads its own block
+    np.testing.assert_allclose(image[9, 3, :3], to_rgb(plotting.HEAD_COLOURS[1]))  # (3 + r) mod 4 = 0
+    np.testing.assert_allclose(chart.axes[4].images[0].get_array()[9, 3, :3], to_rgb(plotting.HEAD_COLOURS[1]))
+    np.testing.assert_allclose(image[9, 2, :3], to_rgb(plotting.FAINT))
     assert image[0, 1, 3] == 0  # later keys are not drawn
     path = tmp_path / f"pattern.{suffix}"
     chart.savefig(path)
@@ -79,17 +79,17 @@ def test_drawing_without_matplotlib_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=r"pip install matplotlib"):
-        FOUR.plot(4, 4, 1000)
+        plotting.plot(FOUR, 4, 4, 1000)
 
 
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "new" / "pattern.png"
-    picture.main(["Local(2) | Strided(64, 8)", "--heads", "4", "--kv-heads", "2", "--out", str(path)])
+    plotting.main(["Local(2) | Strided(64, 8)", "--heads", "4", "--kv-heads", "2", "--out", str(path)])
     assert path.exists()
     told = capsys.readouterr()
     assert told.out == f"wrote {path}\n"
     assert "together read" in told.err  # two residues of eight
-    picture.main(["Ranges(((2, 1), (None, 3)))", "--heads", "3", "--text"])
+    plotting.main(["Ranges(((2, 1), (None, 3)))", "--heads", "3", "--text"])
     assert "all heads together" in capsys.readouterr().out
 
 
@@ -97,8 +97,8 @@ def test_command_line(tmp_path, capsys):
 def test_encodings_without_blocks(tmp_path, monkeypatch, encoding):
     stream = io.TextIOWrapper(io.BytesIO(), encoding)
     monkeypatch.setattr(sys, "stdout", stream)
-    picture.main(["LocalStride(64, 1, 4)", "--heads", "4", "--length", "512", "--text"])
-    picture.main(["Local(2)", "--out", str(tmp_path / "日本.svg")])
+    plotting.main(["LocalStride(64, 1, 4)", "--heads", "4", "--length", "512", "--text"])
+    plotting.main(["Local(2)", "--out", str(tmp_path / "日本.svg")])
     stream.flush()
     said = stream.buffer.getvalue().decode(encoding)
     assert "|# '.                |  '.                |  #.                | #'.                |###.\n" in said
@@ -121,9 +121,9 @@ def test_encodings_without_blocks(tmp_path, monkeypatch, encoding):
 )
 def test_wrong_commands_exit_with_one_line(arguments, text, capsys):
     with pytest.raises(SystemExit, match="2"):
-        picture.main(arguments)
+        plotting.main(arguments)
     assert text in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_readme_picture_is_there():
-    assert (pathlib.Path(__file__).parents[2] / picture.README_IMAGE).stat().st_size < 200_000
+    assert (pathlib.Path(__file__).parents[2] / plotting.README_IMAGE).stat().st_size < 200_000

@@ -6,7 +6,7 @@ from s2jax.patterns.checks import check_count
 
 
 @dataclasses.dataclass(frozen=True)
-class Heads:
+class HeadGroups:
     """How many query heads share how many KV heads; query head i reads KV head `i // group`."""
 
     num_heads: int

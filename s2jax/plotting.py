@@ -1,8 +1,8 @@
 """Pictures of patterns: as text for a terminal, and drawn with matplotlib as PNG or SVG.
 
-python -m s2jax.picture                                    # draws the README's picture
-python -m s2jax.picture "LocalStride(64, 4, 8) | FirstTokens(4)" --heads 8 --length 4096 --out mine.svg
-python -m s2jax.picture "Ranges(((2, 1), (None, 3)))" --heads 3 --text
+python -m s2jax.plotting                                    # draws the README's picture
+python -m s2jax.plotting "LocalStride(64, 4, 8) | FirstTokens(4)" --heads 8 --length 4096 --out mine.svg
+python -m s2jax.plotting "Ranges(((2, 1), (None, 3)))" --heads 3 --text
 """
 
 import argparse
@@ -14,9 +14,13 @@ import warnings
 
 import numpy as np
 
-from s2jax.counted import counted
-from s2jax.patterns import Heads, Pattern, PatternWarning, parse_pattern, statistics
+from s2jax.messages import counted
+from s2jax.patterns import HeadGroups, Pattern, PatternLike, PatternWarning, as_pattern, parse_pattern, statistics
+from s2jax.patterns.agreement import checked_heads
 from s2jax.patterns.evaluation import outside_traces
+
+if typing.TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST_PANELS = 8
 """Heads that are shown one by one; the union counts them all."""
@@ -34,7 +38,7 @@ class Panel(typing.NamedTuple):
 
 
 @outside_traces
-def panels(pattern: Pattern, heads: Heads, length: int, cells: int) -> list[Panel]:
+def panels(pattern: Pattern, heads: HeadGroups, length: int, cells: int) -> list[Panel]:
     """A panel for each kind of head, and one for all heads together."""
     n = statistics.num_blocks(pattern, length)
     rows = np.arange(n)
@@ -82,7 +86,7 @@ def _share(read: np.ndarray, visible: np.ndarray, rows: np.ndarray, cells: int) 
     return np.where(seen > 0, total(read) / np.maximum(seen, 1), np.nan)
 
 
-def headline(pattern: Pattern, heads: Heads, length: int) -> list[str]:
+def headline(pattern: Pattern, heads: HeadGroups, length: int) -> list[str]:
     """Two lines: what is drawn, and its statistics."""
     counts = heads.num_heads, heads.num_kv_heads, length
     size, n = pattern.schedule_block_size(), statistics.num_blocks(pattern, length)
@@ -106,11 +110,13 @@ MOST_EXACT, SHADED = 32, 24
 TEXT_WIDTH = 110
 
 
-def text(pattern: Pattern, heads: Heads, length: int) -> str:
+def plot_text(pattern: PatternLike, num_heads: int, num_kv_heads: int, length: int) -> str:
     """A picture for the terminal: queries downwards, keys to the right, a panel for each kind of head and the union.
 
     Up to 32 blocks every half-character is a block; beyond, a character's shade is the share that is read.
     """
+    pattern = as_pattern(pattern)
+    heads = checked_heads(pattern, num_heads, num_kv_heads, length)
     n = statistics.num_blocks(pattern, length)
     found = panels(pattern, heads, length, n if n <= MOST_EXACT else SHADED)
     drawn = [(found[place].title, _lines(found[place].share)) for place in shown(found)]
@@ -151,10 +157,11 @@ CAPTION = 0.65
 """Inches for the title above a panel and the bar below it, together."""
 
 
-def figure(pattern: Pattern, heads: Heads, length: int):
-    """A matplotlib Figure: a panel for each kind of head, the union, and under each the share that is read.
+def plot(pattern: PatternLike, num_heads: int, num_kv_heads: int, length: int) -> "Figure":
+    """A `matplotlib.figure.Figure`, to be saved with `.savefig("pattern.svg")`.
 
-    What all heads read (the window) is dark; what is some heads' own has their colour, in the union too.
+    It has a panel for each kind of head, one for the union, and under each the share that is read. Blocks that all
+    heads read (the window) are dark; others have the colours of their heads, in the union too.
 
     Raises:
       ImportError: matplotlib is missing.
@@ -164,6 +171,8 @@ def figure(pattern: Pattern, heads: Heads, length: int):
     except ImportError as error:
         raise ImportError("drawing a pattern needs matplotlib: pip install matplotlib") from error
 
+    pattern = as_pattern(pattern)
+    heads = checked_heads(pattern, num_heads, num_kv_heads, length)
     found = panels(pattern, heads, length, PLOT_CELLS)
     images, places = _coloured([panel.share for panel in found]), shown(found)
     lines = -(-len(places) // MOST_COLUMNS)
@@ -240,7 +249,7 @@ README_IMAGE = pathlib.Path("docs/images/pattern.png")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m s2jax.picture", description="Draws who reads whom.")
+    parser = argparse.ArgumentParser(prog="python -m s2jax.plotting", description="Draws who reads whom.")
     explained = "as Python writes it; nothing is executed (default: %(default)s)"
     parser.add_argument("pattern", nargs="?", default=README_PATTERN, help=explained)
     parser.add_argument("--heads", type=int, default=4, help="query heads (default: 4)")
@@ -257,9 +266,9 @@ def main(arguments: list[str] | None = None) -> None:
         for each in caught:
             print(f"note: {each.message}", file=sys.stderr)
         if options.text:
-            _show(pattern.picture(*counts))
+            _show(plot_text(pattern, *counts))
             return
-        chart = pattern.plot(*counts)
+        chart = plot(pattern, *counts)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         # Without the version of matplotlib the same picture is the same file.
         chart.savefig(options.out, dpi=200, metadata={"Software": None} if options.out.suffix == ".png" else None)

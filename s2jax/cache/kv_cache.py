@@ -13,12 +13,12 @@ from pallas_kernels.checks import check_flag, check_sinks
 from pallas_kernels.head_place import HeadAxis, possible_head_axes
 from pallas_kernels.sharding import Axes, Sharding
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
-from s2jax import cache_step
-from s2jax.cache_attention import Options, for_each
-from s2jax.cache_layout import CacheLayout, compile_cache
-from s2jax.cache_sharding import OwnTables, heads_of_shard, over_shards, sharding_of, split_to_create, vary_by_heads
-from s2jax.cache_slots import Buffer, Space, with_blocks
-from s2jax.cache_step import NEVER, Step, Tables
+from s2jax.cache import step as cache_step
+from s2jax.cache.attention import Options, for_each
+from s2jax.cache.buffers import Buffer, Space, with_blocks
+from s2jax.cache.layout import CacheLayout, compile_cache
+from s2jax.cache.sharding import OwnTables, heads_of_shard, over_shards, sharding_of, split_to_create, vary_by_heads
+from s2jax.cache.step import NEVER, Step, Tables
 from s2jax.compiler import refuse_unsaid_heads
 from s2jax.functional import ATTENTION_OPTIONS, attention
 from s2jax.patterns import PatternLike, as_pattern

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from pallas_kernels.checks import check_number
 from pallas_kernels.schedule import NOTHING
 from pallas_kernels.sharding import equally_varying
-from s2jax.cache_layout import CacheLayout
+from s2jax.cache.layout import CacheLayout
 
 PAIRS_AT_ONCE = 1 << 23
 """Logits computed together: what several tokens read is walked in parts, so that memory is that of keys and queries."""

@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from pallas_kernels.head_place import HeadAxis, head_axes, is_bound, shard_index
 from pallas_kernels.sharding import Axes, Sharding, find_sharding, on_shards, varying_like
-from s2jax.cache_layout import CacheLayout
-from s2jax.cache_step import ShardHeads, Tables
+from s2jax.cache.layout import CacheLayout
+from s2jax.cache.step import ShardHeads, Tables
 
 
 def split_to_create(

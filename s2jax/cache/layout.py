@@ -13,11 +13,12 @@ import numpy as np
 from jaxtyping import Int32
 
 from pallas_kernels.schedule import BlockSchedule
-from s2jax.bands import UNBOUNDED, Band
 from s2jax.compiler import compile_schedule
-from s2jax.patterns import Heads, Pattern, PatternLike, as_pattern
+from s2jax.messages import shown
+from s2jax.patterns import HeadGroups, Pattern, PatternLike, as_pattern
 from s2jax.patterns.agreement import check_agreement
-from s2jax.patterns.checks import check_count, is_integer, shown
+from s2jax.patterns.bands import UNBOUNDED, Band
+from s2jax.patterns.checks import check_count, is_integer
 
 TRIAL_BLOCKS = 64
 """A pattern of bounded reach shows what it does to a context this long, or to four times its reach."""
@@ -52,7 +53,7 @@ class CacheLayout:
     """
 
     pattern: Pattern
-    heads: Heads
+    heads: HeadGroups
     max_length: int | None
     max_rollback: int
     shards: int
@@ -135,7 +136,7 @@ def compile_cache(
         if is_integer(number) and number >= MOST_TOKENS:
             raise ValueError(f"{name} must be an integer below 2**30, got {shown(number)}")
         check_count(name, number, at_least=least)
-    heads = Heads(num_heads, num_kv_heads)
+    heads = HeadGroups(num_heads, num_kv_heads)
     if num_kv_heads % shards:
         raise ValueError(
             f"{num_kv_heads} KV heads cannot be split over {shards} shards: take a number that divides them"
@@ -150,7 +151,9 @@ def forget_layouts() -> None:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(pattern: Pattern, heads: Heads, max_length: int | None, max_rollback: int, shards: int) -> CacheLayout:
+def _compiled(
+    pattern: Pattern, heads: HeadGroups, max_length: int | None, max_rollback: int, shards: int
+) -> CacheLayout:
     num_kv_heads = heads.num_kv_heads
     shapes = {"num_heads": heads.num_heads, "num_kv_heads": num_kv_heads}
     given = pattern, heads, max_length, max_rollback, shards
@@ -201,7 +204,7 @@ def _slots(last: np.ndarray) -> np.ndarray:
     return slot_of
 
 
-def _recurrence(pattern: Pattern, heads: Heads, size: int) -> tuple[int, int]:
+def _recurrence(pattern: Pattern, heads: HeadGroups, size: int) -> tuple[int, int]:
     """The reach of a row in blocks, itself included, and the period in rows after which reads repeat."""
     blocks = TRIAL_BLOCKS
     while True:
@@ -225,7 +228,7 @@ def _recurrence(pattern: Pattern, heads: Heads, size: int) -> tuple[int, int]:
     return reach, period
 
 
-def _bands(pattern: Pattern, heads: Heads, head: int, size: int, blocks: int) -> tuple[Band, ...]:
+def _bands(pattern: Pattern, heads: HeadGroups, head: int, size: int, blocks: int) -> tuple[Band, ...]:
     bands = pattern.bands(heads, head, size, blocks, blocks)
     if bands is None:
         raise _unbounded(pattern)

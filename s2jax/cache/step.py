@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.checks import as_dtype, clipped, kind_of
-from s2jax.cache_attention import Keys, Options, Parts, Rows, attend, for_each
-from s2jax.cache_layout import CacheLayout
-from s2jax.cache_slots import Buffer, Space, in_blocks, like
-from s2jax.patterns.checks import is_integer, shown
+from s2jax.cache.attention import Keys, Options, Parts, Rows, attend, for_each
+from s2jax.cache.buffers import Buffer, Space, in_blocks, like
+from s2jax.cache.layout import CacheLayout
+from s2jax.messages import shown
+from s2jax.patterns.checks import is_integer
 
 NEVER = 2**30
 """A length beyond every context: that of a sequence which was asked for what cannot be."""

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from s2jax.heads import RopeScaling, head_counts, rms_norm, rotary
+from s2jax.layers import head_counts
+from s2jax.rotary import RopeScaling, rms_norm, rotary
 
 
 def heads(seed=0, batch=2, length=7, num_heads=3, head_dim=8, dtype=jnp.float32):
