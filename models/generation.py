@@ -8,7 +8,7 @@ from typing import Any
 from models.checkpoints.pretrained import Pretrained
 from models.decoder import Decoder
 from models.sampling import Sampling
-from s2jax.counted import counted
+from s2jax.messages import counted
 
 
 @dataclasses.dataclass
