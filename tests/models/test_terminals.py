@@ -125,7 +125,7 @@ class TestCtrlC:
         assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("program", ["generate", "chat", "convert", "smollm2"])
+@pytest.mark.parametrize("program", ["generate", "chat", "convert", "checkpoints.smollm2"])
 def test_ctrl_c_during_the_imports(program):
     with subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", f"models.{program}", "--help"],
