@@ -155,20 +155,26 @@ def test_export_with_a_symbolic_batch():
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_tangents():
-    """Tangents of out and lse by gathered blocks, against those of the definition."""
+    """Tangents of out and lse by gathered blocks, against those of the definition, and against the gradient."""
     query, key, sinks, rest = inputs()
     ids = {"query_segment_ids": rest["segments"], "kv_segment_ids": rest["segments"]}
+    primals = query, key, sinks
+    moved = tuple(jnp.cos(each) for each in primals)
 
-    def tangents(implementation: str | None):
-        def function(query, key, sinks):
-            options = {"sinks": sinks, "logits_soft_cap": 2.0, "return_lse": True, "implementation": implementation}
-            return attention(query, key, key, PATTERN, **ids, **options)
+    def function(query, key, sinks, implementation: str | None = None):
+        options = {"sinks": sinks, "logits_soft_cap": 2.0, "return_lse": True, "implementation": implementation}
+        return attention(query, key, key, PATTERN, **ids, **options)
 
-        primals = query, key, sinks
-        return jax.jvp(function, primals, tuple(jnp.cos(each) for each in primals))[1]
-
-    for one, other in zip(tangents(None), tangents("reference"), strict=True):
+    tangents = jax.jvp(function, primals, moved)[1]
+    expected = jax.jvp(functools.partial(function, implementation="reference"), primals, moved)[1]
+    for one, other in zip(tangents, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    weights = tuple(jnp.sin(each) for each in tangents)
+    gradients = jax.vjp(function, *primals)[1](weights)
+    forward, reverse = (
+        sum(jnp.vdot(a, b) for a, b in zip(*pair, strict=True)) for pair in ((tangents, weights), (moved, gradients))
+    )
+    np.testing.assert_allclose(forward, reverse, rtol=1e-4)
 
 
 @pytest.mark.slow

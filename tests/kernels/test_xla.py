@@ -40,7 +40,7 @@ class TestXla(AttentionContract):
     @pytest.mark.parametrize(
         "case",
         parameters(
-            "local stride", "selection",
+            "stripes by query head", "offset within a block", "an offset and documents", "selection",
         ),
     )  # fmt: skip
     def test_two_passes(self, case: Case):

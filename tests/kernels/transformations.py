@@ -86,6 +86,24 @@ class TransformationContract:
             lambda offset: self.gradients(query[:, :9], key, value, query_offset=offset), jnp.arange(0, 31, 15)
         )
 
+    def test_gradient_of_a_vmap_over_offsets(self):
+        """Queries and keys that all elements share have the sum of their gradients."""
+        offsets = (0, 15, 30)
+
+        def total(query, key, value, offset):
+            return (self.attention(query[:, :9], key, value, query_offset=offset) ** 2).sum()
+
+        def together(*inputs):
+            return jax.vmap(functools.partial(total, *inputs))(jnp.asarray(offsets)).sum()
+
+        def one_by_one(*inputs):
+            return sum(total(*inputs, offset) for offset in offsets)
+
+        inputs = self.inputs()
+        found, expected = (jax.jit(jax.grad(function, (0, 1, 2)))(*inputs) for function in (together, one_by_one))
+        for one, other in zip(found, expected, strict=True):
+            assert_near(np.asarray(other), one)
+
     def test_vmap_over_selections(self):
         query, key, value = self.inputs()
         random = np.random.default_rng(0)

@@ -1,0 +1,10 @@
+"""The planted faults, by the part of the library that they break: one for each invariant."""
+
+from tests.faults.catalogue import patterns, xla
+from tests.faults.fault import Fault
+
+CATALOGUE: dict[str, list[Fault]] = {
+    "Patterns and schedules": patterns.FAULTS,
+    "The op and XLA's backend": xla.FAULTS,
+}
+FAULTS = [fault for faults in CATALOGUE.values() for fault in faults]

@@ -1,0 +1,216 @@
+"""Invariants of the op (derivative, offsets, sinks, transformations, sharding) and of its backend in plain XLA."""
+
+from tests.faults.fault import Fault
+from tests.faults.operators import (
+    becomes,
+    begins,
+    compares,
+    decides,
+    drops_operand,
+    replaces,
+    returns,
+    unwraps,
+)  # fmt: skip
+
+XLA = "kernels/test_xla.py::TestXla::test_"
+CHANGED = "kernels/test_xla.py::TestTransformations::test_"
+CASE, TWO_PASSES = XLA + "case", XLA + "two_passes"
+PARTS = "s2jax/test_combine.py::"
+
+FAULTS = [
+    # The backend.
+    Fault(
+        "The running sum and output are rescaled when a larger logit comes",
+        "pallas_kernels.xla:attend.tile.body",
+        drops_operand("*", "shrink", hits=2),
+        CASE + "[groups of four]",
+    ),
+    Fault(
+        "dq and dk carry the scale",
+        "pallas_kernels.xla:weights_and_gradient",
+        drops_operand("*", "scale"),
+        CASE + "[local stride]",
+    ),
+    Fault(
+        "dq and dk carry the slope of the soft cap",
+        "pallas_kernels.xla:weights_and_gradient",
+        decides(False, "slope"),
+        CASE + "[soft cap, low precision]",
+    ),
+    Fault(
+        "Hidden keys have no weight in the gradients",
+        "pallas_kernels.xla:weights_and_gradient",
+        decides(True, "allowed"),
+        CASE + "[local stride]",
+    ),
+    Fault(
+        "Unread keys are zeroed in the forward pass",
+        "pallas_kernels.xla:RowPass.gather",
+        unwraps("where", 1, about="read", hits=2),
+        CASE + "[first tokens both ways]",
+    ),
+    Fault(
+        "Unread keys are zeroed in the backward pass",
+        "pallas_kernels.xla:key_value_gradients",
+        unwraps("where", 1, about="read", hits=2),
+        TWO_PASSES + "[offset within a block]",
+    ),
+    Fault(
+        "dk and dv are summed over all queries that read a key",
+        "pallas_kernels.xla:RowPass.add",
+        replaces("total.at[batch, blocks, :, head].add", "total.at[batch, blocks, :, head].set"),
+        CASE + "[local stride]",
+    ),
+    Fault(
+        "dk and dv are summed over the query heads of a group",
+        "pallas_kernels.xla:_in_place",
+        returns("result / groups"),
+        TWO_PASSES + "[stripes by query head]",
+    ),
+    Fault(
+        "A query head reads the KV head of its group",
+        "pallas_kernels.xla:Layout.kv_head",
+        returns("walker % self.num_kv_heads"),
+        CASE + "[stripes by query head]",
+    ),
+    Fault(
+        "A query reads the keys of its own segment only",
+        "pallas_kernels.xla:Layout.pairs",
+        decides(False, "segment"),
+        CASE + "[documents both ways]",
+    ),
+    Fault(
+        "Segments mask the pass over the keys, too",
+        "pallas_kernels.xla:_allowed",
+        replaces("not layout.masks_all", "True"),
+        TWO_PASSES + "[an offset and documents]",
+    ),
+    Fault(
+        "A loop over lists makes a step for what is left over",
+        "pallas_kernels.xla:walk",
+        replaces("-(-most // count)", "most // count"),
+        CASE + "[local stride]",
+    ),
+    Fault(
+        "Nothing is read beyond the end of a list",
+        "pallas_kernels.xla:entries",
+        compares("<", "<="),
+        CASE + "[local stride]",
+    ),
+    Fault(
+        "A NaN is not taken for a row that reads nothing",
+        "pallas_kernels.xla:attend.tile",
+        compares("!=", ">"),
+        XLA + "offsets_beyond_the_keys_and_nan_queries_give_nan",
+    ),
+    Fault(
+        "A causal selection shows a query its own position",
+        "pallas_kernels.xla:Layout.pairs",
+        compares("<=", "<"),
+        CASE + "[selection for each]",
+    ),
+    Fault(
+        "A selection's count ends its row",
+        "pallas_kernels.xla:selection_walks",
+        replaces("jnp.clip(selection.counts, 0, most)", "most"),
+        CASE + "[selection both ways]",
+    ),
+    Fault(
+        "The gradient has the same bits every time, on every platform",
+        "pallas_kernels.xla:ONE_PASS",
+        becomes("('cpu', 'cuda', 'tpu')"),
+        XLA + "one_pass_is_for_the_cpu_alone",
+    ),
+    Fault(
+        "Sums are accumulated in float32",
+        "pallas_kernels:accumulation_dtype",
+        returns("np.dtype(dtype)"),
+        CASE + "[local stride]",
+    ),
+    # The op.
+    Fault(
+        "An offset within a block shifts the rows of queries",
+        "pallas_kernels.xla:Layout.grid",
+        drops_operand("%", "block_size"),
+        CASE + "[offset within a block]",
+    ),
+    Fault(
+        "Offsets beyond the schedule give NaN",
+        "pallas_kernels:_nan_beyond",
+        decides(True, "offset"),
+        XLA + "offsets_beyond_the_keys_and_nan_queries_give_nan",
+    ),
+    Fault(
+        "delta holds the gradient of lse",
+        "pallas_kernels:_compute_gradients.local",
+        drops_operand("-", "dlse"),
+        CASE + "[local stride]",
+    ),
+    Fault(
+        "lse and out count the sinks",
+        "pallas_kernels:add_sinks",
+        begins("sinks = None"),
+        CASE + "[prefix LM]",
+    ),
+    Fault(
+        "A sink's gradient is that of a weight without a value",
+        "pallas_kernels:sink_gradients",
+        returns("-result"),
+        CASE + "[prefix LM]",
+    ),
+    Fault(
+        "In forward mode the weights of a row move against each other",
+        "pallas_kernels:_compute_tangents.local",
+        drops_operand("-", "dlse"),
+        "kernels/test_strict_modes.py::test_tangents",
+    ),
+    Fault(
+        "A row that reads nothing is zero",
+        "pallas_kernels.xla:attend.tile",
+        replaces("jnp.where(reads, total, 1)", "total"),
+        CASE + "[nothing read at all]",
+    ),
+    Fault(
+        "Kept residuals spare the forward pass",
+        "pallas_kernels:_attention_jvp",
+        unwraps("checkpoint_name", 0, about="OUT_NAME"),
+        CHANGED + "named_residuals_spare_the_forward_pass",
+    ),
+    Fault(
+        "Heads that a caller split walk their own lists",
+        "pallas_kernels:own_rows",
+        replaces("first_head * size // total", "0 * first_head"),
+        CHANGED + "heads_split_by_a_shard_map",
+    ),
+    Fault(
+        "Heads split over a mesh walk their own lists",
+        "pallas_kernels.xla:table_specs",
+        returns("jax.tree.map(lambda _: PartitionSpec(), result)"),
+        CHANGED + "over_a_mesh",
+    ),
+    Fault(
+        "A gradient is summed over a vmap that shares its argument",
+        "pallas_kernels:Signature.as_argument",
+        replaces("result.sum(at)", "result.mean(at)"),
+        CHANGED + "gradient_of_a_vmap_over_offsets",
+    ),
+    # Parts.
+    Fault(
+        "Parts are weighed by their sums",
+        "s2jax:_combined",
+        drops_operand("/", "total"),
+        PARTS + "test_parts_make_the_whole_and_so_do_their_gradients",
+    ),
+    Fault(
+        "Parts whose logits are far apart do not overflow",
+        "s2jax:_combined",
+        replaces("stacked.max(0)", "0 * stacked.max(0)"),
+        PARTS + "test_far_apart_logits",
+    ),
+    Fault(
+        "Parts that read nothing make a row that reads nothing",
+        "s2jax:_combined",
+        replaces("jnp.where(reads, weights.sum(0), 1)", "weights.sum(0)"),
+        PARTS + "TestEmptyRows",
+    ),
+]
