@@ -70,7 +70,7 @@ class TestEqualsTheOp:
             check(found, lse[:, :, start:stop])
 
     def test_in_parts_where_a_chunk_meets_much(self, monkeypatch):
-        monkeypatch.setattr("s2jax.cache_attention.PAIRS_AT_ONCE", 2 * 40 * 4 * 16 * 3)
+        monkeypatch.setattr("s2jax.cache.attention.PAIRS_AT_ONCE", 2 * 40 * 4 * 16 * 3)
         tokens, cache = arrays(), cache_for(STRIDE)
         expected = reference(tokens, STRIDE)
         for start in range(0, 160, 40):

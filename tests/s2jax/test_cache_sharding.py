@@ -112,7 +112,7 @@ def test_every_device_keeps_its_share():
 @pytest.mark.slow
 def test_explicit_axes_int8_in_parts(monkeypatch):
     """Heads over both axes, so that every device has one; walked in parts; one value is a NaN, and stays alone."""
-    monkeypatch.setattr("s2jax.cache_attention.PAIRS_AT_ONCE", 4 * 12 * 2 * 16 * 2)
+    monkeypatch.setattr("s2jax.cache.attention.PAIRS_AT_ONCE", 4 * 12 * 2 * 16 * 2)
     tokens, bad, step = arrays(48), arrays(48), jax.jit(KVCache.extend)
     bad[2][1, 12, 3] = np.nan
     expected = attention(*tokens, BY_HEAD, implementation="reference")
@@ -140,7 +140,7 @@ def test_explicit_axes_tell_how_an_unsharded_cache_is_split():
 
 
 def test_inside_of_a_callers_shard_map(monkeypatch):
-    monkeypatch.setattr("s2jax.cache_attention.PAIRS_AT_ONCE", 2 * 20 * 16 * 16 * 2)
+    monkeypatch.setattr("s2jax.cache.attention.PAIRS_AT_ONCE", 2 * 20 * 16 * 16 * 2)
     tokens = arrays(20)
     expected = attention(*tokens, RAGGED, implementation="reference")
     with jax.set_mesh(mesh_of(AxisType.Auto)):
