@@ -1,7 +1,12 @@
 """Attention sinks: one learned logit for every head, which takes a share of the softmax and brings no value."""
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array
+
+LOG2E = math.log2(math.e)
+"""exp(x) is exp2(LOG2E · x)."""
 
 
 def add_sinks(out: Array, lse: Array, sinks: Array | None) -> tuple[Array, Array]:

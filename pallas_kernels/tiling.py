@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Int32
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule, expand
 from pallas_kernels.selection import BlockSelection
 
+WORD_BITS = 32
+"""Bits in a word of mask bits, one per row or key."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiles:

@@ -29,9 +29,8 @@ from benchmarks.compiled.deviceless import compile_for, missing
 from benchmarks.compiled.tpu_bundles import DUMP, TpuKernel, kernels_in
 from benchmarks.compiled.tpu_peers import KERNELS, TILES, Tile, gradients_of, has_tokamax, tiles_read
 from benchmarks.record import parser, save, table
+from pallas_kernels.mosaic_tpu.config import STEPS_PER_GROUP, choose_config, choose_kv_grad_config
 from pallas_kernels.mosaic_tpu.tables import Tables, kv_tables, schedule_tables
-from pallas_kernels.mosaic_tpu.tiles import choose_config, choose_kv_grad_config
-from pallas_kernels.mosaic_tpu.walk import AT_ONCE
 from pallas_kernels.schedule import BlockSchedule
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -102,7 +101,7 @@ def schedule_of(case: Case, block_size: int) -> BlockSchedule:
 def our_passes(schedule: BlockSchedule) -> dict[str, Pass]:
     """By the tables that the kernels walk."""
     size = schedule.block_size
-    shapes = schedule, None, schedule.num_heads, schedule.num_kv_heads, schedule.query_length, schedule.kv_length
+    shapes = schedule, schedule.num_heads, schedule.num_kv_heads, schedule.query_length, schedule.kv_length
     tiles, keys = choose_config(*shapes), choose_kv_grad_config(*shapes)
     over_keys = _walk(schedule_tables(schedule, tiles), tiles.block_kv // min(size, tiles.block_kv), 1)
     slots = keys.step_size // (keys.heads_per_step * min(size, keys.step_size // keys.heads_per_step))
@@ -115,10 +114,13 @@ def our_passes(schedule: BlockSchedule) -> dict[str, Pass]:
 def _walk(tables: Tables, slots: int, rounds: int) -> Walk:
     lengths = (tables.ranges[..., 1] - tables.ranges[..., 0]).astype(np.int64)
     full, total = lengths[..., : tables.num_full_ranges].sum(-1), lengths.sum(-1)
-    steps, plain = np.maximum(-(-total // slots), 1), full // (AT_ONCE * slots)
-    whole = steps // AT_ONCE
+    steps, plain = np.maximum(-(-total // slots), 1), full // (STEPS_PER_GROUP * slots)
+    whole = steps // STEPS_PER_GROUP
     return Walk(
-        *(rounds * int(each) for each in (full.size, plain.sum(), (whole - plain).sum(), (steps % AT_ONCE).sum()))
+        *(
+            rounds * int(each)
+            for each in (full.size, plain.sum(), (whole - plain).sum(), (steps % STEPS_PER_GROUP).sum())
+        )
     )
 
 
@@ -139,8 +141,8 @@ def our_rows(chip: str, case: Case, block_size: int) -> list[dict]:
         total = walk.rows * around + walk.plain * plain.bundles + walk.masked * masked.bundles
         rows.append({
             "chip": chip, "case": case.name, "kernel": "ours" if block_size == 64 else f"ours, block {block_size}",
-            "pass": way, "tile": str(tile), **_of_step(kernel, plain, AT_ONCE),
-            "partial tile": masked.bundles / AT_ONCE, "alone": alone.bundles, "around a row": around,
+            "pass": way, "tile": str(tile), **_of_step(kernel, plain, STEPS_PER_GROUP),
+            "partial tile": masked.bundles / STEPS_PER_GROUP, "alone": alone.bundles, "around a row": around,
             "total M": (total + walk.alone * alone.bundles) / 1e6,
         })  # fmt: skip
         rows[-1]["KB a tile"] = (tile.keys if way != "dk, dv" else tile.queries) * 2 * case.head_dim * 2 / 1024

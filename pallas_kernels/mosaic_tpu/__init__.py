@@ -15,9 +15,17 @@ from pallas_kernels import xla
 from pallas_kernels.batching import over_sequences
 from pallas_kernels.mosaic_tpu.arrange import arrange, prepare_query_grad_inputs, rows_back
 from pallas_kernels.mosaic_tpu.arrange_keys import prepare_kv_grad_inputs, scatter_kv_tiles
-from pallas_kernels.mosaic_tpu.forward import attend
-from pallas_kernels.mosaic_tpu.key_gradient import key_gradients
-from pallas_kernels.mosaic_tpu.query_gradient import query_gradient
+from pallas_kernels.mosaic_tpu.backward import dkv_kernel, dq_kernel
+from pallas_kernels.mosaic_tpu.config import (
+    MAX_ROWS,
+    MIN_ROWS,
+    KVGradConfig,
+    TpuConfig,
+    allowed_heads_per_tile,
+    choose_config,
+    choose_kv_grad_config,
+)
+from pallas_kernels.mosaic_tpu.forward import forward_kernel
 from pallas_kernels.mosaic_tpu.tables import (
     KVTables,
     Tables,
@@ -25,15 +33,6 @@ from pallas_kernels.mosaic_tpu.tables import (
     schedule_tables,
     selection_kv_tables,
     selection_tables,
-)
-from pallas_kernels.mosaic_tpu.tiles import (
-    LEAST_ROWS,
-    MOST_ROWS,
-    KVGradConfig,
-    TpuConfig,
-    choose_config,
-    choose_heads,
-    choose_kv_grad_config,
 )
 from pallas_kernels.nonfinite import depends_on_arrays, unread_keys, zero_unread_keys
 from pallas_kernels.problem import Operands, Problem
@@ -93,22 +92,24 @@ def unsupported_reason(problem: Problem, operands: Operands) -> str | None:
         return f"needs head dims of at most {MOST_FEATURES}, got {query.shape[-1]} and {value.shape[-1]}"
     reads = problem.schedule or operands.selection
     assert reads is not None  # one of the two says what is read
-    if not LEAST_ROWS <= reads.block_size <= MOST_ROWS or reads.block_size & (reads.block_size - 1):
-        return f"needs a block size that is a power of two from {LEAST_ROWS} to {MOST_ROWS}, got {reads.block_size}"
+    if not MIN_ROWS <= reads.block_size <= MAX_ROWS or reads.block_size & (reads.block_size - 1):
+        return f"needs a block size that is a power of two from {MIN_ROWS} to {MAX_ROWS}, got {reads.block_size}"
     selection = operands.selection
-    if selection is not None and (selection.query_block < LEAST_ROWS or not _is_power_of_two(selection.query_block)):
-        return f"needs query blocks of a power of two from {LEAST_ROWS}, got {selection.query_block}"
+    if selection is not None and (selection.query_block < MIN_ROWS or not _is_power_of_two(selection.query_block)):
+        return f"needs query blocks of a power of two from {MIN_ROWS}, got {selection.query_block}"
     if selection is not None and not selection.kv_blocks.shape[3]:
         return "needs room for one block in every row of a selection"
     config = _config(problem, operands)
-    heads = choose_heads(problem.schedule, selection, query.shape[2], key.shape[2])
+    heads = allowed_heads_per_tile(reads, query.shape[2], key.shape[2])
     if config.heads_per_tile not in heads:
         return f"a tile can have {' or '.join(map(str, heads))} heads here, got {config.heads_per_tile}"
-    least = reads.block_size if selection is None else LEAST_ROWS
+    least = reads.block_size if selection is None else MIN_ROWS
     if config.block_q < least or (selection is not None and selection.query_block % config.block_q):
         return f"a tile of {config.block_q} queries does not fit blocks of them"
     if selection is not None:
-        entries = int(np.prod(selection.kv_blocks.shape[2:])) * (reads.block_size // config.slot(reads.block_size))
+        entries = int(np.prod(selection.kv_blocks.shape[2:])) * (
+            reads.block_size // config.chunk_size(reads.block_size)
+        )
         return _too_much(4 * entries + 12 * -(-query.shape[1] // config.block_q), 0)
     try:
         walked = schedule_tables(reads, config)
@@ -147,11 +148,12 @@ def _too_much(scalars: int, mask_bits: int) -> str | None:
 def _config(problem: Problem, operands: Operands) -> TpuConfig:
     if problem.config is not None:
         return problem.config
-    query, key = operands.query, operands.key
-    shapes = problem.schedule, operands.selection, query.shape[2], key.shape[2], query.shape[1], key.shape[1]
+    query, key, reads = operands.query, operands.key, problem.schedule or operands.selection
+    assert reads is not None  # one of the two says what is read
+    shapes = reads, query.shape[2], key.shape[2], query.shape[1], key.shape[1]
     config = choose_config(*shapes)
     # Fewer heads in a tile are fewer tiles for each, whose slices take less scalar memory.
-    for heads in reversed(choose_heads(*shapes[:4])):
+    for heads in reversed(allowed_heads_per_tile(*shapes[:3])):
         config = choose_config(*shapes, heads)
         if problem.schedule is None or _too_much(*_memory(schedule_tables(problem.schedule, config), operands)) is None:
             break
@@ -198,15 +200,15 @@ def _selection_too_large(operands: Operands, selection: BlockSelection, config: 
     """Whether the transpose of a selection does not fit into scalar memory."""
     batch_heads, num_rows, most = selection.kv_blocks.shape[1:]
     head_passes = max(1, batch_heads // operands.key.shape[2])
-    entries = num_rows * most * (selection.query_block // config.slot(selection.query_block))
+    entries = num_rows * most * (selection.query_block // config.chunk_size(selection.query_block))
     scalars = 4 * head_passes * (entries + 3 * -(-operands.key.shape[1] // config.block_kv))
     return _too_much_backward(scalars, 0, operands) is not None
 
 
 def _kv_grad_config(problem: Problem, operands: Operands) -> KVGradConfig:
-    query, key = operands.query, operands.key
-    lengths = query.shape[1], key.shape[1]
-    return choose_kv_grad_config(problem.schedule, operands.selection, query.shape[2], key.shape[2], *lengths)
+    query, key, reads = operands.query, operands.key, problem.schedule or operands.selection
+    assert reads is not None  # one of the two says what is read
+    return choose_kv_grad_config(reads, query.shape[2], key.shape[2], query.shape[1], key.shape[1])
 
 
 def table_specs(tables: typing.Any, sharding: Sharding) -> typing.Any:
@@ -236,8 +238,8 @@ def _forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
 
     def run(operands: Operands) -> tuple[Array, Array]:
         walked = _walked(operands, operands.tables, config)
-        plan, inputs, grid = arrange(problem, operands, walked, config)
-        out, lse = attend(plan, inputs)
+        spec, inputs, grid = arrange(problem, operands, walked, config)
+        out, lse = forward_kernel(spec, inputs)
         out = grid.unpad(out.swapaxes(1, 2), 1)[..., : operands.value.shape[3]]
         return out, rows_back(grid, lse, config.heads_per_tile)
 
@@ -274,19 +276,19 @@ def _gradients(
 ) -> tuple[Array, Array, Array]:
     config, kv_grad_config, over_keys = _config(problem, operands), _kv_grad_config(problem, operands), operands.tables
     key, value, of_rows = operands.key, operands.value, (dout, lse, delta)
-    plan, inputs, grid = prepare_query_grad_inputs(
+    spec, inputs, grid = prepare_query_grad_inputs(
         problem, operands, *of_rows, _walked(operands, over_keys, config), config
     )
-    dquery = grid.unpad(query_gradient(plan, inputs).swapaxes(1, 2), 1)[..., : operands.query.shape[3]]
+    dquery = grid.unpad(dq_kernel(spec, inputs).swapaxes(1, 2), 1)[..., : operands.query.shape[3]]
     if kv_tiles is None:
         assert operands.selection is not None  # all else has tables
         kv_tiles = selection_kv_tables(operands, operands.selection, kv_grad_config)
-    plan, inputs = prepare_kv_grad_inputs(problem, operands, *of_rows, kv_tiles, kv_grad_config)
+    spec, inputs = prepare_kv_grad_inputs(problem, operands, *of_rows, kv_tiles, kv_grad_config)
     reads = problem.schedule or operands.selection
     assert reads is not None  # one of the two says what is read
     members = jnp.asarray(kv_tiles.members)
     dkey, dvalue = (
-        scatter_kv_tiles(each, members, reads.block_size, key.shape[1]) for each in key_gradients(plan, inputs)
+        scatter_kv_tiles(each, members, reads.block_size, key.shape[1]) for each in dkv_kernel(spec, inputs)
     )
     return dquery, dkey[..., : key.shape[3]], dvalue[..., : value.shape[3]]
 

@@ -6,20 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_tpu.arrange import Inputs, beside, by_lanes, in_pieces, lanes
-from pallas_kernels.mosaic_tpu.plan import LOG2E, Plan
+from pallas_kernels.mosaic_tpu.arrange import beside, by_lanes, in_pieces, lanes
+from pallas_kernels.mosaic_tpu.config import LANES, KernelSpec, KVGradConfig
+from pallas_kernels.mosaic_tpu.launch import KernelInputs
+from pallas_kernels.mosaic_tpu.pipeline import pass_scalars
 from pallas_kernels.mosaic_tpu.tables import KVTables
-from pallas_kernels.mosaic_tpu.tiles import LANES, KVGradConfig
-from pallas_kernels.mosaic_tpu.walk import row_scalars
 from pallas_kernels.padding import QueryGrid, edge_ids, make_query_grid, pad
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.segments import find, narrow_kv_tiles
+from pallas_kernels.softmax import LOG2E
 
 
 def prepare_kv_grad_inputs(
     problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, tables: KVTables, config: KVGradConfig
-) -> tuple[Plan, Inputs]:
-    """The plan and the inputs of the kernel.
+) -> tuple[KernelSpec, KernelInputs]:
+    """The specification and the inputs of the dk/dv kernel.
 
     Args:
       dout: [b, t, h, e].
@@ -46,30 +47,30 @@ def prepare_kv_grad_inputs(
     by_head_pass = ranges.reshape(*ranges.shape[:2], kv_tiles, -1, *ranges.shape[3:])
     head_passes = query.shape[2] // num_kv_heads // config.heads_per_step
     ranges = jnp.broadcast_to(by_head_pass, (*by_head_pass.shape[:3], head_passes, *by_head_pass.shape[4:]))
-    plan = Plan(
-        batch=query.shape[0], head_tiles=num_kv_heads, num_tiles=kv_tiles, head_passes=head_passes, row_heads=1,
-        row_tokens=blocks * reads.block_size, group=query.shape[2] // num_kv_heads, key_dim=lanes(query.shape[3]),
-        value_dim=lanes(value.shape[3]), dtype=np.dtype(query.dtype), step_size=config.step_size,
-        step_heads=config.heads_per_step,
-        slot=config.slot(size), piece_bits=walked.piece_bits,
-        nothing=0 if walked.mask_bits is None else walked.nothing,
-        num_ranges=ranges.shape[4], num_full_ranges=walked.num_full_ranges, list_length=walked.entries.shape[1],
-        in_steps=walked.in_steps and first_row is None and not conditions,
-        scale=problem.scale, soft_cap=problem.logits_soft_cap, ascending=False,
-        member_size=reads.block_size if walked.mask_bits is None else None,
+    spec = KernelSpec(
+        batch=query.shape[0], num_head_tiles=num_kv_heads, num_tiles=kv_tiles, head_passes=head_passes, tile_heads=1,
+        tile_tokens=blocks * reads.block_size, group_size=query.shape[2] // num_kv_heads,
+        head_dim=lanes(query.shape[3]), value_dim=lanes(value.shape[3]), dtype=np.dtype(query.dtype),
+        step_size=config.step_size, step_heads=config.heads_per_step,
+        chunk_size=config.chunk_size(size), chunk_bits=walked.piece_bits,
+        empty_mask_id=0 if walked.mask_bits is None else walked.nothing,
+        num_ranges=ranges.shape[4], num_full_ranges=walked.num_full_ranges, entries_per_list=walked.entries.shape[1],
+        padded_to_steps=walked.in_steps and first_row is None and not conditions,
+        scale=problem.scale, soft_cap=problem.logits_soft_cap, rows_are_queries=False,
+        member_block_size=reads.block_size if walked.mask_bits is None else None,
     )  # fmt: skip
     source = beside(grid.place(query, grid.num_tiles * size), grid.place(dout, grid.num_tiles * size))
     both = gather_kv_tiles(beside(key, value), members, reads.block_size)
-    inputs = Inputs(
+    inputs = KernelInputs(
         jnp.asarray(walked.lists).reshape(-1), jnp.asarray(walked.entries)[:, None],
-        row_scalars(ranges.reshape(*ranges.shape[:2], -1, *ranges.shape[4:])),
+        pass_scalars(ranges.reshape(*ranges.shape[:2], -1, *ranges.shape[4:])),
         None if walked.mask_bits is None else jnp.asarray(walked.mask_bits),
-        in_pieces(source, plan.slot), both[..., : plan.key_dim], both[..., plan.key_dim :],
-        first_piece=None if first_row is None else first_row * walked.pieces,
+        in_pieces(source, spec.chunk_size), both[..., : spec.head_dim], both[..., spec.head_dim :],
+        first_chunk=None if first_row is None else first_row * walked.pieces,
         lse=of_queries(lse * LOG2E, np.inf), delta=of_queries(delta, 0),
         **conditions, **_positions(operands, tables, reads.block_size),
     )  # fmt: skip
-    return plan, inputs
+    return spec, inputs
 
 
 def gather_kv_tiles(array: Array, members: Array, size: int) -> Array:
@@ -111,7 +112,7 @@ def _segments(operands: Operands, grid: QueryGrid, tables: KVTables, size: int) 
         tables.walked.blocks, by_head_pass, tables.walked.num_full_ranges, ids, kv_ids, first_row
     )
     conditions: dict[str, typing.Any] = {
-        "column_segments": by_lanes(ids.reshape(len(ids), -1)), "row_segments": kv_ids[:, :, :, None],
+        "column_segment_ids": by_lanes(ids.reshape(len(ids), -1)), "row_segment_ids": kv_ids[:, :, :, None],
     }  # fmt: skip
     return narrowed.reshape(*narrowed.shape[:2], -1, *narrowed.shape[4:]), conditions
 

@@ -1,8 +1,8 @@
-"""The forward pass on TPUs: tiles of queries, which walk the blocks that they read.
+"""The forward pass on TPUs: tiles of queries loop over the keys that they read.
 
-A tile keeps the running maximum m of its rows' logits, the sum l of exp(logit - m), and the sum of values so weighted
-(Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). Sums do not care in which order their
-terms come, so a step of keys is filled with any blocks, each brought by a copy of its own.
+A tile keeps the running maximum m of its rows' logits, the sum l of exp(logit - m), and the accumulator acc of the
+values weighted by exp(logit - m) (Milakov and Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135). The
+order of the keys does not matter, so a step holds any blocks, in any order.
 """
 
 import functools
@@ -14,119 +14,122 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_tpu.arrange import Inputs
-from pallas_kernels.mosaic_tpu.launch import Specs, launch
-from pallas_kernels.mosaic_tpu.masks import widen
-from pallas_kernels.mosaic_tpu.plan import LOG2E, Plan
-from pallas_kernels.mosaic_tpu.products import across, along, to_lanes
-from pallas_kernels.mosaic_tpu.query_tile import QueryTile
-from pallas_kernels.mosaic_tpu.tile import Scratch, StepGroup, scratch_of
-from pallas_kernels.mosaic_tpu.tiles import LANES
+from pallas_kernels.mosaic_tpu import pipeline
+from pallas_kernels.mosaic_tpu.config import LANES, KernelSpec
+from pallas_kernels.mosaic_tpu.launch import KernelInputs, launch, rows_spec, tokens_spec
+from pallas_kernels.mosaic_tpu.primitives import broadcast_lanes, dot_nn, dot_nt, rows_to_lanes
+from pallas_kernels.softmax import LOG2E
 
-LEAST = float(jnp.finfo(jnp.float32).min)
-"""Below every logit, and finite: a difference of two of them is a number."""
+INITIAL_M = float(jnp.finfo(jnp.float32).min)
+"""Below every logit, and finite, so that the difference of two of them is no NaN."""
 
 
-class Sums(typing.NamedTuple):
-    """What a tile sums up, in references.
+class Accumulators(typing.NamedTuple):
+    """Refs of a tile's running sums.
 
     Attributes:
-      most: float32 [rows, LANES], the maximum of the row's logits, in units, in every lane.
-      total: float32 [rows, LANES], to be summed over lanes.
-      out: float32 [rows, e].
+      m: float32 [tile_rows, LANES], the maximum of the unscaled logits, the same in all lanes.
+      l: float32 [tile_rows, LANES], the sum of exp(logit - m), spread over the lanes.
+      acc: float32 [tile_rows, value_dim].
     """
 
-    most: typing.Any
-    total: typing.Any
-    out: typing.Any
+    m: typing.Any
+    l: typing.Any
+    acc: typing.Any
 
-    def clear(self) -> None:
-        self.most[...] = jnp.full(self.most.shape, LEAST, jnp.float32)
-        self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
-        self.out[...] = jnp.zeros(self.out.shape, jnp.float32)
+    def reset(self) -> None:
+        self.m[...] = jnp.full(self.m.shape, INITIAL_M, jnp.float32)
+        self.l[...] = jnp.zeros(self.l.shape, jnp.float32)
+        self.acc[...] = jnp.zeros(self.acc.shape, jnp.float32)
 
 
-def attend(plan: Plan, inputs: Inputs) -> tuple[Array, Array]:
-    """out [b, h, t, e] in the query's dtype and lse [b, heads of tiles, tiles, 1, rows], in whole tiles."""
-    out_shape = plan.batch, plan.head_tiles * plan.row_heads, plan.num_tiles * plan.row_tokens, plan.value_dim
-    lse_shape = plan.batch, plan.head_tiles, plan.num_tiles, 1, plan.rows
-    specs = Specs(plan, inputs.lists)
-    out, lse = jax.ShapeDtypeStruct(out_shape, plan.dtype), jax.ShapeDtypeStruct(lse_shape, jnp.float32)
-    results = (out, specs.tokens(out)), (lse, specs.rows(lse))
-    per_row = pltpu.VMEM((plan.rows, LANES), jnp.float32)
-    sums = Sums(per_row, per_row, pltpu.VMEM((plan.rows, plan.value_dim), jnp.float32))
-
-    def run(inputs, lists, results, scratch: Scratch) -> None:
-        tile, sums = QueryTile(plan, inputs, lists, scratch), scratch.own
-        tile.begin()
-        pl.when(tile.is_first)(sums.clear)
-        tile.fold(functools.partial(_step_group, plan, tile, sums))
-        _finish(plan, tile, sums, *results)
-
-    out, lse = launch("forward", plan, inputs, inputs.specs(plan), results, scratch_of(plan, inputs, sums), run)
+def forward_kernel(spec: KernelSpec, inputs: KernelInputs) -> tuple[Array, Array]:
+    """out [b, h, t, e] in the query's dtype and lse [b, head tiles, tiles, 1, rows], padded to whole tiles."""
+    out_shape = spec.batch, spec.num_head_tiles * spec.tile_heads, spec.num_tiles * spec.tile_tokens, spec.value_dim
+    lse_shape = spec.batch, spec.num_head_tiles, spec.num_tiles, 1, spec.tile_rows
+    out, lse = jax.ShapeDtypeStruct(out_shape, spec.dtype), jax.ShapeDtypeStruct(lse_shape, jnp.float32)
+    per_row = pltpu.VMEM((spec.tile_rows, LANES), jnp.float32)
+    accumulators = Accumulators(per_row, per_row, pltpu.VMEM((spec.tile_rows, spec.value_dim), jnp.float32))
+    outputs, scratch = ((out, tokens_spec(spec, out)), (lse, rows_spec(lse))), pipeline.scratch_shapes(spec, inputs)
+    out, lse = launch("forward", spec, inputs, _kernel, outputs, (scratch, accumulators))
     return out, lse
 
 
-def _step_group(plan: Plan, tile: QueryTile, sums: Sums, group: StepGroup) -> None:
-    query = tile.inputs.first[...].reshape(plan.rows, plan.key_dim)
-    keys_and_values = [tile.ring.read(plan, place) for place in group.places]
-    # All products with keys first, so that the second one runs under the first softmax.
-    products = [along(query, key) for key, _ in keys_and_values]
-    masks = [tile.allowed(place) for place in group.places] if group.masked else []
-    group.begin_next()
-    most, total = sums.most[...], sums.total[...]
-    for step, (_, value) in enumerate(keys_and_values):
-        logits = capped(plan, products[step])
-        if group.masked:
-            logits = jnp.where(masks[step], logits, -jnp.inf)
-        before, most = most, jnp.maximum(most, logits.max(1, keepdims=True))
-        shrink = jnp.exp2((before - most) * unit(plan))
-        weights = jnp.exp2((logits - widen(most, plan.step_size)) * unit(plan))
-        lanes = [weights[:, first : first + LANES] for first in range(0, plan.step_size, LANES)]
-        total = total * shrink + sum(lanes[1:], lanes[0])
-        out = across(weights.astype(plan.dtype), value)
-        sums.out[...] = sums.out[...] * widen(shrink, plan.value_dim) + out
-    sums.most[...], sums.total[...] = most, total
+def _kernel(
+    spec: KernelSpec, inputs: KernelInputs, outputs: tuple, scratch: tuple[pipeline.Scratch, Accumulators]
+) -> None:
+    tile, accumulators = pipeline.current_tile(spec, inputs, scratch[0]), scratch[1]
+    pipeline.start(tile)
+    pl.when(tile.is_first)(accumulators.reset)
+    pipeline.for_each_step_group(tile, functools.partial(_attend, tile, accumulators))
+    _finish(tile, accumulators, *outputs)
 
 
-def capped(plan: Plan, products: Array) -> Array:
-    """Of products of queries and keys the logits, in units.
+def _attend(tile: pipeline.Tile, accumulators: Accumulators, group: pipeline.StepGroup) -> None:
+    """Adds the keys of a group of steps to the tile's sums."""
+    spec = tile.spec
+    q = tile.inputs.q_or_k[...].reshape(spec.tile_rows, spec.head_dim)
+    keys_and_values = [tile.ring.read(spec, slot) for slot in group.slots]
+    # All q · kᵀ come first, so that the second one overlaps the first softmax.
+    qk = [dot_nt(q, k) for k, _ in keys_and_values]
+    masks = pipeline.step_masks(tile, group)
+    group.prefetch()
+    m, l = accumulators.m[...], accumulators.l[...]
+    for step, (_, v) in enumerate(keys_and_values):
+        logits, mask = _unscaled_logits(spec, qk[step]), masks[step]
+        if mask is not None:
+            logits = jnp.where(mask, logits, -jnp.inf)
+        m_prev, m = m, jnp.maximum(m, logits.max(1, keepdims=True))
+        alpha = jnp.exp2((m_prev - m) * _exp2_scale(spec))
+        p = jnp.exp2((logits - broadcast_lanes(m, spec.step_size)) * _exp2_scale(spec))
+        registers = [p[:, lane : lane + LANES] for lane in range(0, spec.step_size, LANES)]
+        l = l * alpha + sum(registers[1:], registers[0])
+        pv = dot_nn(p.astype(spec.dtype), v)
+        accumulators.acc[...] = accumulators.acc[...] * broadcast_lanes(alpha, spec.value_dim) + pv
+    accumulators.m[...], accumulators.l[...] = m, l
 
-    Their maximum is found before they are scaled: so the compiler has less to keep while products wait for it.
+
+def _unscaled_logits(spec: KernelSpec, qk: Array) -> Array:
+    """The logits over `_exp2_scale(spec) / LOG2E`.
+
+    m is subtracted before they are scaled, so that fewer values stay alive while the products are waited for.
     """
-    if plan.soft_cap is not None:
-        return jnp.tanh(products * (plan.scale / plan.soft_cap))
-    return products if plan.scale > 0 else products * plan.scale
+    if spec.soft_cap is not None:
+        return jnp.tanh(qk * (spec.scale / spec.soft_cap))
+    return qk if spec.scale > 0 else qk * spec.scale
 
 
-def unit(plan: Plan) -> float:
-    """What logits are multiples of, times log2(e); positive."""
-    if plan.soft_cap is not None:
-        return plan.soft_cap * LOG2E
-    return plan.scale * LOG2E if plan.scale > 0 else LOG2E
+def _exp2_scale(spec: KernelSpec) -> float:
+    """The positive factor from unscaled logits to exponents of 2."""
+    if spec.soft_cap is not None:
+        return spec.soft_cap * LOG2E
+    return spec.scale * LOG2E if spec.scale > 0 else LOG2E
 
 
-def _finish(plan: Plan, tile: QueryTile, sums: Sums, out, lse) -> None:
-    most, result = sums.most[...], sums.out[...]
-    total = jnp.broadcast_to(sums.total[...].sum(1, keepdims=True), most.shape)
+def _finish(tile: pipeline.Tile, accumulators: Accumulators, out_ref, lse_ref) -> None:
+    """Adds the sinks, normalizes and writes out and lse; resets the sums for the next tile."""
+    spec, scale = tile.spec, _exp2_scale(tile.spec)
+    m, acc = accumulators.m[...], accumulators.acc[...]
+    l = jnp.broadcast_to(accumulators.l[...].sum(1, keepdims=True), m.shape)
     if tile.inputs.sinks is not None:
-        # One more logit for every row, which has no value.
-        sinks = _sinks(plan, tile)
-        new = jnp.maximum(most, sinks)
-        shrink = jnp.exp2((most - new) * unit(plan))
-        total = total * shrink + jnp.where(sinks == new, 1.0, jnp.exp2((sinks - new) * unit(plan)))
-        most, result = new, result * widen(shrink, plan.value_dim)
-    reads = total != 0
-    safe = jnp.where(reads, total, 1.0)
-    result = result * widen(1 / safe, plan.value_dim)
-    out[...] = result.reshape(plan.row_heads, plan.row_tokens, plan.value_dim).astype(out.dtype)
-    # For the next tile: here stores have time.
-    sums.clear()
-    lse[...] = to_lanes(jnp.where(reads, most * (unit(plan) / LOG2E) + jnp.log2(safe) * (1 / LOG2E), -jnp.inf))
+        # A sink is one more logit per row, without a value.
+        sinks = _row_sinks(tile)
+        m_prev, m = m, jnp.maximum(m, sinks)
+        alpha = jnp.exp2((m_prev - m) * scale)
+        l = l * alpha + jnp.where(sinks == m, 1.0, jnp.exp2((sinks - m) * scale))
+        acc = acc * broadcast_lanes(alpha, spec.value_dim)
+    reads = l != 0
+    safe_l = jnp.where(reads, l, 1.0)
+    out = acc * broadcast_lanes(1 / safe_l, spec.value_dim)
+    out_ref[...] = out.reshape(spec.tile_heads, spec.tile_tokens, spec.value_dim).astype(out_ref.dtype)
+    # Here, where the store unit is idle, the reset is free.
+    accumulators.reset()
+    lse_ref[...] = rows_to_lanes(jnp.where(reads, m * (scale / LOG2E) + jnp.log2(safe_l) * (1 / LOG2E), -jnp.inf))
 
 
-def _sinks(plan: Plan, tile: QueryTile) -> Array:
-    """Of every row, in units: float32 [rows, LANES]."""
-    first = tile.head_tile * plan.row_heads
-    of_heads = [tile.inputs.sinks[first + head] * (LOG2E / unit(plan)) for head in range(plan.row_heads)]
-    return jnp.concatenate([jnp.full((plan.row_tokens, LANES), each, jnp.float32) for each in of_heads], 0)
+def _row_sinks(tile: pipeline.Tile) -> Array:
+    """Each row's sink as an unscaled logit: float32 [tile_rows, LANES]."""
+    spec, first_head = tile.spec, tile.head_tile * tile.spec.tile_heads
+    factor = LOG2E / _exp2_scale(spec)
+    sinks = [tile.inputs.sinks[first_head + head] * factor for head in range(spec.tile_heads)]
+    return jnp.concatenate([jnp.full((spec.tile_tokens, LANES), sink, jnp.float32) for sink in sinks], 0)

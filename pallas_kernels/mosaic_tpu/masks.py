@@ -1,6 +1,7 @@
-"""What a step's columns have, and which of them the rows of a tile see: bits of masks, segments, positions."""
+"""Masks of a step's logits, from mask bits, block bits, segment ids and positions."""
 
 import typing
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -8,109 +9,114 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_tpu.copies import Slot
-from pallas_kernels.mosaic_tpu.plan import Plan
-from pallas_kernels.mosaic_tpu.tables import WORD_BITS
-from pallas_kernels.mosaic_tpu.tiles import LANES
+from pallas_kernels.mosaic_tpu.config import LANES, SUBLANES, KernelSpec
+from pallas_kernels.mosaic_tpu.primitives import broadcast_lanes
+from pallas_kernels.mosaic_tpu.ring import Chunk
+from pallas_kernels.tiling import WORD_BITS
 
-SUBLANES = 8
-NOWHERE = 2**31 - 1
-"""The position of a key that is not there: behind every query."""
+HIDDEN_POSITION = 2**31 - 1
+"""Position of the keys in a masked chunk, after every query."""
 
 
-class Conditions(typing.NamedTuple):
-    """What masks are made of, in references; what is absent is None.
+class MaskRefs(typing.NamedTuple):
+    """Refs that masks are computed from; None if absent.
 
     Attributes:
       mask_bits: int32 [masks, words, columns].
-      row_segments, row_positions: int32 [rows, LANES], each row's in all lanes.
-      segments: int32 [tokens / LANES, LANES], of columns.
-      first: position of the columns' first token.
+      row_segment_ids: int32 [rows, LANES], the same in all lanes.
+      row_positions: int32 [rows, LANES], the same in all lanes.
+      column_segment_ids: int32 [tokens / LANES, LANES].
+      first_position: position of the first streamed token, a scalar.
     """
 
     mask_bits: typing.Any
-    row_segments: typing.Any
+    row_segment_ids: typing.Any
     row_positions: typing.Any
-    segments: typing.Any
-    first: typing.Any
+    column_segment_ids: typing.Any
+    first_position: typing.Any
 
 
-def allowed(plan: Plan, conditions: Conditions, slots: list[Slot]) -> Array:
-    """Which columns of a step the rows of a tile see: bool [rows, step]."""
-    found = []
-    if conditions.mask_bits is not None:
-        found.append(_bits(plan, conditions.mask_bits, slots))
-    if plan.member_size is not None:
-        found.append(_members(plan, slots))
-    if conditions.segments is not None:
-        ids = over_lanes(plan, slots, lambda slot, _, lane: lane_row(plan, conditions.segments, slot, lane))
-        found.append(widen(conditions.row_segments[...], plan.step_size) == ids[:1])
-    if conditions.row_positions is not None:
-        lane = jax.lax.broadcasted_iota(jnp.int32, (1, max(plan.slot, LANES)), 1)
-        in_slot = (lane & (plan.slot - 1)) + conditions.first
-
-        def position(slot: Slot, *_) -> Array:
-            here = slot.token + in_slot
-            return jnp.where(slot.mask_id == plan.nothing, NOWHERE, here) if plan.ascending else here
-
-        columns = over_lanes(plan, slots, position)
-        rows = widen(conditions.row_positions[...], plan.step_size)
-        found.append(columns <= rows if plan.ascending else columns >= rows)
-    allowed = found[0]
-    for each in found[1:]:
-        allowed = allowed & each
-    return allowed
+def step_mask(spec: KernelSpec, refs: MaskRefs, chunks: list[Chunk]) -> Array:
+    """The mask of a step: bool [tile_rows, step_size], True for logits that count."""
+    masks = []
+    if refs.mask_bits is not None:
+        masks.append(_bit_mask(spec, refs.mask_bits, chunks))
+    if spec.member_block_size is not None:
+        masks.append(_block_bit_mask(spec, chunks))
+    if refs.column_segment_ids is not None:
+        ids = concat_chunks(spec, chunks, lambda chunk, _, lane: load_chunk(spec, refs.column_segment_ids, chunk, lane))
+        masks.append(broadcast_lanes(refs.row_segment_ids[...], spec.step_size) == ids[:1])
+    if refs.row_positions is not None:
+        columns = _column_positions(spec, refs.first_position, chunks)
+        rows = broadcast_lanes(refs.row_positions[...], spec.step_size)
+        masks.append(columns <= rows if spec.rows_are_queries else columns >= rows)
+    mask = masks[0]
+    for each in masks[1:]:
+        mask = mask & each
+    return mask
 
 
-def widen(array: Array, columns: int) -> Array:
-    """[rows, LANES], the same in all lanes, for more of them."""
-    return jnp.tile(array, (1, columns // LANES))
+def _bit_mask(spec: KernelSpec, mask_bits, chunks: list[Chunk]) -> Array:
+    """The mask of token masks whose bits are rows: int32 words of up to 32 rows for every column."""
+    word_rows = min(spec.tile_tokens, WORD_BITS)
+    words = concat_chunks(spec, chunks, lambda chunk, *_: mask_bits[chunk.mask_id])
+    bit = jnp.left_shift(1, jax.lax.broadcasted_iota(jnp.int32, (word_rows, spec.step_size), 0))
+    masks = [
+        jnp.broadcast_to(words[index : index + 1], bit.shape) & bit != 0
+        for index in range(spec.tile_tokens // word_rows)
+    ]
+    return jnp.concatenate(masks * spec.tile_heads, 0)
 
 
-def over_lanes(plan: Plan, slots: list[Slot], read: typing.Callable[[Slot, int, int], Array]) -> Array:
-    """What every slot has for each of its columns, one beside the other, all heads' for each: [rows, step].
+def _block_bit_mask(spec: KernelSpec, chunks: list[Chunk]) -> Array:
+    """The mask of entries that have one bit per block of the KV tile in place of a mask id."""
+    assert spec.member_block_size is not None  # the caller checks it
+    shape = SUBLANES, max(spec.chunk_size, LANES)
+    bits = concat_chunks(spec, chunks, lambda chunk, *_: jnp.full(shape, chunk.mask_id, jnp.int32))
+    row = jax.lax.broadcasted_iota(jnp.int32, (spec.tile_rows, spec.step_size), 0)
+    block = row >> (spec.member_block_size.bit_length() - 1)
+    return jnp.broadcast_to(bits[:1], block.shape) >> block & 1 != 0
+
+
+def _column_positions(spec: KernelSpec, first_position, chunks: list[Chunk]) -> Array:
+    """The position of every column: int32 [1, step_size]."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, max(spec.chunk_size, LANES)), 1)
+    in_chunk = (lane & (spec.chunk_size - 1)) + first_position
+
+    def positions(chunk: Chunk, *_) -> Array:
+        found = chunk.token + in_chunk
+        return (
+            jnp.where(chunk.mask_id == spec.empty_mask_id, HIDDEN_POSITION, found) if spec.rows_are_queries else found
+        )
+
+    return concat_chunks(spec, chunks, positions)
+
+
+def concat_chunks(spec: KernelSpec, chunks: list[Chunk], load: Callable[[Chunk, int, int], Array]) -> Array:
+    """Concatenates what `load` returns for each head of each chunk: [rows, step_size].
 
     Args:
-      read: of a slot, one of its heads and a lane, the head's own [rows, columns]; where they are fewer than there are
-        lanes, from that lane on.
+      load: function of a chunk, a head of the step and a lane. It returns [rows, chunk_size]; or for a chunk of fewer
+        than LANES tokens [rows, LANES], with the chunk's tokens from the lane on.
     """
-    pieces = [(slot, head) for slot in slots for head in range(plan.step_heads)]
-    each, groups = max(1, LANES // plan.slot), []
-    for first in range(0, len(pieces), each):
-        found = read(*pieces[first], 0)
+    pieces = [(chunk, head) for chunk in chunks for head in range(spec.step_heads)]
+    per_register, registers = max(1, LANES // spec.chunk_size), []
+    for first in range(0, len(pieces), per_register):
+        found = load(*pieces[first], 0)
         lane = jax.lax.broadcasted_iota(jnp.int32, found.shape, 1)
-        for index in range(1, each):
-            at = index * plan.slot
-            found = jnp.where(lane < at, found, read(*pieces[first + index], at))
-        groups.append(found)
-    return jnp.concatenate(groups, 1)
+        for index in range(1, per_register):
+            first_lane = index * spec.chunk_size
+            found = jnp.where(lane < first_lane, found, load(*pieces[first + index], first_lane))
+        registers.append(found)
+    return jnp.concatenate(registers, 1)
 
 
-def lane_row(plan: Plan, table, slot: Slot, lane: int) -> Array:
-    """A slot's part of a table [tokens / LANES, LANES]: [SUBLANES, columns], all rows alike, from a lane on."""
-    row = jax.lax.div(slot.token, LANES)
-    if plan.slot >= LANES:
-        found = [table[pl.ds(row + index, 1)] for index in range(plan.slot // LANES)]
-        return jnp.broadcast_to(jnp.concatenate(found, 1), (SUBLANES, plan.slot))
+def load_chunk(spec: KernelSpec, table, chunk: Chunk, first_lane: int) -> Array:
+    """A chunk's tokens of a table [tokens / LANES, LANES]: [SUBLANES, columns], all rows alike, from a lane on."""
+    row = jax.lax.div(chunk.token, LANES)
+    if spec.chunk_size >= LANES:
+        found = [table[pl.ds(row + index, 1)] for index in range(spec.chunk_size // LANES)]
+        return jnp.broadcast_to(jnp.concatenate(found, 1), (SUBLANES, spec.chunk_size))
     found = jnp.broadcast_to(table[pl.ds(row, 1)], (SUBLANES, LANES))
-    return pltpu.roll(found, jax.lax.rem(lane + LANES - jax.lax.rem(slot.token, LANES), LANES), 1)
-
-
-def _bits(plan: Plan, table, slots: list[Slot]) -> Array:
-    width = min(plan.row_tokens, WORD_BITS)
-    mask_bits = over_lanes(plan, slots, lambda slot, *_: table[slot.mask_id])
-    bit = jnp.left_shift(1, jax.lax.broadcasted_iota(jnp.int32, (width, plan.step_size), 0))
-    seen = [
-        jnp.broadcast_to(mask_bits[index : index + 1], bit.shape) & bit != 0
-        for index in range(plan.row_tokens // width)
-    ]
-    return jnp.concatenate(seen * plan.row_heads, 0)
-
-
-def _members(plan: Plan, slots: list[Slot]) -> Array:
-    """Of entries that have a bit for each block of rows."""
-    assert plan.member_size is not None  # else there are no such bits
-    shape = SUBLANES, max(plan.slot, LANES)
-    mask_ids = over_lanes(plan, slots, lambda slot, *_: jnp.full(shape, slot.mask_id, jnp.int32))
-    member = jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.step_size), 0) >> (plan.member_size.bit_length() - 1)
-    return jnp.broadcast_to(mask_ids[:1], member.shape) >> member & 1 != 0
+    shift = jax.lax.rem(first_lane + LANES - jax.lax.rem(chunk.token, LANES), LANES)
+    return pltpu.roll(found, shift, 1)

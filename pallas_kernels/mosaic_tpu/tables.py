@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32
 
-from pallas_kernels.mosaic_tpu.tiles import LANES, KVGradConfig, TpuConfig
+from pallas_kernels.mosaic_tpu.config import LANES, KVGradConfig, TpuConfig
 from pallas_kernels.problem import Operands
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockSchedule, expand
 from pallas_kernels.selection import BlockSelection
 from pallas_kernels.tiling import (
+    WORD_BITS,
     group_consecutive_rows,
     make_kv_tiles,
     merge,
@@ -25,7 +26,6 @@ from pallas_kernels.tiling import (
     without_missing_keys,
 )
 
-WORD_BITS = 32
 EMPTY = NOTHING
 """The mask of a slot that holds no entry."""
 
@@ -88,7 +88,7 @@ def schedule_tables(schedule: BlockSchedule, config: TpuConfig) -> Tables:
     blocks, mask_ids, ranges, tile_masks, short = without_missing_keys(schedule, merged)
     lists = Lists(blocks, mask_ids, ranges, merged.lists.num_full_ranges)
     seen, heads = seen_by_mask(schedule, tile_masks, short), schedule.head_index[:: config.heads_per_tile]
-    slot = config.slot(size)
+    slot = config.chunk_size(size)
     return _tables(lists, seen, schedule.num_columns, slot, config.block_kv // slot, heads)
 
 
@@ -217,7 +217,7 @@ def kv_tables(schedule: BlockSchedule, config: KVGradConfig) -> KVTables:
         Lists(kv_tiles.blocks, kv_tiles.mask_ids, ranges, kv_tiles.num_full_ranges),
         kv_tiles.group_of.reshape(-1),
     )
-    slot = config.slot(schedule.block_size)
+    slot = config.chunk_size(schedule.block_size)
     walked = _tables(
         lists, kv_tiles.seen, schedule.lists.num_rows, slot, config.step_size // (slot * config.heads_per_step), heads
     )
@@ -226,7 +226,10 @@ def kv_tables(schedule: BlockSchedule, config: KVGradConfig) -> KVTables:
 
 def selection_kv_tables(operands: Operands, selection: BlockSelection, config: KVGradConfig) -> KVTables:
     """Those of a traced selection: its transpose, made by one sort of its entries by pack and row."""
-    size, pieces = config.block_kv // selection.block_size, selection.query_block // config.slot(selection.query_block)
+    size, pieces = (
+        config.block_kv // selection.block_size,
+        selection.query_block // config.chunk_size(selection.query_block),
+    )
     num_heads, (kv_length, num_kv_heads) = operands.query.shape[2], operands.key.shape[1:3]
     num_blocks = -(-kv_length // selection.block_size)
     kv_tiles, bits = -(-num_blocks // size), bits_of(selection.kv_blocks.shape[2] * pieces)
@@ -252,7 +255,7 @@ def selection_tables(operands: Operands, selection: BlockSelection, config: TpuC
     batch, heads, rows, most = selection.kv_blocks.shape
     num_blocks = -(-operands.key.shape[1] // selection.block_size)
     inside = (selection.kv_blocks >= 0) & (selection.kv_blocks < num_blocks)
-    pieces = selection.block_size // config.slot(selection.block_size)
+    pieces = selection.block_size // config.chunk_size(selection.block_size)
     bits = bits_of(num_blocks * pieces)
     blocks, mask_ids = jnp.where(inside, selection.kv_blocks, 0), jnp.where(inside, WHOLE, EMPTY)
     entries = _with_place(_pieces_beside(blocks, mask_ids, pieces, bits).reshape(batch * heads, -1))

@@ -9,8 +9,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import s2jax
 from benchmarks.compiled.deviceless import compile_for, devices, missing
 from pallas_kernels.mosaic_tpu import SCALAR_BYTES, schedule_tables
+from pallas_kernels.mosaic_tpu.config import choose_config, choose_kv_grad_config
 from pallas_kernels.mosaic_tpu.tables import kv_tables
-from pallas_kernels.mosaic_tpu.tiles import choose_config, choose_kv_grad_config
 
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 WINDOW = s2jax.LocalStride(64, 4, 8)
@@ -132,7 +132,7 @@ def test_scalar_memory(tokens, most):
     """Kilobytes for one head of 64, forward and backward."""
     pattern = s2jax.LocalStride(64, 1, 64)
     schedule = s2jax.compile_schedule(pattern, num_heads=64, num_kv_heads=64, query_length=tokens, kv_length=tokens)
-    shapes = schedule, None, 64, 64, tokens, tokens
+    shapes = schedule, 64, 64, tokens, tokens
     forward = schedule_tables(schedule, choose_config(*shapes))
     backward = kv_tables(schedule, choose_kv_grad_config(*shapes)).walked
     assert max(forward.scalar_bytes, backward.scalar_bytes) <= min(most << 10, SCALAR_BYTES)
