@@ -16,8 +16,7 @@ import s2jax
 from benchmarks.cases import CASES
 from benchmarks.record import parser, save, table
 from pallas_kernels.mosaic_gpu.kv_tables import kv_tables
-from pallas_kernels.mosaic_gpu.plan import ROWS
-from pallas_kernels.mosaic_gpu.tiles import HopperConfig, choose_config, choose_heads, choose_kv_grad_config
+from pallas_kernels.mosaic_gpu.sm90.config import ROWS, HopperConfig, choose_config, choose_heads, choose_kv_grad_config
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.tiling import group_consecutive_rows, merge
 from s2jax.compiler import forget_schedules

@@ -2,8 +2,8 @@
 
     python -m benchmarks.tile_search        # on a Hopper GPU, in 3 minutes
 
-The result goes to pallas_kernels/mosaic_gpu/tuned.json, which the kernel reads. What one configuration takes is decided
-by all cases that have it: the geometric mean of times over those of the tiles taken without a file.
+The result goes to pallas_kernels/mosaic_gpu/sm90/tuned.json, which the kernel reads. What one configuration takes is
+decided by all cases that have it: the geometric mean of times over those of the tiles taken without a file.
 """
 
 import dataclasses
@@ -28,8 +28,14 @@ from benchmarks.gpu.guard import Job, Teller
 from benchmarks.gpu.record import device
 from benchmarks.gpu.sides import Arrays, make_arrays
 from benchmarks.record import parser, save
-from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, HopperConfig, choose_heads, default_config
-from pallas_kernels.mosaic_gpu.tuned import PATH, Key
+from pallas_kernels.mosaic_gpu.sm90.config import (
+    SHARED_BYTES,
+    TUNED_PATH,
+    HopperConfig,
+    Key,
+    choose_heads,
+    default_config,
+)
 
 SEARCHED = (
     (Case("strided", 1, 16, 16, 128, 8, 16, 32 << 10), (64, 32, 16)),
@@ -226,7 +232,7 @@ def main() -> None:
         sys.exit("tiles are measured on a Hopper GPU, and here is none")
     machine.set_environment()
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--folder", type=pathlib.Path, default=PATH.parent, help="where tuned.json goes")
+    options.add_argument("--folder", type=pathlib.Path, default=TUNED_PATH.parent, help="where tuned.json goes")
     options.add_argument("--budget-s", type=float, default=180, help="seconds after which nothing more is begun")
     chosen = options.parse_args()
     machine.leave_alone()

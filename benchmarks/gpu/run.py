@@ -19,7 +19,7 @@ from benchmarks.gpu.guard import Ending, Teller
 from benchmarks.gpu.measurement import Measurement
 from benchmarks.gpu.options import Budget, Left, Options, TrainStep
 from benchmarks.gpu.record import Record
-from pallas_kernels.mosaic_gpu import tuned
+from pallas_kernels.mosaic_gpu.sm90.config import TUNED_PATH
 
 
 def run(options: Options) -> Record:
@@ -69,7 +69,7 @@ def measure_all(teller: Teller, options: Options, left: Left, start: float) -> N
     clock, header = options.clock, {"machine": machine.describe(), "device": record.device()}
     if clock is None:
         clock, header["clocks tried"] = choose_clock(*matrix_product(), machine.MOST_PER_SECOND)
-    tiles = "those that tile_search.py measured" if tuned.PATH.exists() else "its usual ones, nothing was searched"
+    tiles = "those that tile_search.py measured" if TUNED_PATH.exists() else "its usual ones, nothing was searched"
     header |= {"clock": clock.name, "tiles of s2jax": tiles}
     print({name: value for name, value in header.items() if name != "machine"}, flush=True)
     teller.keep({"header": header})

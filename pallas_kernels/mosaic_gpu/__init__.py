@@ -15,12 +15,9 @@ from pallas_kernels.mosaic_gpu.arrange import arrange, prepare_query_grad_inputs
 from pallas_kernels.mosaic_gpu.arrange_keys import prepare_kv_grad_inputs
 from pallas_kernels.mosaic_gpu.chip import unsupported_chip_reason
 from pallas_kernels.mosaic_gpu.chip import unsupported_device_reason as unsupported_device_reason
-from pallas_kernels.mosaic_gpu.forward import attend
-from pallas_kernels.mosaic_gpu.key_gradient import key_gradients
 from pallas_kernels.mosaic_gpu.kv_tables import KVTables, kv_tables, selection_kv_tables
-from pallas_kernels.mosaic_gpu.query_gradient import query_gradient
-from pallas_kernels.mosaic_gpu.tables import ForwardTables, Tables, schedule_tables, selection_tables
-from pallas_kernels.mosaic_gpu.tiles import (
+from pallas_kernels.mosaic_gpu.sm90.backward import key_value_gradients, query_gradient
+from pallas_kernels.mosaic_gpu.sm90.config import (
     SHARED_BYTES,
     HopperConfig,
     choose_config,
@@ -28,6 +25,8 @@ from pallas_kernels.mosaic_gpu.tiles import (
     choose_kv_grad_config,
     choose_query_grad_config,
 )
+from pallas_kernels.mosaic_gpu.sm90.forward import attend
+from pallas_kernels.mosaic_gpu.tables import ForwardTables, Tables, schedule_tables, selection_tables
 from pallas_kernels.nonfinite import depends_on_arrays, unread_keys, zero_unread_keys
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockSchedule
@@ -205,7 +204,7 @@ def _gradients(
         width = kv_grad_config.bits_per_word(operands.selection.query_block)
         kv_tiles = selection_kv_tables(operands.selection, operands, width)
     plan, inputs, finish = prepare_kv_grad_inputs(problem, operands, *of_rows, kv_tiles, kv_grad_config)
-    return dquery, *finish(*key_gradients(plan, inputs))
+    return dquery, *finish(*key_value_gradients(plan, inputs))
 
 
 def _walked(operands: Operands, tables: ForwardTables | None, config: HopperConfig) -> Tables:

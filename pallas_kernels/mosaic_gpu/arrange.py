@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.plan import LOG2E, ROWS, Plan
+from pallas_kernels.mosaic_gpu.sm90.config import LOG2E, ROWS, HopperConfig, QKernelSpec
 from pallas_kernels.mosaic_gpu.tables import Inputs, Tables
-from pallas_kernels.mosaic_gpu.tiles import HopperConfig
 from pallas_kernels.padding import QueryGrid, edge_ids, make_query_grid, pad, positive_scale, round_up
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.segments import narrow
@@ -57,7 +56,7 @@ def prepare_query_grad_inputs(
     return plan, inputs, finish
 
 
-def _of_rows(grid: QueryGrid, plan: Plan, array: Array, nothing: float) -> Array:
+def _of_rows(grid: QueryGrid, plan: QKernelSpec, array: Array, nothing: float) -> Array:
     """[b, h, t] -> [b, h / heads of a tile, tiles, ROWS], `nothing` where there is no query."""
     array = grid.place(array.swapaxes(1, 2), grid.num_tiles * grid.block_q, nothing).swapaxes(1, 2)
     array = array.reshape(array.shape[0], -1, plan.heads_per_tile, grid.num_tiles, grid.block_q)
@@ -66,7 +65,7 @@ def _of_rows(grid: QueryGrid, plan: Plan, array: Array, nothing: float) -> Array
 
 def _arrange(
     problem: Problem, operands: Operands, tables: Tables, config: HopperConfig
-) -> tuple[Plan, Inputs, QueryGrid]:
+) -> tuple[QKernelSpec, Inputs, QueryGrid]:
     grid = make_query_grid(problem, operands, config.block_q)
     query, scale = positive_scale(operands.query, problem.scale)
     batch, _, num_heads, _ = query.shape
@@ -93,7 +92,7 @@ def _arrange(
         None if tables.mask_bits is None else jnp.asarray(tables.mask_bits),
         sinks=_sinks(operands.sinks, config), **attributes,
     )  # fmt: skip
-    plan = Plan(
+    plan = QKernelSpec(
         batch=batch, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=query.shape[3], value_dim=value.shape[3],
         dtype=np.dtype(query.dtype), step_size=config.block_kv, num_stages=config.num_stages, block_size=block_size,
         num_ranges=ranges.shape[3], num_full_ranges=num_full_ranges, scale=scale, soft_cap=problem.logits_soft_cap,

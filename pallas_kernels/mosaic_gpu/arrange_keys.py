@@ -9,8 +9,7 @@ from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.arrange import FEATURES, LENGTH
 from pallas_kernels.mosaic_gpu.kv_tables import KVInputs, KVTables
-from pallas_kernels.mosaic_gpu.plan import LOG2E, ROWS, KVPlan
-from pallas_kernels.mosaic_gpu.tiles import HopperConfig
+from pallas_kernels.mosaic_gpu.sm90.config import LOG2E, ROWS, HopperConfig, KVKernelSpec
 from pallas_kernels.padding import QueryGrid, edge_ids, make_query_grid, pad, positive_scale, round_up
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.segments import find, narrow_kv_tiles
@@ -51,12 +50,12 @@ def prepare_kv_grad_inputs(
         **conditions, **_positions(operands, grid, tables, reads.block_size),
     )  # fmt: skip
     _, num_kv_heads, kv_tiles, head_passes, num_ranges, _ = tables.ranges.shape
-    plan = KVPlan(
+    plan = KVKernelSpec(
         batch=query.shape[0], num_heads=query.shape[2], num_kv_heads=num_kv_heads, head_dim=query.shape[3],
         value_dim=value.shape[3], dtype=np.dtype(query.dtype), step_size=config.block_kv,
         num_stages=config.num_stages, block_size=size,
         num_ranges=num_ranges, num_full_ranges=tables.num_full_ranges, scale=scale, soft_cap=problem.logits_soft_cap,
-        kv_tiles=kv_tiles, key_block=reads.block_size, head_passes=head_passes,
+        num_kv_tiles=kv_tiles, kv_block_size=reads.block_size, head_passes=head_passes,
     )  # fmt: skip
 
     def finish(dkey: Array, dvalue: Array) -> tuple[Array, Array]:

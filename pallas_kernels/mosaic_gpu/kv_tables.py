@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.mosaic_gpu.plan import ROWS
+from pallas_kernels.mosaic_gpu.sm90.config import ROWS
 from pallas_kernels.mosaic_gpu.tables import pack_bits
 from pallas_kernels.problem import Operands
 from pallas_kernels.schedule import BlockSchedule

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
-from pallas_kernels.mosaic_gpu.plan import ROWS, WORD_BITS
-from pallas_kernels.mosaic_gpu.tiles import HopperConfig
+from pallas_kernels.mosaic_gpu.sm90.config import ROWS, WORD_BITS, HopperConfig
 from pallas_kernels.problem import Operands
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockSchedule
 from pallas_kernels.tiling import group_consecutive_rows, merge, seen_by_mask, without_missing_keys

@@ -5,7 +5,12 @@ import pytest
 import s2jax
 from benchmarks.compiled.deviceless import missing
 from benchmarks.compiled.ptxas_report import CASES, compiled
-from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, choose_config, choose_kv_grad_config, choose_query_grad_config
+from pallas_kernels.mosaic_gpu.sm90.config import (
+    SHARED_BYTES,
+    choose_config,
+    choose_kv_grad_config,
+    choose_query_grad_config,
+)
 
 QUICK = ("d 256",)
 

@@ -18,10 +18,9 @@ from benchmarks.gpu.guard import Ending, Job, Teller
 from benchmarks.gpu.sides import make_arrays
 from benchmarks.schedules import forward_over_ideal
 from pallas_kernels import HopperConfig, mosaic_gpu
-from pallas_kernels.mosaic_gpu import tiles as tiles_module
+from pallas_kernels.mosaic_gpu.sm90 import config as config_module
+from pallas_kernels.mosaic_gpu.sm90.config import choose_config, default_config, tuned_configs
 from pallas_kernels.mosaic_gpu.tables import schedule_tables
-from pallas_kernels.mosaic_gpu.tiles import choose_config, default_config
-from pallas_kernels.mosaic_gpu.tuned import tuned_configs
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
@@ -155,7 +154,7 @@ def test_a_configuration_that_hangs_is_left_out(tmp_path, capsys):
 def file(monkeypatch, tmp_path):
     """A file of tiles in the place of the package's own."""
     path = tmp_path / "tuned.json"
-    monkeypatch.setattr(tiles_module, "tuned_configs", lambda: tuned_configs.__wrapped__(path))
+    monkeypatch.setattr(config_module, "tuned_configs", lambda: tuned_configs.__wrapped__(path))
     return path
 
 

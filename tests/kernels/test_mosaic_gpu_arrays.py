@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels import HopperConfig, mosaic_gpu
 from pallas_kernels.mosaic_gpu import chip
 from pallas_kernels.mosaic_gpu.arrange import positive_scale
-from pallas_kernels.mosaic_gpu.tiles import SHARED_BYTES, choose_config
+from pallas_kernels.mosaic_gpu.sm90.config import SHARED_BYTES, choose_config
 from pallas_kernels.segments import narrow
 from s2jax import BlockSelection, FirstTokens, Local, LocalStride, PerHead, attention
 

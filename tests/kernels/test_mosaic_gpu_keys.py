@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.mosaic_gpu.kv_tables import KVTables, kv_tables, selection_kv_tables
-from pallas_kernels.mosaic_gpu.plan import ROWS
+from pallas_kernels.mosaic_gpu.sm90.config import ROWS
 from pallas_kernels.problem import Operands
 from pallas_kernels.segments import narrow_kv_tiles
 from pallas_kernels.tiling import sort_entries
@@ -157,12 +157,12 @@ def test_copies_have_room(interpreted, monkeypatch):
 
         monkeypatch.setattr(mosaic_gpu, name, noted)
 
-    for name in ("attend", "query_gradient", "key_gradients"):
+    for name in ("attend", "query_gradient", "key_value_gradients"):
         instead_of(name)
     arrays, ids = inputs(tokens=201), jnp.zeros((1, 201), jnp.int32)
     options = {"implementation": "mosaic_gpu", "query_segment_ids": ids, "kv_segment_ids": ids}
     jax.eval_shape(jax.grad(lambda *arrays: attention(*arrays, LocalStride(64, 2, 4), **options).sum()), *arrays)
-    plan, given = found["key_gradients"]
+    plan, given = found["key_value_gradients"]
     assert [each.shape[-1] for each in (given.lse, given.delta, given.query_segments)] == [256] * 3
     assert [each.shape[1] % 8 for each in (given.query, given.dout, given.key, given.value)] == [0] * 4
     plan, given = found["query_gradient"]
@@ -186,7 +186,7 @@ def test_packs_over_a_mesh(monkeypatch, heads: int):
 
     monkeypatch.setattr(mosaic_gpu, "attend", lambda plan, given: (given.query, given.query[..., 0].swapaxes(1, 2)))
     monkeypatch.setattr(mosaic_gpu, "query_gradient", lambda plan, given, factor: given.query)
-    monkeypatch.setattr(mosaic_gpu, "key_gradients", marks)
+    monkeypatch.setattr(mosaic_gpu, "key_value_gradients", marks)
     every = [Local(1, block_size=64), LocalStride(64, 2, 4), FirstTokens(5), Local(tokens=70)]
     pattern = PerHead([each for each in every for _ in range(heads)])
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
@@ -223,7 +223,7 @@ def test_an_offset_leaves_rows_that_exist(monkeypatch):
 
     monkeypatch.setattr(mosaic_gpu, "attend", lambda plan, given: (given.query, given.query[..., 0].swapaxes(1, 2)))
     monkeypatch.setattr(mosaic_gpu, "query_gradient", lambda plan, given, factor: given.query)
-    monkeypatch.setattr(mosaic_gpu, "key_gradients", first_and_last)
+    monkeypatch.setattr(mosaic_gpu, "key_value_gradients", first_and_last)
     query, key, value = inputs(tokens=160, features=16, batch=2)
 
     def function(query, key, value):
