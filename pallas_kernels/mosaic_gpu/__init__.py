@@ -16,7 +16,7 @@ from pallas_kernels.mosaic_gpu.arrange_keys import prepare_kv_grad_inputs
 from pallas_kernels.mosaic_gpu.chip import unsupported_chip_reason
 from pallas_kernels.mosaic_gpu.chip import unsupported_device_reason as unsupported_device_reason
 from pallas_kernels.mosaic_gpu.kv_tables import KVTables, kv_tables, selection_kv_tables
-from pallas_kernels.mosaic_gpu.sm90.backward import key_value_gradients, query_gradient
+from pallas_kernels.mosaic_gpu.sm90.backward import dkv_kernel, dq_kernel
 from pallas_kernels.mosaic_gpu.sm90.config import (
     SHARED_BYTES,
     HopperConfig,
@@ -25,7 +25,7 @@ from pallas_kernels.mosaic_gpu.sm90.config import (
     choose_kv_grad_config,
     choose_query_grad_config,
 )
-from pallas_kernels.mosaic_gpu.sm90.forward import attend
+from pallas_kernels.mosaic_gpu.sm90.forward import forward_kernel
 from pallas_kernels.mosaic_gpu.tables import ForwardTables, Tables, schedule_tables, selection_tables
 from pallas_kernels.nonfinite import depends_on_arrays, unread_keys, zero_unread_keys
 from pallas_kernels.problem import Operands, Problem
@@ -164,7 +164,7 @@ def _forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
     def run(operands: Operands) -> tuple[Array, Array]:
         walked = _walked(operands, operands.tables, config)
         plan, inputs, finish = arrange(problem, operands, walked, config)
-        return finish(*attend(plan, inputs))
+        return finish(*forward_kernel(plan, inputs))
 
     return _zero_unread_keys(problem, operands, ("value",), run)
 
@@ -198,13 +198,13 @@ def _gradients(
     of_rows = dout, lse, delta
     walked = _walked(operands, over_keys, config)
     plan, inputs, finish = prepare_query_grad_inputs(problem, operands, *of_rows, walked, config)
-    dquery = finish(query_gradient(plan, inputs, problem.scale))
+    dquery = finish(dq_kernel(plan, inputs, problem.scale))
     if kv_tiles is None:
         assert operands.selection is not None  # all else has tables
         width = kv_grad_config.bits_per_word(operands.selection.query_block)
         kv_tiles = selection_kv_tables(operands.selection, operands, width)
     plan, inputs, finish = prepare_kv_grad_inputs(problem, operands, *of_rows, kv_tiles, kv_grad_config)
-    return dquery, *finish(*key_value_gradients(plan, inputs))
+    return dquery, *finish(*dkv_kernel(plan, inputs))
 
 
 def _walked(operands: Operands, tables: ForwardTables | None, config: HopperConfig) -> Tables:

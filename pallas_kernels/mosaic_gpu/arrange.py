@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.sm90.config import LOG2E, ROWS, HopperConfig, QKernelSpec
+from pallas_kernels.mosaic_gpu.sm90.config import ROWS, HopperConfig, QKernelSpec
 from pallas_kernels.mosaic_gpu.tables import Inputs, Tables
 from pallas_kernels.padding import QueryGrid, edge_ids, make_query_grid, pad, positive_scale, round_up
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.segments import narrow
+from pallas_kernels.softmax import LOG2E
 
 NOWHERE = np.iinfo(np.int32).max
 """The position of a key that is not there: behind every query."""

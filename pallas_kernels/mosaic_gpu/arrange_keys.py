@@ -9,10 +9,11 @@ from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.arrange import FEATURES, LENGTH
 from pallas_kernels.mosaic_gpu.kv_tables import KVInputs, KVTables
-from pallas_kernels.mosaic_gpu.sm90.config import LOG2E, ROWS, HopperConfig, KVKernelSpec
+from pallas_kernels.mosaic_gpu.sm90.config import ROWS, HopperConfig, KVKernelSpec
 from pallas_kernels.padding import QueryGrid, edge_ids, make_query_grid, pad, positive_scale, round_up
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.segments import find, narrow_kv_tiles
+from pallas_kernels.softmax import LOG2E
 
 
 def prepare_kv_grad_inputs(

@@ -115,37 +115,37 @@ def test_copies_of_lse_have_room(interpreted, monkeypatch):
     """A copy is cut off at the end of the whole array alone: a tile's last rows must not be another head's first."""
     found = []
 
-    def attend(plan, given):
-        results = jax.eval_shape(lambda: kernel(plan, given))
-        found.append((plan, given, results))
+    def attend(spec, given):
+        results = jax.eval_shape(lambda: kernel(spec, given))
+        found.append((spec, given, results))
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), results)
 
     jax.clear_caches()  # a call that another test compiled would not reach the kernel
-    kernel = mosaic_gpu.attend
-    monkeypatch.setattr(mosaic_gpu, "attend", attend)
+    kernel = mosaic_gpu.forward_kernel
+    monkeypatch.setattr(mosaic_gpu, "forward_kernel", attend)
     query, key, value = inputs(tokens=201)
     ids = jnp.zeros((1, 201), jnp.int32)
     attention(query, key, value, WINDOW, implementation="mosaic_gpu", query_segment_ids=ids, kv_segment_ids=ids)
-    ((plan, given, (_, lse)),) = found
-    assert lse.shape[2] == plan.num_tiles * plan.block_q >= 201
+    ((spec, given, (_, lse)),) = found
+    assert lse.shape[2] == spec.num_tiles * spec.block_q >= 201
     # And of lengths the chip can take, by rows that lie together in shared memory and by 16 bytes.
     assert [array.shape[1] % 8 for array in (given.query, given.key, given.value)] == [0, 0, 0]
     assert given.kv_segments is not None
-    assert given.kv_segments.shape[1] % plan.block_size == 0
+    assert given.kv_segments.shape[1] % spec.block_size == 0
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_tables_over_a_mesh(interpreted, monkeypatch, heads: int):
     """Every shard has the lists of its own heads, and zeroes the values that its own KV heads do not read."""
 
-    def attend(plan, given):
+    def attend(spec, given):
         """Which slices a tile has, and the values, in a kernel's place."""
         marks = given.ranges.astype(jnp.float32) @ jnp.asarray([1.0, 1e-3])
-        marks = jnp.repeat(jnp.repeat(marks.sum(-1), plan.heads_per_tile, 1), plan.block_q, 2)
-        value = jnp.repeat(given.value, plan.num_heads // plan.num_kv_heads, 2)
-        return value, jnp.broadcast_to(marks, (plan.batch, *marks.shape[1:]))
+        marks = jnp.repeat(jnp.repeat(marks.sum(-1), spec.heads_per_tile, 1), spec.block_q, 2)
+        value = jnp.repeat(given.value, spec.num_heads // spec.num_kv_heads, 2)
+        return value, jnp.broadcast_to(marks, (spec.batch, *marks.shape[1:]))
 
-    monkeypatch.setattr(mosaic_gpu, "attend", attend)
+    monkeypatch.setattr(mosaic_gpu, "forward_kernel", attend)
     every = [Local(1, block_size=64), WINDOW, FirstTokens(5), FirstTokens(9)]
     pattern = PerHead([each for each in every for _ in range(heads)])
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])

@@ -150,23 +150,23 @@ def test_copies_have_room(interpreted, monkeypatch):
     def instead_of(name: str):
         kernel = getattr(mosaic_gpu, name)
 
-        def noted(plan, given, *others):
-            found[name] = plan, given
-            shapes = jax.eval_shape(lambda: kernel(plan, given, *others))
+        def noted(spec, given, *others):
+            found[name] = spec, given
+            shapes = jax.eval_shape(lambda: kernel(spec, given, *others))
             return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
         monkeypatch.setattr(mosaic_gpu, name, noted)
 
-    for name in ("attend", "query_gradient", "key_value_gradients"):
+    for name in ("forward_kernel", "dq_kernel", "dkv_kernel"):
         instead_of(name)
     arrays, ids = inputs(tokens=201), jnp.zeros((1, 201), jnp.int32)
     options = {"implementation": "mosaic_gpu", "query_segment_ids": ids, "kv_segment_ids": ids}
     jax.eval_shape(jax.grad(lambda *arrays: attention(*arrays, LocalStride(64, 2, 4), **options).sum()), *arrays)
-    plan, given = found["key_value_gradients"]
+    spec, given = found["dkv_kernel"]
     assert [each.shape[-1] for each in (given.lse, given.delta, given.query_segments)] == [256] * 3
     assert [each.shape[1] % 8 for each in (given.query, given.dout, given.key, given.value)] == [0] * 4
-    plan, given = found["query_gradient"]
-    assert given.lse.shape == given.delta.shape == (1, plan.num_heads // plan.heads_per_tile, plan.num_tiles, ROWS)
+    spec, given = found["dq_kernel"]
+    assert given.lse.shape == given.delta.shape == (1, spec.num_heads // spec.heads_per_tile, spec.num_tiles, ROWS)
     assert given.query.shape == given.dout.shape
 
 
@@ -174,7 +174,7 @@ def test_copies_have_room(interpreted, monkeypatch):
 def test_packs_over_a_mesh(monkeypatch, heads: int):
     """Every shard has the lists and the packs of its own heads, those of a group alike or apart."""
 
-    def marks(plan, given):
+    def marks(spec, given):
         """Which slices and which members a KV head has, in the place of the gradients."""
         tables = given.tables
         lists = (tables.ranges.astype(jnp.float32) @ jnp.asarray([1.0, 1e-3])).sum((0, 2, 3, 4))
@@ -184,9 +184,11 @@ def test_packs_over_a_mesh(monkeypatch, heads: int):
             for mark, array in ((lists, given.key), (kv_tiles, given.value))
         )
 
-    monkeypatch.setattr(mosaic_gpu, "attend", lambda plan, given: (given.query, given.query[..., 0].swapaxes(1, 2)))
-    monkeypatch.setattr(mosaic_gpu, "query_gradient", lambda plan, given, factor: given.query)
-    monkeypatch.setattr(mosaic_gpu, "key_value_gradients", marks)
+    monkeypatch.setattr(
+        mosaic_gpu, "forward_kernel", lambda spec, given: (given.query, given.query[..., 0].swapaxes(1, 2))
+    )
+    monkeypatch.setattr(mosaic_gpu, "dq_kernel", lambda spec, given, factor: given.query)
+    monkeypatch.setattr(mosaic_gpu, "dkv_kernel", marks)
     every = [Local(1, block_size=64), LocalStride(64, 2, 4), FirstTokens(5), Local(tokens=70)]
     pattern = PerHead([each for each in every for _ in range(heads)])
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
@@ -211,19 +213,21 @@ def test_packs_over_a_mesh(monkeypatch, heads: int):
 def test_an_offset_leaves_rows_that_exist(monkeypatch):
     """Lists are for all positions: of an offset at run time, those of the call's own rows are left."""
 
-    def first_and_last(plan, given):
+    def first_and_last(spec, given):
         low, high = (given.tables.ranges[..., edge] for edge in (0, 1))
         blocks, row = given.tables.blocks, given.first_row[:, None, None, None, None]
         first = jnp.where(low < high, blocks[low] - row, 0).min((1, 2, 3, 4))
         last = jnp.where(low < high, blocks[high - 1] - row, 0).max((1, 2, 3, 4))
         return tuple(
-            jnp.broadcast_to(edge[:, None, None, None], array.shape).astype(plan.dtype)
+            jnp.broadcast_to(edge[:, None, None, None], array.shape).astype(spec.dtype)
             for edge, array in ((first, given.key), (last, given.value))
         )
 
-    monkeypatch.setattr(mosaic_gpu, "attend", lambda plan, given: (given.query, given.query[..., 0].swapaxes(1, 2)))
-    monkeypatch.setattr(mosaic_gpu, "query_gradient", lambda plan, given, factor: given.query)
-    monkeypatch.setattr(mosaic_gpu, "key_value_gradients", first_and_last)
+    monkeypatch.setattr(
+        mosaic_gpu, "forward_kernel", lambda spec, given: (given.query, given.query[..., 0].swapaxes(1, 2))
+    )
+    monkeypatch.setattr(mosaic_gpu, "dq_kernel", lambda spec, given, factor: given.query)
+    monkeypatch.setattr(mosaic_gpu, "dkv_kernel", first_and_last)
     query, key, value = inputs(tokens=160, features=16, batch=2)
 
     def function(query, key, value):

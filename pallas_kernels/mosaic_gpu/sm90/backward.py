@@ -18,7 +18,6 @@ from jaxtyping import Array
 from pallas_kernels.mosaic_gpu.kv_tables import KVInputs
 from pallas_kernels.mosaic_gpu.sm90 import pipeline
 from pallas_kernels.mosaic_gpu.sm90.config import (
-    LOG2E,
     WARPGROUP_ROWS,
     WARPGROUPS,
     KernelSpec,
@@ -28,6 +27,7 @@ from pallas_kernels.mosaic_gpu.sm90.config import (
 from pallas_kernels.mosaic_gpu.sm90.forward import QueryTile, query_tile_smem
 from pallas_kernels.mosaic_gpu.sm90.pipeline import Chunk, Step, add_dot_nn, broadcast_rows, dot_nt, plgpu
 from pallas_kernels.mosaic_gpu.tables import Inputs
+from pallas_kernels.softmax import LOG2E
 
 REGISTERS = pipeline.Registers(compute=232, load=40)
 """With 224 and 56, kernels with a soft cap spill in their steps."""
@@ -39,18 +39,18 @@ MAX_FEATURES = 256
 """Features of keys and values together whose gradients fit the registers at once."""
 
 
-def probabilities(spec: KernelSpec, dots: Array, lse: Array) -> tuple[Array, Array | None]:
+def probabilities(spec: KernelSpec, qk: Array, lse: Array) -> tuple[Array, Array | None]:
     """The softmax P, and the derivative of the soft cap, None if there is none.
 
     Args:
       spec: configuration of the kernel.
-      dots: products of queries and keys, neither scaled nor capped.
-      lse: log-sum-exp times log2(e), of the shape of `dots`; -inf in rows that read nothing, which are masked, and inf
+      qk: products of queries and keys, neither scaled nor capped.
+      lse: log-sum-exp times log2(e), of the shape of `qk`; -inf in rows that read nothing, which are masked, and inf
         in padding rows.
     """
     if spec.soft_cap is None:
-        return jnp.exp2(dots * (spec.scale * LOG2E) - lse), None
-    capped = jnp.tanh(dots * (spec.scale / spec.soft_cap))
+        return jnp.exp2(qk * (spec.scale * LOG2E) - lse), None
+    capped = jnp.tanh(qk * (spec.scale / spec.soft_cap))
     return jnp.exp2(capped * (spec.soft_cap * LOG2E) - lse), 1 - capped * capped
 
 
@@ -62,7 +62,7 @@ def scale_by(p: Array, slope: Array | None) -> Array:
 # dq: the tiles, block lists and masks of the forward pass.
 
 
-def query_gradient(spec: QKernelSpec, inputs: Inputs, factor: float) -> Array:
+def dq_kernel(spec: QKernelSpec, inputs: Inputs, factor: float) -> Array:
     """Returns dq [b, t, h, d] in the query's dtype.
 
     Args:
@@ -70,7 +70,7 @@ def query_gradient(spec: QKernelSpec, inputs: Inputs, factor: float) -> Array:
       inputs: arrays of the call, with `dout`, `lse` and `delta`.
       factor: multiplier of dS · K.
     """
-    dquery = jax.ShapeDtypeStruct(inputs.query.shape, spec.dtype)
+    dq = jax.ShapeDtypeStruct(inputs.query.shape, spec.dtype)
     smem = query_tile_smem(spec, inputs, contracted="key") | {
         "dout": pipeline.tile_buffer(spec, spec.value_dim),
         "rows_full": pipeline.barriers(WARPGROUPS, 2 * spec.copies_per_warpgroup),
@@ -78,7 +78,7 @@ def query_gradient(spec: QKernelSpec, inputs: Inputs, factor: float) -> Array:
     compute = functools.partial(_compute_dq, factor)
     # Accumulators of wide heads leave few registers for their operands.
     registers = MORE_TO_COMPUTE if spec.head_dim > 192 else REGISTERS
-    return pipeline.launch("query_gradient", spec, QueryTile, compute, inputs, (dquery,), smem, registers)[0]
+    return pipeline.launch("query_gradient", spec, QueryTile, compute, inputs, (dq,), smem, registers)[0]
 
 
 def _compute_dq(factor: float, tile: QueryTile) -> None:
@@ -86,52 +86,50 @@ def _compute_dq(factor: float, tile: QueryTile) -> None:
     inputs, smem = tile.inputs, tile.smem
     tile.load_rows((inputs.query, smem["query"]), (inputs.dout, smem["dout"]))
     lse, delta = (
-        pipeline.load_row_values(array.at[tile.batch, tile.heads, tile.tile, tile.loop.rows])
+        pipeline.load_row_values(array.at[tile.batch, tile.head_tile, tile.tile, tile.loop.rows])
         for array in (inputs.lse, inputs.delta)
     )
-    dquery = tile.loop.fold(functools.partial(_step_dq, tile, lse, delta), pipeline.zeros(tile.spec.head_dim))
+    dq = tile.loop.fold(functools.partial(_step_dq, tile, lse, delta), pipeline.zeros(tile.spec.head_dim))
     buffer = smem["query"].at[tile.warpgroup]
-    buffer[...] = (dquery * factor).astype(tile.spec.dtype)
+    buffer[...] = (dq * factor).astype(tile.spec.dtype)
     plgpu.commit_smem()
     for head, tokens, rows in tile.row_copies():
         plgpu.copy_smem_to_gmem(buffer.at[rows], tile.results[0].at[tile.batch, tokens, head])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _step_dq(tile: QueryTile, lse: Array, delta: Array, step: Step, dquery: Array) -> Array:
+def _step_dq(tile: QueryTile, lse: Array, delta: Array, step: Step, dq: Array) -> Array:
     """Adds dS · K of a step's keys."""
     spec, smem = tile.spec, tile.smem
-    query, dout = smem["query"].at[tile.warpgroup], smem["dout"].at[tile.warpgroup]
-    key, value = smem["key"].at[step.stage], smem["value"].at[step.stage]
+    q, dout = smem["query"].at[tile.warpgroup], smem["dout"].at[tile.warpgroup]
+    k, v = smem["key"].at[step.stage], smem["value"].at[step.stage]
     plgpu.barrier_wait(smem["key_full"].at[step.stage])
     plgpu.barrier_wait(smem["value_full"].at[step.stage])
-    dots, dp = pipeline.dot_nt_pair((query, key), (dout, value))
+    qk, dp = pipeline.dot_nt_pair((q, k), (dout, v))
     plgpu.barrier_arrive(smem["value_empty"].at[step.stage])
-    lse, delta = broadcast_rows(lse, dots.shape), broadcast_rows(delta, dots.shape)
-    ds = scale_by(*probabilities(spec, dots, lse)) * (dp - delta)
+    lse, delta = broadcast_rows(lse, qk.shape), broadcast_rows(delta, qk.shape)
+    ds = scale_by(*probabilities(spec, qk, lse)) * (dp - delta)
     if step.mask is not None:
         # The mask is applied last, as masked elements may be NaN.
         ds = jnp.where(step.mask(), ds, 0)
-    dquery = add_dot_nn(dquery, ds.astype(spec.dtype), key)
+    dq = add_dot_nn(dq, ds.astype(spec.dtype), k)
     plgpu.barrier_arrive(smem["key_empty"].at[step.stage])
-    return dquery
+    return dq
 
 
 # dk and dv: tiles of key blocks with similar readers, which loop over the queries that read them.
 
 
-def key_value_gradients(spec: KVKernelSpec, inputs: KVInputs) -> tuple[Array, Array]:
+def dkv_kernel(spec: KVKernelSpec, inputs: KVInputs) -> tuple[Array, Array]:
     """Returns dk [b, s, k, d] and dv [b, s, k, e] in the keys' dtype.
 
     One kernel computes both if they fit the registers, else there is one kernel for each.
     """
     if spec.head_dim + spec.value_dim <= MAX_FEATURES:
-        dkey, dvalue = _gradients(spec, inputs)
+        dk, dv = _gradients(spec, inputs)
     else:
-        ((dkey,), (dvalue,)) = (
-            _gradients(dataclasses.replace(spec, gradients=(name,)), inputs) for name in spec.gradients
-        )
-    return dkey, dvalue
+        ((dk,), (dv,)) = (_gradients(dataclasses.replace(spec, gradients=(name,)), inputs) for name in spec.gradients)
+    return dk, dv
 
 
 def _gradients(spec: KVKernelSpec, inputs: KVInputs) -> tuple[Array, ...]:
@@ -287,16 +285,16 @@ def _compute_dkv(tile: KVTile) -> None:
 def _step_dkv(tile: KVTile, step: Step, sums: dict[str, Array]) -> dict[str, Array]:
     """Adds Pᵀ · dO and dSᵀ · Q of a step's queries. Rows are keys here: `p` and `ds` hold the transposes."""
     spec, smem, sums = tile.spec, tile.smem, dict(sums)
-    key, value = smem["key"].at[tile.warpgroup], smem["value"].at[tile.warpgroup]
-    query, dout = smem["query"].at[step.stage], smem["dout"].at[step.stage]
+    k, v = smem["key"].at[tile.warpgroup], smem["value"].at[tile.warpgroup]
+    q, dout = smem["query"].at[step.stage], smem["dout"].at[step.stage]
     shape = (WARPGROUP_ROWS, spec.step_size)
 
     def of_queries(name: str) -> Array:
         return pipeline.broadcast_columns(pipeline.load_column_values(smem[name].at[step.stage]), shape)
 
     plgpu.barrier_wait(smem["query_full"].at[step.stage])
-    dots = dot_nt(key, query, overlap=lambda: plgpu.barrier_wait(smem["dout_full"].at[step.stage]))
-    p, slope = probabilities(spec, dots, of_queries("lse"))
+    qk = dot_nt(k, q, overlap=lambda: plgpu.barrier_wait(smem["dout_full"].at[step.stage]))
+    p, slope = probabilities(spec, qk, of_queries("lse"))
     if step.mask is not None:
         p = jnp.where(step.mask(), p, 0)
     # Computed before the products, so that the slope itself occupies no registers during them.
@@ -305,7 +303,7 @@ def _step_dkv(tile: KVTile, step: Step, sums: dict[str, Array]) -> dict[str, Arr
         sums["value"] = add_dot_nn(sums["value"], p.astype(spec.dtype), dout)
     ds = None
     if "key" in sums:
-        dp = dot_nt(value, dout)
+        dp = dot_nt(v, dout)
         ds = p_slope * (dp - of_queries("delta"))
     # Orders the reads of lse and delta before the copies that overwrite them: those go through the async proxy.
     plgpu.commit_smem()
@@ -314,6 +312,6 @@ def _step_dkv(tile: KVTile, step: Step, sums: dict[str, Array]) -> dict[str, Arr
         if step.mask is not None:
             # Masked elements may be NaN. Reading the mask off P takes no registers.
             ds = jnp.where(p_slope != 0, ds, 0)
-        sums["key"] = add_dot_nn(sums["key"], ds.astype(spec.dtype), query)
+        sums["key"] = add_dot_nn(sums["key"], ds.astype(spec.dtype), q)
     plgpu.barrier_arrive(smem["query_empty"].at[step.stage])
     return sums

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -20,8 +19,6 @@ ROWS = WARPGROUPS * WARPGROUP_ROWS
 
 WORD_BITS = 32
 """Bits of a word of a mask."""
-
-LOG2E = math.log2(math.e)
 
 SHARED_BYTES = 227 << 10
 """Shared memory of a thread block on Hopper."""

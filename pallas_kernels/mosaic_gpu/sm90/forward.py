@@ -16,19 +16,20 @@ import numpy as np
 from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.sm90 import pipeline
-from pallas_kernels.mosaic_gpu.sm90.config import LOG2E, WARPGROUP_ROWS, WARPGROUPS, QKernelSpec
+from pallas_kernels.mosaic_gpu.sm90.config import WARPGROUP_ROWS, WARPGROUPS, QKernelSpec
 from pallas_kernels.mosaic_gpu.sm90.pipeline import Chunk, Ref, Step, add_dot_nn, broadcast_rows, dot_nt, plgpu
 from pallas_kernels.mosaic_gpu.tables import Inputs
 from pallas_kernels.schedule import NOTHING
+from pallas_kernels.softmax import LOG2E
 
-LOWEST = -0.5 * float(np.finfo(np.float32).max)
+INITIAL_M = -0.5 * float(np.finfo(np.float32).max)
 """The initial running maximum. It is finite, so that rows that read nothing compute no -inf - -inf."""
 
 REGISTERS = pipeline.Registers(compute=224, load=56)
 """No configuration in `benchmarks/results/ptxas_report.json` spills with these; 232 and 40, or 240 and 24, did."""
 
 
-def attend(spec: QKernelSpec, inputs: Inputs) -> tuple[Array, Array]:
+def forward_kernel(spec: QKernelSpec, inputs: Inputs) -> tuple[Array, Array]:
     """Attention output and log-sum-exp.
 
     Returns:
@@ -76,7 +77,7 @@ class QueryTile:
     Attributes:
       tile: number of the tile along the queries.
       batch: number of the sequence.
-      heads: number of the group of `heads_per_tile` query heads.
+      head_tile: number of the group of `heads_per_tile` query heads.
       loop: the loop over the keys.
       warpgroup: number of this warpgroup.
     """
@@ -92,11 +93,11 @@ class QueryTile:
           smem: references to shared memory.
         """
         self.spec, self.inputs, self.results, self.smem = spec, inputs, results, smem
-        tile, self.batch, self.heads = indices
+        tile, self.batch, self.head_tile = indices
         # Thread blocks start in order: under a causal pattern the last tiles, which are the longest, start first.
         self.tile = spec.num_tiles - 1 - tile
-        ranges = inputs.ranges.at[self.batch if inputs.ranges.shape[0] > 1 else 0, self.heads, self.tile]
-        kv_head = self.heads * spec.heads_per_tile // spec.group_size
+        ranges = inputs.ranges.at[self.batch if inputs.ranges.shape[0] > 1 else 0, self.head_tile, self.tile]
+        kv_head = self.head_tile * spec.heads_per_tile // spec.group_size
 
         def tokens(chunk: Chunk):
             return pl.ds(chunk.index * spec.chunk_size, spec.chunk_size)
@@ -131,7 +132,7 @@ class QueryTile:
         spec = self.spec
         for index in range(spec.copies_per_warpgroup):
             first = self.warpgroup * WARPGROUP_ROWS + index * spec.rows_per_copy
-            head = self.heads * spec.heads_per_tile + first // spec.block_q
+            head = self.head_tile * spec.heads_per_tile + first // spec.block_q
             token = self.tile * spec.block_q + jax.lax.rem(first, spec.block_q)
             yield head, pl.ds(token, spec.rows_per_copy), pl.ds(index * spec.rows_per_copy, spec.rows_per_copy)
 
@@ -156,7 +157,7 @@ def _compute(tile: QueryTile) -> None:
     def row_values(value: float):
         return plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), value, jnp.float32), pipeline.ROW)
 
-    acc, m, l = pipeline.zeros(tile.spec.value_dim), row_values(LOWEST), row_values(0)
+    acc, m, l = pipeline.zeros(tile.spec.value_dim), row_values(INITIAL_M), row_values(0)
 
     @pl.when(loop.unmasked_steps + loop.masked_steps > 0)
     def _():
@@ -186,10 +187,10 @@ def _step(tile: QueryTile, step: Step, carry: tuple[Array, Array, Array]) -> tup
     """
     spec, smem, loop = tile.spec, tile.smem, tile.loop
     acc, m, l = carry
-    query, key, value = smem["query"].at[tile.warpgroup], smem["key"].at[step.stage], smem["value"].at[step.stage]
+    q, k, v = smem["query"].at[tile.warpgroup], smem["key"].at[step.stage], smem["value"].at[step.stage]
 
     # Scores. The previous step has waited for the keys.
-    logits = dot_nt(query, key, overlap=lambda: _ping_pong(tile))
+    logits = dot_nt(q, k, overlap=lambda: _ping_pong(tile))
     plgpu.barrier_arrive(smem["key_empty"].at[step.stage])
     scale = spec.scale * LOG2E
     if spec.soft_cap is not None:
@@ -216,7 +217,7 @@ def _step(tile: QueryTile, step: Step, carry: tuple[Array, Array, Array]) -> tup
         def _():
             plgpu.barrier_wait(smem["key_full"].at[loop.next_stage(step.stage)])
 
-    acc = add_dot_nn(acc, p, value, overlap=wait_for_next_key)
+    acc = add_dot_nn(acc, p, v, overlap=wait_for_next_key)
     plgpu.barrier_arrive(smem["value_empty"].at[step.stage])
     return acc, m, l
 
@@ -228,7 +229,7 @@ def _store(tile: QueryTile, acc: Array, m: Array, l: Array) -> None:
     reads, lse_of_empty = l != 0, -jnp.inf
     if inputs.sinks is not None:
         # The lse of an empty row is the sink itself; converted to base 2 and back, it would be rounded.
-        lse_of_empty = pipeline.load_row_values(inputs.sinks.at[tile.heads, tile.loop.rows])
+        lse_of_empty = pipeline.load_row_values(inputs.sinks.at[tile.head_tile, tile.loop.rows])
         acc, m, l = _add_sinks(acc, m, l, lse_of_empty * LOG2E)
     safe = jnp.where(l != 0, l, 1.0)
     out = acc * broadcast_rows(1 / safe, acc.shape)
