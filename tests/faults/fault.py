@@ -1,6 +1,7 @@
 """A planted fault: an invariant of the library, the change that breaks it, and the test that fails on it."""
 
 import ast
+import builtins
 import dataclasses
 import importlib.machinery
 import importlib.util
@@ -46,11 +47,20 @@ class Fault:
         if len(found) != 1:
             raise ValueError(f"{self.invariant}: {len(found)} definitions of {name} in {package}")
         path, definition = found[0]
+        known = names(trees[path])
         try:
             self.how.plant(definition)
         except ValueError as error:
             raise ValueError(f"{self.invariant}: {self.where} {error}") from None
+        if unknown := names(trees[path]) - known - vars(builtins).keys() - {"result"}:
+            raise ValueError(f"{self.invariant}: {self.where} {self.how.text}: the module has no {sorted(unknown)}")
         return path, ast.unparse(ast.fix_missing_locations(trees[path]))
+
+
+def names(tree: ast.AST) -> set[str]:
+    """Names and arguments that stand in a tree."""
+    found = (getattr(node, "id", None) or getattr(node, "arg", None) for node in ast.walk(tree))
+    return {each for each in found if isinstance(each, str)}
 
 
 def definitions(tree: ast.AST, names: list[str]) -> list[Definition]:

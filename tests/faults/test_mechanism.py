@@ -99,6 +99,7 @@ def test_operators_change_other_definitions(planted):
         ("Walk.step", op.becomes("4"), "a FunctionDef has no value"),
         ("Walk", op.begins("x = 1"), "a ClassDef has no arguments"),
         ("wait", op.returns("result"), "returns nothing"),
+        ("Walk.step", op.returns("elsewhere + result"), r"the module has no \['elsewhere'\]"),
         ("Walk.turn", op.returns("result"), "0 definitions of Walk.turn in toy"),
         ("step", op.returns("result"), "0 definitions of step in toy"),
     ],
