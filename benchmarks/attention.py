@@ -2,30 +2,33 @@
 
     python -m benchmarks.attention                 # all cases that fit this machine
     python -m benchmarks.attention --cases cpu-8k --repeats 9
-    python -m benchmarks.attention --all           # on a Hopper GPU: all cases and sides, in less than 8 minutes
+    python -m benchmarks.attention --all           # on a Hopper GPU: everything, in less than 8 minutes
 
-All sides take turns, on random inputs; the median of the repeats counts. "of ideal" is the speedup times the density: 1
-means that the time shrank exactly as the blocks that are read did. On a CPU the speedup is over the faster of two dense
-attentions: chunks that skip what lies above the diagonal, and the op itself with the pattern `Dense`. On a GPU it is
+All implementations take turns, on random inputs; the median of the repeats counts. "of ideal" is the speedup times the
+density: 1 means that the time shrank exactly as the number of blocks did. On a CPU the speedup is over the faster of
+two dense attentions: chunks that skip the upper triangle, and the op itself with the pattern `Dense`. On a GPU it is
 over cuDNN, times are the GPU's own, and results are checked at the same sizes: see `gpu/`.
 """
 
 import argparse
-import pathlib
+import contextlib
+import functools
 import signal
 import statistics
 import sys
 import time
 
 import jax
-import jax.numpy as jnp
 
 import s2jax
 from benchmarks.cases import CPU_CASES, Case
 from benchmarks.dense import chunked_causal
-from benchmarks.gpu import machine, run
-from benchmarks.gpu.options import GPU_CASES, SIDE_NAMES, Options
-from benchmarks.record import RESULTS, parser, save, table
+from benchmarks.gpu import machine
+from benchmarks.gpu.comparison import Options
+from benchmarks.gpu.implementations import FUNCTIONS, make_arrays
+from benchmarks.gpu.run import GRACE_S, Record, run
+from benchmarks.gpu.suite import ALL, GPU_CASES, compare
+from benchmarks.record import parser, save, table
 
 
 def timed(functions: dict, arguments, repeats: int) -> dict[str, list[float]]:
@@ -41,60 +44,33 @@ def timed(functions: dict, arguments, repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
-def with_gradients(function):
-    """Forward and backward; the output is a result too, so that no side can leave its forward pass out."""
-
-    def both(query, key, value, dout):
-        out, pull = jax.vjp(function, query, key, value)
-        return out, pull(dout)
-
-    return jax.jit(both)
-
-
 def measure(case: Case, dtype: str, repeats: int) -> dict:
-    pattern = case.pattern()
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = (case.batch, case.tokens, case.num_heads, case.head_dim)
-    kv_shape = (case.batch, case.tokens, case.num_kv_heads, case.head_dim)
-    query, dout = (jax.random.normal(key, shape, dtype) for key in keys[:2])
-    key, value = (jax.random.normal(key, kv_shape, dtype) for key in keys[2:])
-
-    def sparse(query, key, value):
-        return s2jax.attention(query, key, value, pattern)
-
-    def own_dense(query, key, value):
-        return s2jax.attention(query, key, value, s2jax.Dense())
-
-    sides = {"sparse": sparse, "chunked": chunked_causal, "own dense": own_dense}
-    forward = timed({name: jax.jit(side) for name, side in sides.items()}, (query, key, value), repeats)
-    both = timed({name: with_gradients(side) for name, side in sides.items()}, (query, key, value, dout), repeats)
+    """The row of a case: seconds of each pass and implementation, speedups over the faster dense one, memory."""
+    pattern, arrays = case.pattern(), make_arrays(case, dtype)
+    attentions = {
+        "sparse": functools.partial(s2jax.attention, pattern=pattern),
+        "chunked": chunked_causal,
+        "own dense": functools.partial(s2jax.attention, pattern=s2jax.Dense()),
+    }
     density = pattern.density(case.num_heads, case.num_kv_heads, case.tokens)
     row = {"case": case.name, "dtype": dtype, "density": density, "ideal speedup": 1 / density}
-    medians = {"forward": _medians(forward), "forward + backward": _medians(both)}
-    medians["backward"] = {side: medians["forward + backward"][side] - medians["forward"][side] for side in sides}
-    for name, seconds in medians.items():
-        fastest = min(seconds["chunked"], seconds["own dense"])
-        row |= {f"{name} {side} s": value for side, value in seconds.items()}
-        row |= {
-            f"{name} speedup": fastest / seconds["sparse"],
-            f"{name} of ideal": fastest / seconds["sparse"] * density,
-        }
-    for side, function in sides.items():
-        row[f"{side} temporaries MB"] = _temporaries(function, query, key, value, dout) / 2**20
+    medians = {}
+    for step, function in FUNCTIONS.items():
+        compiled = {name: jax.jit(function(each)).lower(arrays).compile() for name, each in attentions.items()}
+        seconds = timed(compiled, (arrays,), repeats)
+        medians[step] = {name: statistics.median(values) for name, values in seconds.items()}
+    both = medians["forward + backward"]
+    medians["backward"] = {name: both[name] - seconds for name, seconds in medians["forward"].items()}
+    for step, seconds in medians.items():
+        speedup = min(seconds["chunked"], seconds["own dense"]) / seconds["sparse"]
+        row |= {f"{step} {name} s": value for name, value in seconds.items()}
+        row |= {f"{step} speedup": speedup, f"{step} of ideal": speedup * density}
+    for name, each in compiled.items():  # of both passes
+        row[f"{name} temporaries MB"] = each.memory_analysis().temp_size_in_bytes / 2**20
     return row
 
 
-def _medians(seconds: dict[str, list[float]]) -> dict[str, float]:
-    return {side: statistics.median(values) for side, values in seconds.items()}
-
-
-def _temporaries(function, *arguments) -> int:
-    memory = with_gradients(function).lower(*arguments).compile().memory_analysis()
-    return memory.temp_size_in_bytes
-
-
 def on_cpu(chosen: argparse.Namespace) -> None:
-    jnp.zeros(()).block_until_ready()
     rows = []
     for case in CPU_CASES:
         if chosen.cases is None or case.name in chosen.cases:
@@ -106,38 +82,39 @@ def on_cpu(chosen: argparse.Namespace) -> None:
 
 
 def on_gpu(chosen: argparse.Namespace) -> None:
-    cases = tuple(case for case in GPU_CASES if chosen.cases is None or case.name in chosen.cases)
-    options = Options(
-        cases, tuple(chosen.sides or SIDE_NAMES), chosen.repeats, chosen.budget_s, folder=chosen.folder,
-        xla_s=chosen.xla_s,
-    )  # fmt: skip
+    comparisons = tuple(
+        compare(case, chosen.implementations) for case in GPU_CASES if chosen.cases is None or case.name in chosen.cases
+    )
+    options, path = Options(chosen.repeats, chosen.budget_s), chosen.folder / "attention_gpu.json"
+
+    def write(rows: list[dict], header: dict) -> None:
+        with contextlib.redirect_stdout(None):
+            save("attention_gpu", rows, chosen.folder, **header)
+
+    record = Record.resume(path, write) if chosen.resume else Record(write)
     machine.leave_alone()
     # Whatever hangs, be it the end of this process, the system ends it. All rows are saved as they come.
-    signal.alarm(int(options.limit_s) + 15)
-    found = run.run(options)
-    print(f"written to {chosen.folder}/attention_gpu.json", flush=True)
-    if failed := found.failures():
+    signal.alarm(int(options.budget_s) + 2 * GRACE_S)
+    run(comparisons, options, record)
+    print(f"written to {path}", flush=True)
+    if failed := record.failures():
         sys.exit("\n".join(["what was measured is kept, but s2jax failed:", *failed]))
 
 
 def arguments(cpu: bool) -> argparse.ArgumentParser:
     options = parser(__doc__.splitlines()[0])
-    names = [case.name for case in (CPU_CASES if cpu else GPU_CASES)]
     which = options.add_mutually_exclusive_group()
     which.add_argument("--all", action="store_true", help="all cases, as without --cases")
+    names = [case.name for case in (CPU_CASES if cpu else GPU_CASES)]
     which.add_argument("--cases", nargs="+", choices=names, help="which cases; all by default")
-    options.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
-    options.add_argument("--folder", type=pathlib.Path, default=RESULTS, help="where the results go")
+    options.add_argument("--repeats", type=int, default=5, help="counted runs of each implementation")
     if cpu:
         options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the inputs")
-    else:
-        options.add_argument("--sides", nargs="+", choices=SIDE_NAMES, help="which sides; all by default")
-        options.add_argument(
-            "--budget-s", type=float, default=Options.budget_s, help="seconds in which cases should end"
-        )
-        options.add_argument(
-            "--xla-s", type=float, default=Options.xla_s, help="leaves out XLA's passes that take longer a call"
-        )
+        return options
+    names = [each.name for each in ALL]
+    options.add_argument("--implementations", nargs="+", choices=names, default=names, help="which ones")
+    options.add_argument("--budget-s", type=float, default=Options.budget_s, help="seconds; nothing is begun later")
+    options.add_argument("--resume", action="store_true", help="measure what the results file in the folder lacks")
     return options
 
 

@@ -67,7 +67,7 @@ def main() -> None:
     given = arguments.parse_args()
     rows = [measure(batch, tokens, given.repeats) for tokens in (8 << 10, 32 << 10) for batch in (1, 8)]
     print(table(rows, list(rows[0])))
-    save("decode", rows)
+    save("decode", rows, given.folder)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ def save(name: str, rows: list[dict], folder: pathlib.Path = RESULTS, **more) ->
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
-        "device": f"{jax.devices()[0].device_kind} ({platform.machine()}, {jax.device_count()} device)",
+        "commit": commit(),
+        "device": device(),
         "processor": _processor(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
@@ -34,6 +34,10 @@ def save(name: str, rows: list[dict], folder: pathlib.Path = RESULTS, **more) ->
     print(f"written to {path}", flush=True)
 
 
+def device() -> str:
+    return f"{jax.devices()[0].device_kind} ({platform.machine()}, {jax.device_count()} device)"
+
+
 def table(rows: list[dict], columns: list[str]) -> str:
     """Rows as a Markdown table."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -42,14 +46,17 @@ def table(rows: list[dict], columns: list[str]) -> str:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """A parser of a program's options that has `--folder`."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--folder", type=pathlib.Path, default=RESULTS, help="where the results go")
+    return made
 
 
 def _shown(value) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _commit() -> str:
+def commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
     # A copy of the tree without its history is told from outside.

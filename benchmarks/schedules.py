@@ -22,15 +22,15 @@ from pallas_kernels.tiling import group_consecutive_rows, merge
 from s2jax.compiler import forget_schedules
 
 
-def ideal_pairs(schedule: BlockSchedule) -> np.ndarray:
-    """Token pairs of every distinct head; lengths are whole blocks."""
+def ideal_pairs(schedule: BlockSchedule) -> int:
+    """Token pairs that the pattern lets through, all heads together; lengths are whole blocks."""
     lists, sizes = schedule.lists, schedule.token_masks.sum((1, 2))
-    return np.array(
-        [sizes[lists.mask_ids[lists.entries(unique_head)[1]]].sum() for unique_head in range(lists.num_unique_heads)]
-    )
+    entries = (lists.entries(unique_head)[1] for unique_head in range(lists.num_unique_heads))
+    pairs = np.array([sizes[lists.mask_ids[positions]].sum() for positions in entries])
+    return int(pairs[schedule.head_index].sum())
 
 
-def hopper_tiles(schedule: BlockSchedule, head_dim: int) -> HopperConfig:
+def hopper_config(schedule: BlockSchedule, head_dim: int) -> HopperConfig:
     """What the Hopper kernel takes."""
     heads = choose_heads(schedule, None, schedule.num_heads, schedule.num_kv_heads)
     return choose_config(head_dim, head_dim, schedule.block_size, schedule.kv_length, heads[-1], heads)
@@ -38,40 +38,29 @@ def hopper_tiles(schedule: BlockSchedule, head_dim: int) -> HopperConfig:
 
 def forward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
     """Of the Hopper kernel, all heads together. What is left of the steps without a mask joins the masked ones."""
-    tiles = hopper_tiles(schedule, head_dim)
+    config = hopper_config(schedule, head_dim)
     lists, size = schedule.lists, schedule.block_size
-    rows = tiles.block_q // size
-    entries = (
-        merge(lists, group_consecutive_rows(lists.num_unique_heads, lists.num_rows, rows))
-        .lists.counts()
-        .sum(-1, dtype=np.int64)
-    )
-    steps = -(-entries * size // tiles.block_kv)
-    heads = np.bincount(schedule.head_index, minlength=lists.num_unique_heads)
-    return float((steps.sum(-1) * heads).sum() * tiles.block_kv * rows * size / _ideal(schedule))
+    rows = config.block_q // size
+    merged = merge(lists, group_consecutive_rows(lists.num_unique_heads, lists.num_rows, rows)).lists
+    steps = -(-merged.counts().sum(-1, dtype=np.int64) * size // config.block_kv)
+    return float(steps.sum(-1)[schedule.head_index].sum() * config.block_kv * rows * size / ideal_pairs(schedule))
 
 
 def backward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
     """Of the packs of the Hopper kernel of the keys' gradients, all heads together."""
     size, group = schedule.block_size, schedule.num_heads // schedule.num_kv_heads
-    tiles = choose_kv_grad_config(head_dim, head_dim, size, schedule.query_length)
-    tables = kv_tables(schedule, tiles.bits_per_word(size))
+    config = choose_kv_grad_config(head_dim, head_dim, size, schedule.query_length)
+    tables = kv_tables(schedule, config.bits_per_word(size))
     lengths = (tables.ranges[..., 1] - tables.ranges[..., 0]).astype(np.int64)
     turns = group // lengths.shape[3]
     full, masked = (
-        turns * lengths[..., parts].sum(-1) * size // min(size, tiles.block_kv)
+        turns * lengths[..., parts].sum(-1) * size // min(size, config.block_kv)
         for parts in (slice(0, tables.num_full_ranges), slice(tables.num_full_ranges, None))
     )
-    slots = tiles.block_kv // min(size, tiles.block_kv)
+    slots = config.block_kv // min(size, config.block_kv)
     # What does not fill a step without a mask joins the masked ones.
     steps = full // slots + -(-(full % slots + masked) // slots)
-    return float(steps.sum() * tiles.block_kv * ROWS / _ideal(schedule))
-
-
-def _ideal(schedule: BlockSchedule) -> int:
-    """Token pairs of all heads."""
-    heads = np.bincount(schedule.head_index, minlength=schedule.lists.num_unique_heads)
-    return (ideal_pairs(schedule) * heads).sum()
+    return float(steps.sum() * config.block_kv * ROWS / ideal_pairs(schedule))
 
 
 def compiled(pattern, **shapes) -> tuple[BlockSchedule, float, float]:
@@ -91,7 +80,7 @@ def compiled(pattern, **shapes) -> tuple[BlockSchedule, float, float]:
 
 
 def main() -> None:
-    parser(__doc__.splitlines()[0]).parse_args()
+    given = parser(__doc__.splitlines()[0]).parse_args()
     rows = []
     for case in CASES:
         for block_size in (64, 16):
@@ -118,7 +107,7 @@ def main() -> None:
             "compile s": seconds, "peak MB": peak, "schedule MB": schedule.nbytes / 2**20,
         })  # fmt: skip
     print(table(rows, list(rows[0])))
-    save("schedules", rows)
+    save("schedules", rows, given.folder)
 
 
 if __name__ == "__main__":

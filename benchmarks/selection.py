@@ -15,7 +15,7 @@ import jax
 import s2jax
 from benchmarks.attention import timed
 from benchmarks.record import parser, save, table
-from pallas_kernels.mosaic_gpu.kv_tables import selection_key_tables
+from pallas_kernels.mosaic_gpu.kv_tables import selection_kv_tables
 from pallas_kernels.problem import Operands
 
 HEADS, FEATURES, BLOCK, MOST = 8, 128, 64, 32
@@ -31,7 +31,7 @@ def measure(tokens: int, repeats: int) -> dict:
 
     def transpose(selection, query, key, value):
         operands = Operands(query, key, value, selection=selection)
-        tables = selection_key_tables(selection, operands, 32)
+        tables = selection_kv_tables(selection, operands, 32)
         return tables.blocks, tables.mask_ids, tables.ranges
 
     def forward(selection, query, key, value):
@@ -51,7 +51,7 @@ def main() -> None:
     chosen = options.parse_args()
     rows = list(map(functools.partial(measure, repeats=chosen.repeats), chosen.tokens))
     print(table(rows, list(rows[0])))
-    save("selection", rows)
+    save("selection", rows, chosen.folder)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,26 @@
-"""Measures all tiles of the Hopper kernel that fit, and keeps the best for each head dim, block size and group.
+"""Measures all configurations of the Hopper forward kernel that fit, and keeps the fastest for each kind of call.
 
-    python -m benchmarks.tile_search        # on a Hopper GPU, in 3 minutes
+    python -m benchmarks.tile_search        # on a Hopper GPU, in 4 minutes
 
-The result goes to pallas_kernels/mosaic_gpu/sm90/tuned.json, which the kernel reads. What one configuration takes is
-decided by all cases that have it: the geometric mean of times over those of the tiles taken without a file.
+The result goes to pallas_kernels/mosaic_gpu/sm90/tuned.json, which the kernel reads. A kind of call is a head dim, a
+block size and a group. Its cases decide together, by the geometric mean of times over the default configuration's.
 """
 
 import dataclasses
 import functools
 import itertools
 import math
-import pathlib
 import signal
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-
-import jax
+from collections.abc import Iterable, Iterator
 
 import s2jax
 from benchmarks.cases import Case
-from benchmarks.gpu import correctness, guard, machine
-from benchmarks.gpu.device_time import Clock, Timing, choose_clock, in_turn, matrix_product
-from benchmarks.gpu.guard import Job, Teller
-from benchmarks.gpu.record import device
-from benchmarks.gpu.sides import Arrays, make_arrays
+from benchmarks.gpu import machine
+from benchmarks.gpu.comparison import Comparison, Options
+from benchmarks.gpu.implementations import Attention, Implementation
+from benchmarks.gpu.run import GRACE_S, Record, run
 from benchmarks.record import parser, save
 from pallas_kernels.mosaic_gpu.sm90.config import (
     SHARED_BYTES,
@@ -37,42 +31,26 @@ from pallas_kernels.mosaic_gpu.sm90.config import (
     default_config,
 )
 
-SEARCHED = (
-    (Case("strided", 1, 16, 16, 128, 8, 16, 32 << 10), (64, 32, 16)),
-    (Case("dense d128", 1, 16, 16, 128, 0, 0, 16 << 10), (64,)),
-    (Case("strided group", 2, 32, 8, 128, 16, 8, 8 << 10), (64, 32, 16)),
-    (Case("dense d64", 1, 32, 32, 64, 0, 0, 16 << 10), (64,)),
-    (Case("strided d64", 1, 32, 32, 64, 8, 16, 16 << 10), (64,)),
+SEARCHED = tuple(
+    (Case(f"{name}, block {block}", *shape), block)
+    for name, shape, blocks in (
+        ("strided", (1, 16, 16, 128, 8, 16, 32 << 10), (64, 32, 16)),
+        ("dense d128", (1, 16, 16, 128, 0, 0, 16 << 10), (64,)),
+        ("strided group", (2, 32, 8, 128, 16, 8, 8 << 10), (64, 32, 16)),
+        ("dense d64", (1, 32, 32, 64, 0, 0, 16 << 10), (64,)),
+        ("strided d64", (1, 32, 32, 64, 8, 16, 16 << 10), (64,)),
+    )
+    for block in blocks
 )
 """Cases and the block sizes of their patterns."""
 
-Cases = list[tuple[Case, int]]
-"""Each with the block size of its pattern."""
-
-HANGS_S, COMPILES_S = 60, 150
-"""A call, and compiling all tiles of a case, take less."""
-
-KEYS = (32, 64, 128, 256)
+BLOCK_KV = (32, 64, 128, 256)
 MARGIN = 0.98
-"""Tiles that are not faster than the usual ones by this much are not taken: it may be noise."""
-
-
-@dataclasses.dataclass
-class Candidate:
-    """Tiles, and the milliseconds that they take at each case."""
-
-    config: HopperConfig
-    milliseconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    failed: str | None = None
-
-    def score(self, usual: "Candidate") -> float:
-        """The geometric mean of times over the usual tiles'; infinite where something is missing."""
-        ratios = [self.milliseconds.get(name, math.inf) / value for name, value in usual.milliseconds.items()]
-        return statistics.geometric_mean(ratios) if ratios and all(map(math.isfinite, ratios)) else math.inf
+"""Configurations that are not faster than the default by this much are not taken: it may be noise."""
 
 
 def key_of(case: Case, block: int) -> tuple[Key, tuple[int, ...]]:
-    """What the file knows a case by, and the heads that a tile can have."""
+    """The kind of call, and the heads that a tile can have."""
     schedule = s2jax.compile_schedule(
         case.pattern(block), num_heads=case.num_heads, num_kv_heads=case.num_kv_heads,
         query_length=case.tokens, kv_length=case.tokens,
@@ -82,168 +60,75 @@ def key_of(case: Case, block: int) -> tuple[Key, tuple[int, ...]]:
 
 
 def fitting(key: Key, heads: tuple[int, ...]) -> Iterator[HopperConfig]:
-    """Tiles whose buffers fit; of accumulators beyond 64 × 256 the compiler could keep nothing in registers."""
+    """Configurations whose buffers fit; the compiler could not keep accumulators beyond 64 × 256 in registers."""
     head_dim, value_dim, block_size, _ = key
-    for number, keys, stages in itertools.product(heads, KEYS, (2, 3, 4)):
-        tiles = HopperConfig(number, keys, stages)
-        fits = tiles.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES
-        if fits and keys + value_dim <= 320 and keys >= min(block_size, 64):
-            yield tiles
+    for number, block_kv, stages in itertools.product(heads, BLOCK_KV, (2, 3, 4)):
+        config = HopperConfig(number, block_kv, stages)
+        fits = config.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES
+        if fits and block_kv + value_dim <= 320 and block_kv >= min(block_size, 64):
+            yield config
 
 
-def search(key: Key, cases: Cases, clock: Clock, teller: Teller, implementation: str = "mosaic_gpu") -> dict:
-    """The row of one configuration: cases are those that have it."""
-    heads = key_of(*cases[0])[1]
-    usual = Candidate(default_config(*key[:3], cases[0][0].tokens, key[3]))
-    others = [Candidate(tiles) for tiles in fitting(key, heads) if tiles != usual.config]
-    candidates = [usual, *others]
-    for case, block in cases:
-        # What failed once is not taken, however well it does elsewhere.
-        measure(case, block, [each for each in candidates if each.failed is None], clock, teller, implementation)
-        if usual.failed is not None:
-            raise RuntimeError(f"{usual.config} at {case.name}: {usual.failed}")
-    best = min(candidates, key=lambda each: each.score(usual))
-    if best.score(usual) > MARGIN:
-        best = usual
-    head_dim, value_dim, block_size, most_heads = key
-    return {
-        "head_dim": head_dim, "value_dim": value_dim, "block_size": block_size, "most_heads": most_heads,
-        "config": dataclasses.asdict(best.config), "usual": dataclasses.asdict(usual.config),
-        "of usual": best.score(usual),
-        "tried": [dataclasses.asdict(each) for each in candidates],
-    }  # fmt: skip
+def candidates(case: Case, block: int) -> tuple[HopperConfig, ...]:
+    """The default configuration, and all others that fit."""
+    key, heads = key_of(case, block)
+    return tuple(dict.fromkeys((default_config(*key[:3], case.tokens, key[3]), *fitting(key, heads))))
 
 
-def measure(
-    case: Case, block: int, candidates: list[Candidate], clock: Clock, teller: Teller, implementation: str
-) -> None:
-    """Times all candidates at a case, in turn; one that computes anything else than the pattern's attention fails."""
-    arrays, pattern = make_arrays(case), case.pattern(block)
-    name = f"{case.name}, block {block}"
-    inputs = arrays.query, arrays.key, arrays.value
-
-    def job_of(each: Candidate) -> Job:
-        return Job(name, str(each.config))
-
-    def doing(each: Candidate) -> None:
-        teller.doing(job_of(each), HANGS_S)
-
-    teller.doing(Job(name, "", "compiling"), COMPILES_S)
-    with ThreadPoolExecutor() as threads:
-        jobs = [
-            threads.submit(_compiled, pattern, arrays, each.config, implementation, teller.beside(job_of(each)))
-            for each in candidates
-        ]
-        truth = correctness.truth(pattern, arrays)
-    first, timings = None, {}
-    for each, job in zip(candidates, jobs, strict=True):
-        doing(each)
-        tried, each.failed = teller.attempt(lambda job=job, first=first: agreeing(job.result(), inputs, truth, first))
-        if tried is None:
-            continue
-        compiled, out = tried
-        first = out if first is None else first
-        timings[each.config] = Timing(
-            functools.partial(compiled, *inputs), jax.block_until_ready, functools.partial(doing, each)
-        )
-    in_turn(timings, clock, repeats=3, burst_ms=10, pause_s=0.005, tried=teller.attempt)
-    for each in candidates:
-        timing = timings.get(each.config)
-        if timing is not None and timing.samples:
-            each.milliseconds[name] = statistics.median(sample.device_ms for sample in timing.samples)
-        elif timing is not None:
-            each.failed = timing.failed or "; ".join(timing.rejected)
+def attention(config: HopperConfig, case: Case, block: int) -> Attention:
+    pattern = case.pattern(block)
+    return functools.partial(s2jax.attention, pattern=pattern, implementation="mosaic_gpu", config=config)
 
 
-def agreeing(compiled: Callable, inputs: tuple, truth: correctness.Truth, first: jax.Array | None):
-    """It and its output, which is right in the sampled rows, and in all others that of the first tiles."""
-    out = compiled(*inputs)
-    checks = truth.check((out,)) + ([] if first is None else [truth.alike(first, out)])
-    for check in checks:
-        if not check.passed:
-            raise ValueError(f"wrong by {check.error:.3g} of {check.allowed:.3g} allowed, at positions {check.band}")
-    return compiled, out
+def compare(case: Case, block: int) -> Comparison:
+    configs = candidates(case, block)
+    named = (Implementation(str(each), functools.partial(attention, each), block=block) for each in configs)
+    return Comparison(case, tuple(named), ("forward",))
 
 
-def _compiled(pattern, arrays: Arrays, config: HopperConfig, implementation: str, compiling) -> jax.stages.Compiled:
-    def attention(query, key, value):
-        options = {"config": config} if implementation == "mosaic_gpu" else {}
-        return s2jax.attention(query, key, value, pattern, implementation=implementation, **options)
-
-    with compiling:
-        return jax.jit(attention).lower(arrays.query, arrays.key, arrays.value).compile()
-
-
-def groups() -> dict[Key, Cases]:
-    """All cases that are searched, by configuration."""
-    found: dict[Key, Cases] = {}
-    for case, blocks in SEARCHED:
-        for block in blocks:
-            found.setdefault(key_of(case, block)[0], []).append((case, block))
-    return found
-
-
-def search_all(teller: Teller, left: dict[Key, Cases], stop: float) -> None:
-    """Searches what is left, in a process that is watched; nothing is begun after `stop`."""
-    header: dict = {"machine": machine.describe(), "device": device()}
-    clock, header["clocks tried"] = choose_clock(*matrix_product(), machine.MOST_PER_SECOND)
-    teller.keep({"header": header | {"clock": clock.name}})
-    for key, cases in left.items():
-        if time.monotonic() > stop:
-            print(f"{key}: no time left", flush=True)
-            continue
-        entry, reason = teller.attempt(lambda key=key, cases=cases: search(key, cases, clock, teller))
-        teller.keep({"key": key, "entry": entry, "reason": reason})
-
-
-class Found:
-    """What was found so far, by the process that touches no GPU."""
-
-    def __init__(self, folder: pathlib.Path, left: dict[Key, Cases]):
-        self.folder, self.left = folder, left
-        self.entries, self.failed, self.header = [], [], {}
-
-    def keep(self, message: dict) -> None:
-        self.header |= message.get("header", {})
-        if "key" not in message:
-            return
-        key, entry = message["key"], message["entry"]
-        self.left.pop(key)
-        if entry is None:
-            self.failed.append(f"{key}: {message['reason']}")
-            print(self.failed[-1], flush=True)
-            return
-        self.entries.append(entry)
-        print(f"{key}: {entry['config']}, {entry['of usual']:.3f} of the time with {entry['usual']}", flush=True)
-        save("tuned", self.entries, self.folder, **self.header)
-
-    def ended(self, ending: guard.Ending) -> bool:
-        """Keeps why the process ended; whether another can go on, without the configuration that did it."""
-        reason = str(ending)
-        if ending.too_late or not ending.jobs:
-            self.failed.append(reason)
-            return False
-        self.keep({"key": next(iter(self.left)), "entry": None, "reason": reason})
-        return bool(self.left)
+def best_configs(rows: list[dict], searched: Iterable[tuple[Case, int]] = SEARCHED) -> list[dict]:
+    """Rows of tuned.json, for the kinds of call whose cases are all measured."""
+    times = {(row["case"], row["implementation"]): row["ms"] for row in rows if row.get("correct") and "ms" in row}
+    by_key: dict[Key, list[tuple[Case, int]]] = {}
+    for case, block in searched:
+        by_key.setdefault(key_of(case, block)[0], []).append((case, block))
+    best = []
+    for key, cases in by_key.items():
+        default, *others = candidates(*cases[0])
+        scores = {default: 1.0} | {
+            config: statistics.geometric_mean(
+                times.get((case.name, str(config)), math.inf) / times.get((case.name, str(default)), 1.0)
+                for case, _ in cases
+            )
+            for config in others
+        }
+        fastest = min(scores, key=scores.__getitem__)
+        config = fastest if scores[fastest] <= MARGIN else default
+        if all((case.name, str(default)) in times for case, _ in cases):
+            names = ("head_dim", "value_dim", "block_size", "most_heads")
+            row = dict(zip(names, key, strict=True)) | {"config": dataclasses.asdict(config)}
+            best.append(row | {"default": dataclasses.asdict(default), "over default": scores[config]})
+    return best
 
 
 def main() -> None:
     if not machine.has_gpu():
-        sys.exit("tiles are measured on a Hopper GPU, and here is none")
+        sys.exit("configurations are measured on a Hopper GPU, and here is none")
     machine.set_environment()
-    options = parser(__doc__.splitlines()[0])
-    options.add_argument("--folder", type=pathlib.Path, default=TUNED_PATH.parent, help="where tuned.json goes")
-    options.add_argument("--budget-s", type=float, default=180, help="seconds after which nothing more is begun")
-    chosen = options.parse_args()
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.set_defaults(folder=TUNED_PATH.parent)
+    arguments.add_argument("--budget-s", type=float, default=240, help="seconds; nothing is begun later")
+    given = arguments.parse_args()
     machine.leave_alone()
-    stop = time.monotonic() + chosen.budget_s
-    signal.alarm(int(chosen.budget_s) + COMPILES_S + 30)  # should the end of this process hang
-    found = Found(chosen.folder, groups())
-    while ending := guard.watched(search_all, (found.left, stop), found.keep, stop + COMPILES_S):
-        if not found.ended(ending):
-            break
-    if found.failed:
-        sys.exit("\n".join(["what was found is kept, but not everything was:", *found.failed]))
+    signal.alarm(int(given.budget_s) + 2 * GRACE_S)  # should the end of this process hang
+
+    def write(rows: list[dict], header: dict) -> None:
+        save("tuned", best_configs(rows), given.folder, measured=rows, **header)
+
+    comparisons, record = tuple(compare(*each) for each in SEARCHED), Record(write)
+    run(comparisons, Options(repeats=3, budget_s=given.budget_s), record)
+    if missing := [each.case.name for each in record.left(comparisons)]:
+        sys.exit(f"what was found is kept, but these cases were not measured: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def main() -> None:
     if given.rows is None:
         trained = f"{STEPS} steps of {LENGTH} tokens of four other novels"
         text = f"{TITLE}, the first {tokens.size} tokens"
-        save("fine_tuning", rows, model=smollm2.REQUIREMENT, text=text, trained=trained)
+        save("fine_tuning", rows, given.folder, model=smollm2.REQUIREMENT, text=text, trained=trained)
 
 
 def _bands(row: dict) -> dict:

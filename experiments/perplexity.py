@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from benchmarks.record import RESULTS, parser, save, table
+from benchmarks.record import parser, save, table
 from experiments.novels import novels
 from models.checkpoints import smollm2
 from models.checkpoints.pretrained import load
@@ -123,11 +123,11 @@ def main() -> None:
             print({name: value for name, value in rows[-1].items() if name != "pattern"}, flush=True)
     print(table(rows, list(rows[0])))
     if len(ids) == BANDS[-1]:
-        path = RESULTS / "perplexity.json"
+        path = given.folder / "perplexity.json"
         known = {row["reads"]: row for row in (json.loads(path.read_text())["rows"] if given.rows else rows)}
         known |= {row["reads"]: row for row in rows}
         rows = [known[name] for name, *_ in CASES if name in known]
-        save("perplexity", rows, model=smollm2.REQUIREMENT, text=f"{TITLE}, the first {len(ids)} tokens")
+        save("perplexity", rows, given.folder, model=smollm2.REQUIREMENT, text=f"{TITLE}, the first {len(ids)} tokens")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from benchmarks.record import parser, save
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("run_dir", type=pathlib.Path, help="directory of a finished run")
-    path = options.parse_args().run_dir / "results.json"
+    given = options.parse_args()
+    path = given.run_dir / "results.json"
     if not path.exists():
         options.error(f"expected a finished run, with {path}")
     results = json.loads(path.read_text())
     results.pop("sample")
-    save("train_tiny", [results])
+    save("train_tiny", [results], given.folder)
 
 
 if __name__ == "__main__":

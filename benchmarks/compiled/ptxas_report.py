@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 import s2jax
 from benchmarks.compiled.deviceless import KernelCode, kernels_of, missing, ptxas_version
-from benchmarks.record import save, table
+from benchmarks.record import parser, save, table
 from s2jax.patterns import Pattern
 
 
@@ -123,16 +123,21 @@ def _row(case: Case, kernel: KernelCode) -> dict:
 
 
 def main() -> None:
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument(
+        "--cases", nargs="+", choices=[case.name for case in CASES], help="which cases; all by default"
+    )
+    given = arguments.parse_args()
     reason = missing("h100")
     if reason:
         sys.exit(reason)
     rows = []
-    for case in CASES:
+    for case in CASES if given.cases is None else [case for case in CASES if case.name in given.cases]:
         for row in compiled(case):
             rows.append(row)
             print(row, flush=True)
     print(table(rows, list(rows[0])))
-    save("ptxas_report", [row | {"ptxas": ".".join(map(str, ptxas_version()))} for row in rows])
+    save("ptxas_report", [row | {"ptxas": ".".join(map(str, ptxas_version()))} for row in rows], given.folder)
 
 
 if __name__ == "__main__":

@@ -227,7 +227,7 @@ def main() -> None:
         print(table([row for row in rows if row["chip"] == chip], list(max(rows, key=len))), flush=True)
     compared = ratios(rows)
     print(table(compared, list(max(compared, key=len))))
-    save("tpu_schedule", rows, ratios=compared)
+    save("tpu_schedule", rows, given.folder, ratios=compared)
 
 
 if __name__ == "__main__":

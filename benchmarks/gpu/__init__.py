@@ -1,1 +1,1 @@
-"""The Hopper kernels measured on a GPU: `python -m benchmarks.attention` there."""
+"""The GPU harness: attention kernels timed beside their peers on one GPU; `python -m benchmarks.attention` runs it."""

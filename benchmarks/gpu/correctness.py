@@ -1,18 +1,16 @@
 """Outputs and gradients at real sizes against float32, by FlashAttention's rule.
 
-No error may be more than twice that of the plain computation in the inputs' own precision, plus one rounding. The truth
-of a whole square of 128k tokens is out of reach, but not that of some of its rows: a row of queries needs its own keys
-only. The cotangent is zero but in those rows. So dq is known there and zero elsewhere, and dk and dv, which collect
-what the sampled rows give, are known whole. The rows are whole blocks and single ones between them, all over the
-sequence; where a square is small enough they are all rows.
+No error may exceed twice that of the plain computation in the inputs' own precision, plus one rounding. A whole square
+of 128k tokens is out of reach, so rows are sampled: each needs its own keys only. The cotangent is zero outside of
+them, so dq is known there and zero elsewhere, and dk and dv are known whole. Samples are whole blocks, and single rows
+between them.
 
-The rule holds in each band of positions by itself, from a power of 4 to the next: the first rows read few keys and have
-large outputs and errors, and a block forgotten at the end of a long sequence would be lost in their tolerance.
+The rule holds in each band of positions from a power of 4 to the next: the first rows read few keys and have large
+outputs and errors, and a block forgotten far down would be lost in their tolerance.
 """
 
 import dataclasses
 import functools
-import itertools
 import typing
 
 import jax
@@ -20,19 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from benchmarks.gpu.sides import RESULTS, Arrays
+from benchmarks.gpu.implementations import RESULTS, Arrays
 from s2jax.patterns import HeadGroups, Pattern
 
-NAMES = RESULTS["forward + backward"]
 PAIRS = 1 << 26
-"""Logits held at once, in float32."""
+"""Logits of a head held at once, in float32."""
 
 BLOCK = 64
-"""Whole blocks among the sampled rows."""
+"""Tokens of the whole blocks among the sampled rows."""
+
+NUM_BANDS = 16
 
 
 def sample_rows(length: int, kv_length: int, pairs: int = PAIRS, seed: int = 0) -> np.ndarray:
-    """Ascending rows: the first and the last block and some between, and one row in each of equal stretches."""
+    """Ascending rows: the first block, the last and some between, and one row in each of equal stretches."""
     number = max(1, min(length, pairs // kv_length))
     if number == length:
         return np.arange(length)
@@ -42,25 +41,24 @@ def sample_rows(length: int, kv_length: int, pairs: int = PAIRS, seed: int = 0) 
     chosen = np.unique(np.append(random.integers(0, last + 1, max(blocks - 2, 0)), [0, last][:blocks]))
     whole = (chosen[:, None].astype(int) * BLOCK + np.arange(BLOCK)).reshape(-1)
     edges = np.linspace(0, length, number - len(whole) + 1).astype(int)
-    single = random.integers(edges[:-1], edges[1:])
-    return np.unique(np.concatenate([whole, single]))
+    return np.union1d(whole, random.integers(edges[:-1], edges[1:]))
 
 
 @jax.jit
-def only(rows: Int[np.ndarray, " rows"], dout: Float[Array, "b t h e"]) -> Float[Array, "b t h e"]:
-    """The cotangent, zero but in these rows."""
+def mask_rows(rows: Int[np.ndarray, " rows"], dout: Float[Array, "b t h e"]) -> Float[Array, "b t h e"]:
+    """The cotangent, zero outside of these rows."""
     kept = jnp.zeros(dout.shape[1], bool).at[rows].set(True)
     return jnp.where(kept[None, :, None, None], dout, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """How far a result is from the truth, and how far it may be, in the band of positions where it does worst."""
+    """The error of a result and the error allowed, at the position where their ratio is largest."""
 
     name: str
     error: float
     allowed: float
-    band: str
+    position: int
 
     @property
     def passed(self) -> bool:
@@ -68,35 +66,17 @@ class Check:
 
 
 def bands(positions: np.ndarray) -> np.ndarray:
-    """Which power of 4 a position lies above: int32."""
+    """Band numbers, the powers of 4 that positions lie above: int32."""
     return (np.log2(positions + 1) / 2).astype(np.int32)
-
-
-def _errors(exact: Array, found: Array, which: Array, number: int) -> Array:
-    """The largest difference in each band; a NaN differs without bound. Positions are the first axis."""
-    difference = jnp.abs(exact - found.astype(jnp.float32))
-    by_position = jnp.where(jnp.isnan(difference), jnp.inf, difference).max(range(1, difference.ndim))
-    return jnp.zeros(number, jnp.float32).at[which].max(by_position)
-
-
-@functools.partial(jax.jit, static_argnums=4)
-def _errors_in(exact: Array, found: Float[Array, "b t h d"], positions: Array, which: Array, number: int) -> Array:
-    """Of a whole result, at some positions."""
-    return _errors(exact, found[:, positions].swapaxes(0, 1).reshape(exact.shape), which, number)
-
-
-@jax.jit
-def _largest_but_in(rows: Array, found: Float[Array, "b t h d"]) -> Array:
-    return jnp.abs(found.at[:, rows].set(0)).max()
 
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """Float32 results of the sampled rows, and what errors the plain computation's allow.
+    """Float32 results of the sampled rows, and the errors allowed.
 
     Attributes:
       rows: the sampled ones.
-      results: out and dq [rows, b·h, d], dk and dv [s, b·k, d]; float32.
+      results: out and dquery [b, rows, h, d], dkey and dvalue [b, s, k, d]; float32.
       allowed: float32 [bands], of each result.
     """
 
@@ -104,104 +84,92 @@ class Truth:
     results: dict[str, Array]
     allowed: dict[str, np.ndarray]
 
-    def check(self, found: tuple[Array, ...], names: tuple[str, ...] = NAMES) -> list[Check]:
-        """Compares results [b, t, h, d] of these names, as many as there are, given `only(rows, dout)`."""
+    def check(self, results: tuple[Array, ...], first: Float[Array, "b t h e"] | None = None) -> list[Check]:
+        """Compares results [b, t, h, d], named as in `RESULTS`, for the cotangent `mask_rows(rows, dout)`.
+
+        Args:
+          results: the output alone, or with the gradients.
+          first: an output known to be right; all rows are then compared with it too.
+        """
         checks = []
-        for name, array in zip(names, found, strict=False):
-            exact = self.results[name]
-            positions = self.rows if name in ("out", "dquery") else np.arange(len(exact))
-            checks.append(self._worst(name, exact, array, positions))
+        for name, result in zip(RESULTS, results, strict=False):
+            exact, rows = self.results[name], self.rows if name in ("out", "dquery") else None
+            checks.append(self._worst(name, exact, result, rows))
+            if name == "out" and first is not None:
+                checks.append(self._worst(name, first, result, None))
             if name == "dquery":
-                # Rows without a cotangent have no gradient.
-                checks.append(Check("dquery elsewhere", float(_largest_but_in(self.rows, array)), 0.0, "unsampled"))
+                checks.append(Check("dquery outside", float(_largest_outside(self.rows, result)), 0.0, -1))
         return checks
 
-    def alike(self, one: Float[Array, "b t h e"], other: Float[Array, "b t h e"]) -> Check:
-        """Compares two outputs with each other, in all rows: they may differ as much as one of them may be wrong."""
-        exact = one.astype(jnp.float32).swapaxes(0, 1)
-        return self._worst("out", exact, other, np.arange(one.shape[1]))
-
-    def _worst(self, name: str, exact: Array, found: Array, positions: np.ndarray) -> Check:
-        allowed = self.allowed[name]
-        errors = np.asarray(_errors_in(exact, found, positions, bands(positions), len(allowed)))
+    def _worst(self, name: str, exact: Array, result: Array, rows: np.ndarray | None) -> Check:
+        positions = np.arange(exact.shape[1]) if rows is None else rows
+        errors = np.asarray(_errors(exact, result if rows is None else result[:, rows]))
+        allowed = self.allowed[name][bands(positions)]
         worst = int(np.argmax(errors / np.maximum(allowed, 1e-30)))
-        return Check(name, float(errors[worst]), float(allowed[worst]), f"{4**worst - 1} to {4 ** (worst + 1) - 2}")
-
-
-def truth(pattern: Pattern, arrays: Arrays, pairs: int = PAIRS) -> Truth:
-    """The truth of a pattern, one sequence and KV head at a time."""
-    batch, length, num_heads, _ = arrays.query.shape
-    kv_length, num_kv_heads = arrays.key.shape[1:3]
-    heads, group = HeadGroups(num_heads, num_kv_heads), num_heads // num_kv_heads
-    rows = sample_rows(length, kv_length, pairs)
-    bands_of_rows, bands_of_keys = bands(rows), bands(np.arange(kv_length))
-    found, errors = [], []
-    for sequence, kv_head in itertools.product(range(batch), range(num_kv_heads)):
-        pairs_of_group = []
-        for head in range(kv_head * group, (kv_head + 1) * group):
-            mask = _mask(pattern, heads, kv_length, head, rows)
-            pairs_of_group.append(_both(arrays, mask, rows, sequence, head, kv_head))
-        exact, *sizes = _of_group(pairs_of_group, bands_of_rows, bands_of_keys, _number(rows), _number([kv_length - 1]))
-        found.append(exact)
-        errors.append(sizes)
-    unit = float(jnp.finfo(arrays.query.dtype).eps) / 2
-    allowed = {}
-    for name in NAMES:
-        of_plain, sizes = (np.max([np.asarray(each[kind][name]) for each in errors], 0) for kind in (0, 1))
-        allowed[name] = 2 * of_plain + unit * sizes
-    return Truth(rows, _together(found), allowed)
-
-
-def _number(positions) -> int:
-    return int(bands(np.asarray(positions)).max()) + 1
-
-
-def _mask(pattern: Pattern, heads: HeadGroups, kv_length: int, head: int, rows: np.ndarray) -> Bool[Array, "rows s"]:
-    """The pattern's definition, computed where the arrays are; its bounds need 64 bits."""
-    with jax.enable_x64(True):
-        return _reads(pattern, heads, kv_length, head, rows)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _reads(pattern: Pattern, heads: HeadGroups, kv_length: int, head: typing.Any, rows: typing.Any) -> Array:
-    """The head is traced: one compilation does for all."""
-    read = pattern.mask_fn(head, rows[:, None], typing.cast(typing.Any, jnp.arange(kv_length)[None]), heads)
-    return jnp.broadcast_to(jnp.asarray(read), (len(rows), kv_length))
+        return Check(name, float(errors[worst]), float(allowed[worst]), int(positions[worst]))
 
 
 @jax.jit
-def _both(arrays: Arrays, mask: Array, rows: Array, sequence: int, head: int, kv_head: int):
-    """Results of one head in float32, and in the inputs' own precision."""
-    operands = (
-        arrays.query[sequence, rows, head], arrays.key[sequence, :, kv_head],
-        arrays.value[sequence, :, kv_head], arrays.dout[sequence, rows, head],
-    )  # fmt: skip
-    return _attention(*(each.astype(jnp.float32) for each in operands), mask), _attention(*operands, mask)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _of_group(found: list, bands_of_rows: Array, bands_of_keys: Array, row_bands: int, key_bands: int):
-    """The float32 results of a group's heads, each [rows or s, heads, d]; by band, how far the plain ones are from
-    them, and how large they are. dk and dv are summed over the group in float32.
-    """
-    exact, errors, sizes = {}, {}, {}
-    for place, name in enumerate(NAMES):
-        wide, plain = ([each[kind][place] for each in found] for kind in (0, 1))
-        dtype = plain[0].dtype
-        if name in ("out", "dquery"):
-            exact[name], rounded, where = jnp.stack(wide, 1), jnp.stack(plain, 1), (bands_of_rows, row_bands)
-        else:
-            exact[name] = functools.reduce(jnp.add, wide)[:, None]
-            rounded = functools.reduce(jnp.add, (each.astype(jnp.float32) for each in plain)).astype(dtype)[:, None]
-            where = bands_of_keys, key_bands
-        errors[name] = _errors(exact[name], rounded, *where)
-        sizes[name] = _errors(exact[name], jnp.zeros_like(rounded), *where)
-    return exact, errors, sizes
+def _errors(exact: Float[Array, "b t h d"], result: Float[Array, "b t h d"]) -> Float[Array, " t"]:
+    """The largest difference at each position; a NaN differs without bound."""
+    difference = jnp.abs(exact.astype(jnp.float32) - result.astype(jnp.float32))
+    return jnp.where(jnp.isnan(difference), jnp.inf, difference).max((0, 2, 3))
 
 
 @jax.jit
-def _together(found: list[dict[str, Array]]) -> dict[str, Array]:
-    return {name: jnp.concatenate([each[name] for each in found], 1) for name in NAMES}
+def _largest_outside(rows: Array, result: Float[Array, "b t h d"]) -> Array:
+    return jnp.abs(result.at[:, rows].set(0)).max()
+
+
+def compute_truth(pattern: Pattern, arrays: Arrays, pairs: int = PAIRS) -> Truth:
+    """The truth of a pattern, one head at a time."""
+    rows = sample_rows(arrays.query.shape[1], arrays.key.shape[1], pairs)
+    with jax.enable_x64(True):  # for the bounds of patterns
+        exact, plain = _float32_and_plain(pattern, arrays, rows)
+    unit, allowed = float(jnp.finfo(arrays.query.dtype).eps) / 2, {}
+    for name in RESULTS:
+        errors, sizes = _errors(exact[name], plain[name]), _errors(exact[name], jnp.zeros_like(plain[name]))
+        band = bands(rows if name in ("out", "dquery") else np.arange(arrays.key.shape[1]))
+        allowed[name] = 2 * _by_band(errors, band) + unit * _by_band(sizes, band)
+    return Truth(rows, exact, allowed)
+
+
+def _by_band(values: Array, band: np.ndarray) -> np.ndarray:
+    """The largest value in each band; infinite without values."""
+    largest = np.full(NUM_BANDS, -np.inf, np.float32)
+    np.maximum.at(largest, band, np.asarray(values))
+    return np.abs(largest)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _float32_and_plain(pattern: Pattern, arrays: Arrays, rows: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Results in float32, and in the inputs' own precision; dk and dv are summed over a group in float32."""
+    batch, kv_length, num_kv_heads, _ = arrays.key.shape
+    heads = HeadGroups(arrays.query.shape[2], num_kv_heads)
+    group = heads.num_heads // num_kv_heads
+    keys = typing.cast(typing.Any, jnp.arange(kv_length)[None])
+
+    def of_head(sequence, kv_head, head):
+        mask = jnp.broadcast_to(jnp.asarray(pattern.mask_fn(head, rows[:, None], keys, heads)), (len(rows), kv_length))
+        query, dout = (each[sequence, rows, head] for each in (arrays.query, arrays.dout))
+        operands = query, arrays.key[sequence, :, kv_head], arrays.value[sequence, :, kv_head], dout
+        return _attention(*(each.astype(jnp.float32) for each in operands), mask), _attention(*operands, mask)
+
+    def of_kv_head(index):
+        sequence, kv_head = index // num_kv_heads, index % num_kv_heads
+        both = jax.lax.map(functools.partial(of_head, sequence, kv_head), kv_head * group + jnp.arange(group))
+        return tuple((out, dq, _sum_group(dk), _sum_group(dv)) for out, dq, dk, dv in both)
+
+    def arrange(results):  # [b · k, g or 1, t, d] -> [b, t, h, d]
+        split = (each.reshape(batch, -1, *each.shape[2:]).swapaxes(1, 2) for each in results)
+        return dict(zip(RESULTS, split, strict=True))
+
+    exact, plain = jax.lax.map(of_kv_head, jnp.arange(batch * num_kv_heads))
+    return arrange(exact), arrange(plain)
+
+
+def _sum_group(gradients: Float[Array, "g s d"]) -> Float[Array, "1 s d"]:
+    return gradients.astype(jnp.float32).sum(0, keepdims=True).astype(gradients.dtype)
 
 
 def _attention(

@@ -1,98 +1,136 @@
-"""All of it in one run: correctness at real sizes, then times, sides in turn, case by case, saved after each pass.
+"""A run: correctness at real sizes, then times, implementations in turn, case by case, saved after every step.
 
-What a side cannot do is a line of its row. What there was no time for is a row that says so. The measuring is done in
-another process: when that hangs or dies, what it found is kept, and a new one goes on without the side that did it.
+An implementation's failure is an entry in its row; so is want of time. The measuring is done in another process: when
+that hangs or dies, its findings are kept, and a new one goes on without the implementation at fault.
 """
 
-import functools
 import gc
+import json
+import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 
-from benchmarks.cases import Case
-from benchmarks.gpu import guard, machine, record, train_step
-from benchmarks.gpu.device_time import choose_clock, matrix_product
-from benchmarks.gpu.guard import Ending, Teller
-from benchmarks.gpu.measurement import Measurement
-from benchmarks.gpu.options import Budget, Left, Options, TrainStep
-from benchmarks.gpu.record import Record
+from benchmarks.gpu import machine, watchdog
+from benchmarks.gpu.clock import choose_clock, matrix_product
+from benchmarks.gpu.comparison import Comparison, Options, Session, measure
+from benchmarks.gpu.implementations import PASSES
+from benchmarks.gpu.speedups import with_speedups
+from benchmarks.gpu.watchdog import Reporter
+from benchmarks.record import commit, device, table
 from pallas_kernels.mosaic_gpu.sm90.config import TUNED_PATH
 
+GRACE_S = 60
+"""A case begun before the budget is spent may take so much longer."""
 
-def run(options: Options) -> Record:
-    """Measures all cases; what was found, as saved."""
-    start = time.monotonic()
-    found = Record(options)
-    small_calls, untried = guard.tried_first() if options.try_first else ([], {})
-    found.keep({"header": {"small calls": small_calls}})
-    left_out = {
-        side.name: untried[side.block]
-        for side in options.all_sides
-        if side.name.startswith("s2jax") and side.block in untried
-    }
-    left = Left(options.cases, left_out)
-    while True:
-        ending = guard.watched(measure_all, (options, left, start), found.keep, start + options.limit_s)
-        left = found.what_is_left(left)
-        if ending is None:
-            return found
+COLUMNS = ["implementation", "pass", "correct", "ms", "useful TFLOP/s", "of ideal", "failed", "not run"]
+
+
+class Record:
+    """The findings so far, kept by the process that touches no GPU.
+
+    Args:
+      write: saves all rows and the header; called after every change.
+      rows: those of an earlier call, and `done` the cases that it finished.
+    """
+
+    def __init__(self, write: Callable[[list[dict], dict], None], rows: Iterable[dict] = (), done: Iterable[str] = ()):
+        self._write, self.header = write, {"done": list(done)}
+        self._rows = {(row["case"], row["implementation"], row["pass"]): row for row in rows}
+
+    @classmethod
+    def resume(cls, path: pathlib.Path, write: Callable[[list[dict], dict], None]) -> "Record":
+        """The record in a results file of the same commit, whose last case may be unfinished."""
+        known = json.loads(path.read_text())
+        if known["commit"] != commit():
+            raise SystemExit(f"{path} is of another commit, {known['commit']}: measure anew, without --resume")
+        return cls(write, known["rows"], known["done"])
+
+    @property
+    def rows(self) -> list[dict]:
+        """All rows, those of the backward passes included."""
+        names = dict.fromkeys(case for case, _, _ in self._rows)
+        return [row for name in names for row in with_speedups([r for r in self._rows.values() if r["case"] == name])]
+
+    def keep(self, rows: Iterable[dict] = (), header: dict | None = None, done: str | None = None) -> None:
+        """Adds or replaces rows, though none that has a time by one without; adds to the header and finished cases."""
+        for row in rows:
+            key = row["case"], row["implementation"], row["pass"]
+            if "ms" in row or "ms" not in self._rows.get(key, {}):
+                self._rows[key] = row
+        self.header |= header or {}
+        if done is not None:
+            self.header["done"].append(done)
+            print(done, table([row for row in self.rows if row["case"] == done], COLUMNS), sep="\n", flush=True)
+        self._write(self.rows, self.header)
+
+    def left(self, comparisons: Iterable[Comparison]) -> list[Comparison]:
+        return [each for each in comparisons if each.case.name not in self.header["done"]]
+
+    def close(self, comparisons: Iterable[Comparison], outcome: str, reason: str) -> None:
+        """Notes the reason for whatever has no result yet; `outcome` is "not run" or "failed"."""
+        for comparison in comparisons:
+            for key, row in comparison.make_rows().items():
+                row = self._rows.get((comparison.case.name, *key), row)
+                if not {"ms", "failed", "not run"} & row.keys():
+                    self.keep([row | {outcome: reason}])
+
+    def failures(self) -> list[str]:
+        """What is missing or wrong among our own implementations, a line each."""
+        return [
+            f"{row['implementation']} at {row['case']}, {row['pass']}: {row.get(key) or 'not correct'}"
+            for row in self.rows if row["implementation"].startswith("s2jax")
+            for key in ("failed", "check failed", "correct") if row.get(key, key == "correct") is not (key == "correct")
+        ]  # fmt: skip
+
+
+def run(comparisons: Sequence[Comparison], options: Options, record: Record) -> None:
+    """Measures all that the record does not hold yet."""
+    stop = time.monotonic() + options.budget_s
+    left_out: dict[tuple[str, str], str] = {}
+    while left := record.left(comparisons):
+        ending = watchdog.watch(measure_all, (left, options, left_out, stop), record.keep, stop + GRACE_S)
+        if ending is None or ending.too_late:
+            record.close(record.left(left), "not run", f"{options.budget_s:g} s were spent")
+            return
         print(ending, flush=True)
-        follows = after(ending, left, found)
-        if follows is None:
-            return found
-        left = follows
+        reason, cases = str(ending), {job.case for job in ending.jobs}
+        guilty = [job for job in ending.jobs if job.implementation]
+        for job in guilty:
+            left_out |= {(job.implementation, step): reason for step in lost_with(job.step)}
+        if not guilty:
+            # What is no implementation's fault would happen again.
+            blamed = [each for each in left if not cases or each.case.name in cases]
+            record.close(blamed, "failed", reason)
+            record.header["done"] += [each.case.name for each in blamed]
 
 
-def after(ending: Ending, left: Left, found: Record) -> Left | None:
-    """What is done when the process did not come to its end; None where nothing can be. The rows say why."""
-    reason = str(ending)
-    found.cut_short(ending.jobs, reason)
-    if ending.too_late or not ending.jobs:
-        found.skip(left, "not run" if ending.too_late else "left out", reason)
-        return None
-    guilty = [job for job in ending.jobs if job.side]
-    for job in guilty:
-        # What hangs in a training step may do well alone.
-        side = f"{job.side} {job.what}" if job.what == train_step.NAME else job.side
-        left = left.without(side, job.what, reason)
-    # What is no side's fault would happen again.
-    return left if guilty else found.skip_one(left, ending.jobs[0].case, reason)
+def lost_with(step: str) -> tuple[str, ...]:
+    """Passes that are not tried where this one hangs: itself, and those that contain it."""
+    return PASSES[PASSES.index(step) :] if step in PASSES else (step,)
 
 
-def measure_all(teller: Teller, options: Options, left: Left, start: float) -> None:
-    """What is left, in this process."""
-    if options.device == "cuda" and jax.default_backend() == "cpu":
-        sys.exit("jax runs on the CPU here; without JAX_PLATFORMS=cpu it should see the GPU")
-    clock, header = options.clock, {"machine": machine.describe(), "device": record.device()}
+def measure_all(
+    reporter: Reporter,
+    comparisons: Sequence[Comparison],
+    options: Options,
+    left_out: dict[tuple[str, str], str],
+    stop: float,
+) -> None:
+    """Measures in this process; nothing is begun after `stop`."""
+    clock, evidence = options.clock, {}
     if clock is None:
-        clock, header["clocks tried"] = choose_clock(*matrix_product(), machine.MOST_PER_SECOND)
-    tiles = "those that tile_search.py measured" if TUNED_PATH.exists() else "its usual ones, nothing was searched"
-    header |= {"clock": clock.name, "tiles of s2jax": tiles}
-    print({name: value for name, value in header.items() if name != "machine"}, flush=True)
-    teller.keep({"header": header})
-    budget = Budget(options.budget_s, start, left.longest_s)
-
-    def timed(name: str, measure: Callable[[], None]) -> None:
-        begun = time.perf_counter()
-        if reason := budget.skips():
-            print(f"{name}: {reason}", flush=True)
-            teller.keep({"rows": [record.nobodys(name, "not run", reason)]})
-        else:
-            measure()
-        gc.collect()  # of this case's arrays
-        budget.took(time.perf_counter() - begun)
-        state = {"seconds": budget.spent, "machine after": machine.state()}
-        teller.keep({"done": name, "longest s": budget.longest_s, "header": state})
-
-    for case in left.cases:
-        timed(case.name, functools.partial(_measure, case, options, left.left_out, clock, budget, teller))
-
-
-def _measure(case: Case, *rest) -> None:
-    if isinstance(case, TrainStep):
-        train_step.measure(case, *rest)
-    else:
-        Measurement(case, *rest).measure()
+        if jax.default_backend() == "cpu":
+            sys.exit("jax runs on the CPU here; without JAX_PLATFORMS=cpu it should see the GPU")
+        clock, evidence = choose_clock(*matrix_product())
+    configs = "those that tile_search measured" if TUNED_PATH.exists() else "its defaults, nothing was searched"
+    header = {"machine": machine.describe(), "device": device(), "clock": clock.name, "clocks tried": evidence}
+    reporter.keep(header=header | {"configurations of s2jax": configs})
+    session = Session(options, reporter, clock, left_out, stop)
+    for comparison in comparisons:
+        if time.monotonic() < stop:
+            measure(comparison, session)
+            gc.collect()  # of this case's arrays
+    reporter.keep(header={"machine after": machine.state()})

@@ -6,37 +6,39 @@ import numpy as np
 import pytest
 
 import s2jax
-from benchmarks.cases import CASES, DENSE_CASES, Case
-from benchmarks.gpu.attempt import LeftOut
-from benchmarks.gpu.flex import NAMES, block_mask, prepare_flex
-from benchmarks.gpu.sides import make_arrays
+from benchmarks.cases import CASES, Case
+from benchmarks.gpu.errors import LeftOut
+from benchmarks.gpu.flex import FLEX, block_mask
+from benchmarks.gpu.implementations import FUNCTIONS, forward_backward, make_arrays, s2jax_attention
 
 CASE = Case("tiny", 1, 4, 2, 32, 3, 4, 1024)
 
 pytestmark = pytest.mark.filterwarnings("default")  # PyTorch's own, too many to name
 
 
-def test_what_is_not_compared_says_why():
+def prepared(flex, step, arrays):
+    return flex.prepare(CASE, step, FUNCTIONS[step], arrays)()
+
+
+def test_long_sequences_are_compared_at_one_block_size():
     pytest.importorskip("torch")
-    with pytest.raises(LeftOut, match="dense"):
-        prepare_flex("flex 128x64", DENSE_CASES[0], make_arrays(CASE), device="cpu")
-    with pytest.raises(LeftOut, match="no GPU"):
-        prepare_flex("flex 128x64", CASES[0], make_arrays(CASE))
+    long = next(case for case in CASES if case.name == "phi3-128k")
+    with pytest.raises(LeftOut, match="beyond 32k tokens"):
+        FLEX[1].prepare(long, "forward", FUNCTIONS["forward"], make_arrays(CASE))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("columns", [64, 128])
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_block_mask_is_the_pattern(name, kv_heads):
+def test_the_block_mask_is_the_pattern(columns, kv_heads):
     torch = pytest.importorskip("torch")
     case = Case("tiny", 1, 4, kv_heads, 32, 3, 4, 1024)
     pattern = case.pattern()
     assert isinstance(pattern, s2jax.LocalStride)
     expected = pattern.token_mask(4, kv_heads, 1024, 1024)
-    mask = block_mask(pattern, case, NAMES[name], "cpu")
+    mask = block_mask(case, (128, columns), torch.device("cpu"))
     index = [torch.arange(size).reshape(shape) for size, shape in ((4, (4, 1, 1)), (1024, (-1, 1)), (1024, (-1,)))]
     assert (np.asarray(mask.mask_mod(0, *index)) == expected).all()
-    rows, columns = NAMES[name]
-    blocks = expected.reshape(4, 1024 // rows, rows, 1024 // columns, columns)
+    blocks = expected.reshape(4, 1024 // 128, 128, 1024 // columns, columns)
     some, full = blocks.any((2, 4)), blocks.all((2, 4))
     for numbers, counts, read in (
         (mask.kv_indices, mask.kv_num_blocks, some & ~full),
@@ -49,13 +51,28 @@ def test_the_block_mask_is_the_pattern(name, kv_heads):
 
 
 @pytest.mark.slow  # PyTorch compiles C++
-@pytest.mark.parametrize("name", NAMES)
-def test_compiled_it_gives_our_result(name):
+@pytest.mark.parametrize("flex", FLEX, ids=lambda flex: flex.name)
+def test_it_gives_our_result(flex):
     pytest.importorskip("torch")
     arrays = make_arrays(CASE, "float32")
-    prepared = prepare_flex(name, CASE, arrays, device="cpu")
-    (out,) = prepared.results["forward"](arrays.dout)
+    (out,) = prepared(flex, "forward", arrays).results(arrays)
     expected = s2jax.attention(arrays.query, arrays.key, arrays.value, CASE.pattern(), implementation="reference")
     assert isinstance(out, jax.Array)
     assert jnp.abs(out - expected).max() < 1e-5
-    assert "does not support backward on CPU" in prepared.left_out["backward"]
+
+
+def test_gradients_are_those_of_its_inputs(monkeypatch):
+    """With PyTorch's dense attention in its place, as FlexAttention has no backward pass on a CPU."""
+    torch = pytest.importorskip("torch")
+    mask = torch.from_numpy(CASE.pattern().token_mask(4, 2, 1024, 1024))
+
+    def dense(query, key, value, block_mask, enable_gqa):
+        attention = torch.nn.functional.scaled_dot_product_attention
+        return attention(query, key, value, attn_mask=mask, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: dense)
+    arrays = make_arrays(CASE, "float32")
+    found = prepared(FLEX[0], "forward + backward", arrays).results(arrays)
+    expected = jax.jit(forward_backward(s2jax_attention("reference", CASE, 64)))(arrays)
+    for one, other in zip(found, expected, strict=True):
+        assert jnp.abs(one - other).max() < 1e-4

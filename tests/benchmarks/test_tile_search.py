@@ -1,8 +1,6 @@
-"""Which tiles are tried, which are kept, and that the kernel takes them from the file."""
+"""Configurations that are tried and kept, and the kernel that takes them from the file."""
 
-import dataclasses
 import json
-import time
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +10,6 @@ import pytest
 import s2jax
 from benchmarks import tile_search
 from benchmarks.cases import CASES, Case
-from benchmarks.gpu.correctness import truth
-from benchmarks.gpu.device_time import Sample
-from benchmarks.gpu.guard import Ending, Job, Teller
-from benchmarks.gpu.sides import make_arrays
 from benchmarks.schedules import forward_over_ideal
 from pallas_kernels import HopperConfig, mosaic_gpu
 from pallas_kernels.mosaic_gpu.sm90 import config as config_module
@@ -24,130 +18,56 @@ from pallas_kernels.mosaic_gpu.tables import schedule_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
-QUIET = Teller(lambda message: None)
 TINY = Case("tiny", 1, 4, 1, 64, 2, 4, 256)
 
 
-class Clock:
-    """Says that the candidates take these milliseconds, round after round."""
-
-    name = "told"
-
-    def __init__(self, *values: float):
-        self.values, self.times = values, 0
-
-    def measure(self, call, wait, calls) -> Sample:
-        self.times += 1
-        return Sample(self.values[(self.times - 1) % len(self.values)], 1.0, calls, 1)
-
-
-@pytest.mark.parametrize("case", [case for case, _ in tile_search.SEARCHED], ids=lambda case: case.name)
-def test_what_is_tried_fits_and_holds_the_usual(case):
-    for block in (64, 32, 16):
-        key, heads = tile_search.key_of(case, block)
-        tried = list(tile_search.fitting(key, heads))
-        assert default_config(*key[:3], case.tokens, key[3]) in tried
-        assert len(tried) <= 36
-        assert {each.heads_per_tile for each in tried} == set(heads)
+@pytest.mark.parametrize(("case", "block"), tile_search.SEARCHED, ids=lambda each: getattr(each, "name", ""))
+def test_all_that_fit_are_tried_and_the_default_first(case, block):
+    key, heads = tile_search.key_of(case, block)
+    tried = tile_search.candidates(case, block)
+    assert tried[0] == default_config(*key[:3], case.tokens, key[3])
+    assert len(set(tried)) == len(tried) <= 36
+    assert {each.heads_per_tile for each in tried} == set(heads)
+    comparison = tile_search.compare(case, block)
+    assert [each.name for each in comparison.implementations] == list(map(str, tried))
+    assert comparison.implementations[1].make(case, block).keywords["config"] == tried[1]
 
 
-def test_the_points_of_the_benchmark_are_searched():
-    searched = {tile_search.key_of(case, block)[0] for case, blocks in tile_search.SEARCHED for block in blocks}
+def test_the_cases_of_the_benchmark_are_searched():
+    searched = {tile_search.key_of(case, block)[0] for case, block in tile_search.SEARCHED}
     assert {tile_search.key_of(case, block)[0] for case in CASES for block in (64, 32, 16)} <= searched
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_the_fastest_is_kept_if_it_is_faster_by_more_than_noise(monkeypatch):
-    monkeypatch.setattr(tile_search, "KEYS", (64,))
-    case = dataclasses.replace(TINY, num_kv_heads=4)
-    key, heads = tile_search.key_of(case, 64)
-    assert (key, heads) == ((64, 64, 64, 1), (1,))
+def rows(case: Case, times: dict[HopperConfig, float]) -> list[dict]:
+    return [
+        {"case": case.name, "implementation": str(config), "correct": True, "ms": milliseconds}
+        for config, milliseconds in times.items()
+    ]
+
+
+def test_the_fastest_is_kept_if_it_is_faster_by_more_than_noise():
     assert tile_search.key_of(TINY, 64) == ((64, 64, 64, 2), (1, 2))
-    times = [10.0] * (1 + len(list(tile_search.fitting(key, heads))))
+    tried = tile_search.candidates(TINY, 64)
+    times = dict.fromkeys(tried, 10.0)
     for fastest, expected in ((9.9, 0), (5.0, 3)):
-        times[3] = fastest
-        row = tile_search.search(key, [(case, 64)], Clock(*times), QUIET, implementation="reference")
-        assert row["config"] == row["tried"][expected]["config"]
-        assert row["usual"] == row["tried"][0]["config"]
-        assert row["of usual"] == pytest.approx(0.5 if expected else 1)
+        (row,) = tile_search.best_configs(rows(TINY, times | {tried[3]: fastest}), [(TINY, 64)])
+        assert HopperConfig(**row["config"]) == tried[expected]
+        assert HopperConfig(**row["default"]) == tried[0]
+        assert row["over default"] == pytest.approx(0.5 if expected else 1)
 
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_one_forgotten_block_far_down_is_seen():
-    """Where thousands of keys are read, one block of them moves the output by less than the rounding of the first."""
-    case = Case("dense", 1, 1, 1, 64, 0, 0, 4096)
-    arrays = make_arrays(case)
-    inputs = arrays.query, arrays.key, arrays.value
-    right = s2jax.attention(*inputs, s2jax.Dense(), implementation="xla")
-    wrong = right.at[0, 4031].set(_without_a_block(arrays, 4031))
-    assert jnp.abs(right - wrong).astype(jnp.float32).max() < 2**-6
-    exact = truth(s2jax.Dense(), arrays, pairs=512 * 4096)
-    assert 4031 not in exact.rows
-    assert tile_search.agreeing(lambda *inputs: right, inputs, exact, None)[1] is right
-    with pytest.raises(ValueError, match="at positions 1023 to 4094"):
-        tile_search.agreeing(lambda *inputs: wrong, inputs, exact, right)
-
-
-def _without_a_block(arrays, row):
-    """The output of a row of the only head, if its last 64 keys are forgotten."""
-    query, key, value = (each[0, :, 0].astype(jnp.float32) for each in (arrays.query, arrays.key, arrays.value))
-    read = slice(row - 63)
-    weights = jax.nn.softmax(key[read] @ query[row] / 8)
-    return (weights @ value[read]).astype(arrays.query.dtype)
-
-
-def test_tiles_that_fail_once_are_not_tried_again(monkeypatch):
-    key, _ = tile_search.key_of(TINY, 64)
-    measured = []
-
-    def measure(case, block, candidates, clock, teller, implementation):
-        measured.append(len(candidates))
-        for each in candidates:
-            each.milliseconds[case.name] = 1.0
-        candidates[-1].failed, candidates[-1].milliseconds = "wrong by 1", {}
-
-    monkeypatch.setattr(tile_search, "measure", measure)
-    row = tile_search.search(key, [(TINY, 64), (dataclasses.replace(TINY, name="other"), 64)], Clock(1.0), QUIET)
-    assert measured[1] == measured[0] - 1
-    assert row["tried"][-1]["failed"] == "wrong by 1"
-    monkeypatch.setattr(tile_search, "measure", lambda case, block, candidates, *rest: measure(
-        case, block, candidates[:1], *rest
-    ))  # fmt: skip
-    with pytest.raises(RuntimeError, match="at tiny: wrong by 1"):
-        tile_search.search(key, [(TINY, 64)], Clock(1.0), QUIET)
-
-
-def test_all_that_is_searched_is_kept(monkeypatch, tmp_path):
-    """What fails is told, what there is no time for is not begun."""
-    found = tile_search.Found(tmp_path, dict(list(tile_search.groups().items())[:2]))
-    one, other = found.left
-
-    def search(key, cases, clock, teller):
-        if key == other:
-            raise ValueError("no")
-        return {"config": {}, "usual": {}, "of usual": 1.0}
-
-    monkeypatch.setattr(tile_search, "search", search)
-    monkeypatch.setattr(tile_search, "matrix_product", lambda: (None, None, 1.0))
-    monkeypatch.setattr(tile_search, "choose_clock", lambda *arguments: (Clock(1.0), {}))
-    teller = Teller(lambda message: found.keep(message[1]) if message[0] == "keep" else None)
-    tile_search.search_all(teller, dict(found.left), time.monotonic() - 1)
-    assert set(found.left) == {one, other}
-    tile_search.search_all(teller, dict(found.left), time.monotonic() + 60)
-    assert not found.left
-    assert found.failed == [f"{other}: ValueError: no"]
-    record = json.loads((tmp_path / "tuned.json").read_text())
-    assert (record["clock"], len(record["rows"])) == ("told", 1)
-
-
-def test_a_configuration_that_hangs_is_left_out(tmp_path, capsys):
-    found = tile_search.Found(tmp_path, tile_search.groups())
-    number, first = len(found.left), next(iter(found.left))
-    assert found.ended(Ending("no answer for 60 s", (Job("strided", "tiles"),)))
-    assert len(found.left) == number - 1
-    assert first not in found.left
-    assert "no answer for 60 s: strided, tiles" in found.failed[0]
-    assert not found.ended(Ending("its process ended with 1", ()))
+def test_all_cases_of_a_kind_decide_and_must_be_measured():
+    other = Case("other", 2, 4, 1, 64, 2, 4, 256)
+    searched = [(TINY, 64), (other, 64)]
+    default, first, second, *_ = tile_search.candidates(TINY, 64)
+    here = rows(TINY, {default: 4.0, first: 1.0, second: 3.0})
+    assert tile_search.best_configs(here, searched) == []
+    (row,) = tile_search.best_configs(here + rows(other, {default: 4.0, first: 20.0, second: 3.0}), searched)
+    assert HopperConfig(**row["config"]) == second
+    # One that failed or is wrong somewhere is not taken, however fast elsewhere.
+    wrong = [each | {"correct": False} for each in rows(other, {second: 1.0})]
+    (row,) = tile_search.best_configs(here + rows(other, {default: 4.0}) + wrong, searched)
+    assert HopperConfig(**row["config"]) == default
 
 
 @pytest.fixture
