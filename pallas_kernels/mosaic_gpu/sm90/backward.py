@@ -1,8 +1,8 @@
 """Gradients of attention on Hopper: dq by tiles of queries, and dk and dv by tiles of keys.
 
 With P = exp(logits - lse) and dP = dO · Vᵀ, the gradient of the logits is dS = P ∘ (dP - delta). Then dQ = dS · K and
-dK = dSᵀ · Q, times the scale of the logits, and dV = Pᵀ · dO. Each tile is written by one thread block alone, so that
-the results are the same bit for bit in every run.
+dK = dSᵀ · Q, times the scale of the logits, and dV = Pᵀ · dO. One thread block alone writes each tile, so results are
+bitwise reproducible.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from pallas_kernels.mosaic_gpu.tables import Inputs
 from pallas_kernels.softmax import LOG2E
 
 REGISTERS = pipeline.Registers(compute=232, load=40)
-"""With 224 and 56, kernels with a soft cap spill in their steps."""
+"""Kernels with a soft cap would spill in their steps with 224 and 56."""
 
 MORE_TO_COMPUTE = pipeline.Registers(compute=240, load=24)
 """For kernels whose steps would spill otherwise; with 24 registers the load warpgroup may spill."""

@@ -149,6 +149,20 @@ class QueryTile:
 # The compute warpgroups.
 
 
+class Softmax(typing.NamedTuple):
+    """Online softmax of a warpgroup's rows over the keys so far, where x is a logit times log2(e).
+
+    Attributes:
+      acc: float32 [WARPGROUP_ROWS, e], Σ exp2(x - m) · value.
+      m: float32 [WARPGROUP_ROWS], the maximum of x.
+      l: float32 [WARPGROUP_ROWS], Σ exp2(x - m).
+    """
+
+    acc: Array
+    m: Array
+    l: Array
+
+
 def _compute(tile: QueryTile) -> None:
     """Computes out and lse of a warpgroup's 64 rows."""
     smem, loop = tile.smem, tile.loop
@@ -157,7 +171,7 @@ def _compute(tile: QueryTile) -> None:
     def row_values(value: float):
         return plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), value, jnp.float32), pipeline.ROW)
 
-    acc, m, l = pipeline.zeros(tile.spec.value_dim), row_values(INITIAL_M), row_values(0)
+    softmax = Softmax(pipeline.zeros(tile.spec.value_dim), row_values(INITIAL_M), row_values(0))
 
     @pl.when(loop.unmasked_steps + loop.masked_steps > 0)
     def _():
@@ -165,9 +179,9 @@ def _compute(tile: QueryTile) -> None:
 
     # Warpgroup 1 starts one phase later, so that its products run during the other one's softmax.
     pl.when(tile.warpgroup == 1)(lambda: _ping_pong(tile))
-    acc, m, l = loop.fold(functools.partial(_step, tile), (acc, m, l))
+    softmax = loop.fold(functools.partial(_step, tile), softmax)
     pl.when(tile.warpgroup == 0)(lambda: _ping_pong(tile))
-    _store(tile, acc, m, l)
+    _store(tile, softmax)
 
 
 def _ping_pong(tile: QueryTile) -> None:
@@ -176,17 +190,10 @@ def _ping_pong(tile: QueryTile) -> None:
     plgpu.barrier_wait(tile.smem["ping_pong"])
 
 
-def _step(tile: QueryTile, step: Step, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-    """Adds a step's keys to the online softmax.
-
-    Args:
-      tile: tile of the thread block.
-      step: stage of the keys, and their mask.
-      carry: acc [WARPGROUP_ROWS, e], Σ exp2(x - m) · value for logits x times log2(e); m [WARPGROUP_ROWS], the maximum
-        of x; l [WARPGROUP_ROWS], Σ exp2(x - m); all float32.
-    """
+def _step(tile: QueryTile, step: Step, softmax: Softmax) -> Softmax:
+    """Adds a step's keys to the online softmax."""
     spec, smem, loop = tile.spec, tile.smem, tile.loop
-    acc, m, l = carry
+    acc, m, l = softmax
     q, k, v = smem["query"].at[tile.warpgroup], smem["key"].at[step.stage], smem["value"].at[step.stage]
 
     # Scores. The previous step has waited for the keys.
@@ -219,18 +226,19 @@ def _step(tile: QueryTile, step: Step, carry: tuple[Array, Array, Array]) -> tup
 
     acc = add_dot_nn(acc, p, v, overlap=wait_for_next_key)
     plgpu.barrier_arrive(smem["value_empty"].at[step.stage])
-    return acc, m, l
+    return Softmax(acc, m, l)
 
 
-def _store(tile: QueryTile, acc: Array, m: Array, l: Array) -> None:
+def _store(tile: QueryTile, softmax: Softmax) -> None:
     """Normalizes the accumulator and writes out and lse."""
     smem, inputs = tile.smem, tile.inputs
+    acc, m, l = softmax
     # l is NaN, not 0, in rows that read a NaN: their lse is NaN too.
     reads, lse_of_empty = l != 0, -jnp.inf
     if inputs.sinks is not None:
         # The lse of an empty row is the sink itself; converted to base 2 and back, it would be rounded.
         lse_of_empty = pipeline.load_row_values(inputs.sinks.at[tile.head_tile, tile.loop.rows])
-        acc, m, l = _add_sinks(acc, m, l, lse_of_empty * LOG2E)
+        acc, m, l = _add_sinks(softmax, lse_of_empty * LOG2E)
     safe = jnp.where(l != 0, l, 1.0)
     out = acc * broadcast_rows(1 / safe, acc.shape)
     lse = jnp.where(reads, (m + jnp.log2(safe)) * (1 / LOG2E), lse_of_empty)
@@ -246,9 +254,10 @@ def _store(tile: QueryTile, acc: Array, m: Array, l: Array) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _add_sinks(acc: Array, m: Array, l: Array, sinks: Array) -> tuple[Array, Array, Array]:
-    """The softmax state with one more logit per row, which has no value."""
+def _add_sinks(softmax: Softmax, sinks: Array) -> Softmax:
+    """Adds one logit per row that has no value; `sinks` are times log2(e)."""
+    acc, m, l = softmax
     m_new = jnp.maximum(m, sinks)
     alpha = jnp.exp2(m - m_new)
     acc = acc * broadcast_rows(alpha, acc.shape)
-    return acc, m_new, l * alpha + jnp.where(sinks == m_new, 1, jnp.exp2(sinks - m_new))
+    return Softmax(acc, m_new, l * alpha + jnp.where(sinks == m_new, 1, jnp.exp2(sinks - m_new)))

@@ -1,9 +1,9 @@
 """The pipeline that all Hopper kernels share: a load warpgroup feeds two compute warpgroups through shared memory.
 
 A thread block computes a tile of 128 rows, 64 for each compute warpgroup. It loops over the blocks of a list in steps
-of `step_size` tokens. Softmax and gradients are sums, so a step may hold any blocks in any order: each block, or chunk
-of a longer block, is brought by TMA copies of its own. A step's buffers are one of `num_stages` stages; per stage, a
-full barrier counts the copies that arrive and an empty barrier counts the compute warpgroups that have read them.
+of `step_size` tokens. Softmax and gradients are sums, so a step may hold any blocks in any order. Each block, or chunk
+of a longer block, has TMA copies of its own. Shared memory has buffers for `num_stages` steps. For each of these
+stages, a full barrier counts arrived copies, and an empty barrier counts the compute warpgroups that have read them.
 """
 
 import functools
@@ -320,8 +320,8 @@ class Step(typing.NamedTuple):
     Attributes:
       index: number of the step.
       stage: stage with its tokens.
-      mask: None in unmasked steps; else a function that waits for the mask and returns it, bool [WARPGROUP_ROWS,
-        step_size], True where a row reads a token.
+      mask: None in unmasked steps; else waits for the mask and returns it, bool [WARPGROUP_ROWS, step_size], True where
+        a row reads a token.
     """
 
     index: typing.Any
@@ -520,8 +520,8 @@ def zeros(features: int) -> Array:
 
 
 # Matrix products of a warpgroup. On the chip they read shared memory at any time until they are waited for; in the
-# interpreter they complete at once. There each operand is read twice, before and after `overlap`, so that a buffer that
-# is released too early, or waited for too late, is found.
+# interpreter they complete at once. It reads each operand twice, before and after `overlap`. So tests find a buffer
+# that is released too early or waited for too late.
 
 
 def dot_nt(a: Ref, b: Ref, overlap: Callable[[], None] = lambda: None) -> Array:
