@@ -15,7 +15,7 @@ import jax
 import s2jax
 from benchmarks.attention import timed
 from benchmarks.record import parser, save, table
-from pallas_kernels.mosaic_gpu.kv_tables import selection_kv_tables
+from pallas_kernels.mosaic_gpu.sm90.inputs import selection_kv_tables
 from pallas_kernels.problem import Operands
 
 HEADS, FEATURES, BLOCK, MOST = 8, 128, 64, 32
@@ -30,8 +30,7 @@ def measure(tokens: int, repeats: int) -> dict:
     selection = s2jax.BlockSelection.top_k(scores, MOST, block_size=BLOCK, query_block=BLOCK)
 
     def transpose(selection, query, key, value):
-        operands = Operands(query, key, value, selection=selection)
-        tables = selection_kv_tables(selection, operands, 32)
+        tables = selection_kv_tables(Operands(query, key, value, selection), 32)
         return tables.blocks, tables.mask_ids, tables.ranges
 
     def forward(selection, query, key, value):
@@ -51,7 +50,7 @@ def main() -> None:
     chosen = options.parse_args()
     rows = list(map(functools.partial(measure, repeats=chosen.repeats), chosen.tokens))
     print(table(rows, list(rows[0])))
-    save("selection", rows, chosen.folder)
+    save("selection", rows)
 
 
 if __name__ == "__main__":

@@ -80,10 +80,8 @@ def check_operands(
     batch, query_length, num_heads, _ = query.shape
     kv_length, num_kv_heads = key.shape[1:3]
     offset = None if query_offset is None else _offsets(query_offset, batch)
-    selection = None
     if isinstance(schedule, BlockSelection):
         _check_selection(schedule, batch, query_length, num_heads, num_kv_heads)
-        selection = schedule
     elif isinstance(schedule, BlockSchedule):
         _check_schedule(schedule, query, key, offset is not None, all_heads(head_axis, heads, num_heads, num_kv_heads))
         if head_axis is None and heads is None:
@@ -91,10 +89,11 @@ def check_operands(
     else:
         raise ValueError(f"schedule must be a BlockSchedule or a BlockSelection, got {type(schedule).__name__}")
     segments = _segments(query_segment_ids, kv_segment_ids, (batch, query_length), (batch, kv_length))
-    place = HeadPlace(None, None) if selection is not None else head_place(head_axis, heads, num_heads, num_kv_heads)
-    operands = Operands(
-        query, key, value, check_sinks(sinks, num_heads), segments[0], segments[1], offset, place.first, selection
-    )
+    place = HeadPlace(None, None)
+    if isinstance(schedule, BlockSchedule):
+        place = head_place(head_axis, heads, num_heads, num_kv_heads)
+    sinks = check_sinks(sinks, num_heads)
+    operands = Operands(query, key, value, schedule, sinks, segments[0], segments[1], offset, place.first)
     return operands, place.fits
 
 

@@ -1,4 +1,4 @@
-"""Zeroing what no query reads: on tensor cores, its weight of zero would turn a NaN or Inf into a NaN."""
+"""Zeroing of keys and values that no query reads: a weight of zero times a NaN or Inf would be a NaN."""
 
 import dataclasses
 import functools
@@ -9,19 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from pallas_kernels import xla
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.schedule import BlockLists, BlockSchedule
+from pallas_kernels.xla import XLA
+from pallas_kernels.xla.block_lists import TileLists
 
 
 def depends_on_arrays(problem: Problem, operands: Operands) -> bool:
-    """Whether which keys nobody reads is known at run time only."""
-    if operands.query_offset is not None or problem.schedule is None:
+    """True if the set of unread keys depends on run-time arrays: offsets, segments or a selection."""
+    if operands.query_offset is not None or not isinstance(operands.schedule, BlockSchedule):
         return True
     if operands.query_segment_ids is None:
         return False
-    # In self-attention over packed documents every key has a reader, wherever they begin and end: its own query.
-    return not (problem.same_segments and reads_own_position(problem.schedule))
+    # In self-attention over packed documents the query at a key's own position reads it, wherever documents begin.
+    return not (problem.same_segments and reads_own_position(operands.schedule))
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,19 +62,19 @@ def zero_unread_keys[T](
     operands: Operands,
     names: tuple[str, ...],
     unread: Bool[Array, "k s"] | None,
-    walks,
+    key_tables: TileLists | None,
     run: typing.Callable[[Operands], T],
 ) -> T:
-    """`run(operands)`, with keys or values [b, s, k, f] that are zero where no query of the KV head's group reads them.
+    """`run(operands)` on keys or values [b, s, k, f] that are zero where no query of the KV head's group reads them.
 
-    Where a schedule alone says what is read, this is known beforehand, and mostly there is nothing to do: blocks that
-    nobody reads are not loaded anyway. Where segments, offsets or a selection have a say, it is computed when needed,
-    that is if a number is not finite. The choice stands around `run`: around the arrays, it would copy them.
+    If the schedule alone decides what is read, this is known beforehand, and mostly there is nothing to do: unread
+    blocks are not loaded anyway. If segments, offsets or a selection matter, the unread keys are computed at run time,
+    and only if some number is not finite. The branch is around `run`: around the arrays, it would copy them.
 
     Args:
-      names: of the arrays among the operands.
-      unread: what the schedule leaves unread within blocks that are loaded; None where it is nothing.
-      walks: XLA's tables of the schedule, where more than it says what is read.
+      names: the arrays among the operands.
+      unread: keys that the schedule leaves unread within blocks that are loaded; None if there are none.
+      key_tables: XLA's tables of the pass over keys, for a schedule whose unread keys depend on arrays.
     """
     arrays = {name: getattr(operands, name) for name in names}
     if not depends_on_arrays(problem, operands):
@@ -83,7 +84,8 @@ def zero_unread_keys[T](
     finite = functools.reduce(jnp.logical_and, [jnp.isfinite(array).all() for array in arrays.values()])
 
     def on_zeroed(operands: Operands) -> T:
-        read = _read(problem, operands, walks)
+        over_keys = dataclasses.replace(operands, sinks=None, tables=key_tables)
+        read = XLA.read_keys(dataclasses.replace(problem, config=None), over_keys)
         return run(dataclasses.replace(operands, **_zeroed(arrays, read)))
 
     return jax.lax.cond(finite, run, on_zeroed, operands)
@@ -91,17 +93,6 @@ def zero_unread_keys[T](
 
 def _zeroed(arrays: dict[str, Array], read: Bool[Array, "#b s k"] | None) -> dict[str, Array]:
     return arrays if read is None else {name: jnp.where(read[..., None], each, 0) for name, each in arrays.items()}
-
-
-def _read(problem: Problem, operands: Operands, walks) -> Bool[Array, "b s k"]:
-    """Which keys some query reads: those whose values have a gradient when all logits are zero."""
-    problem = dataclasses.replace(problem, scale=1.0, logits_soft_cap=None, config=None)
-    query, key = (jnp.zeros((*array.shape[:3], 1), jnp.float32) for array in (operands.query, operands.key))
-    operands = dataclasses.replace(operands, query=query, key=key, value=key, sinks=None, tables=walks)
-    over_queries = dataclasses.replace(operands, tables=None if walks is None else walks[0])
-    _, lse = xla.forward(problem, over_queries)
-    gradients = xla.backward(problem, operands, jnp.ones_like(query), lse, jnp.zeros_like(lse))
-    return gradients[2][..., 0] > 0
 
 
 @functools.lru_cache(maxsize=64)

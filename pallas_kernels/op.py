@@ -1,7 +1,6 @@
-"""The public op: checks, and the choice of a backend."""
+"""The public op."""
 
 import functools
-import logging
 import typing
 
 import jax
@@ -9,22 +8,18 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels.backend import choose
 from pallas_kernels.checks import check_flag, check_number, check_operands
 from pallas_kernels.head_place import HeadAxis, HeadRange
-from pallas_kernels.passes import LSE_NAME, MODULES, OUT_NAME, Call, attention, with_infinities
-from pallas_kernels.platforms import PLATFORMS, interpreted
+from pallas_kernels.modes import interpreted
+from pallas_kernels.passes import LSE_NAME, OUT_NAME, Call, attention, with_infinities
 from pallas_kernels.problem import Operands, Problem, accumulation_dtype
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
-from pallas_kernels.sharding import equally_varying, find_sharding
+from pallas_kernels.sharding import UNSHARDED, equally_varying, find_sharding
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
 
-__all__ = ["LSE_NAME", "MODULES", "OUT_NAME", "block_sparse_attention"]
-
-LOG = logging.getLogger("s2jax")
-
-PREFERRED = ("mosaic_gpu", "mosaic_tpu", "xla")
-"""What is taken where no implementation is asked for: the first that can do it on the platform."""
+__all__ = ["LSE_NAME", "OUT_NAME", "block_sparse_attention"]
 
 
 class Options(typing.TypedDict, total=False):
@@ -129,7 +124,6 @@ def block_sparse_attention(
         schedule, query, key, value, query_offset, query_segment_ids, kv_segment_ids, sinks, head_axis, heads
     )
     problem = Problem(
-        schedule=None if isinstance(schedule, BlockSelection) else schedule,
         scale=query.shape[-1] ** -0.5 if scale is None else check_number("scale", scale),
         logits_soft_cap=None if logits_soft_cap is None else check_number("logits_soft_cap", logits_soft_cap, above=0),
         config=config,
@@ -138,57 +132,13 @@ def block_sparse_attention(
     )
     operands = equally_varying(operands)
     call = Call(
-        _choose(problem, operands, implementation),
+        choose(problem, operands, implementation),
         problem,
-        find_sharding(jax.typeof(operands.query), operands.key.shape[2], query_spec),
+        find_sharding(jax.typeof(operands.query), operands.key.shape[2], query_spec) or UNSHARDED,
         jax.sharding.get_abstract_mesh(),
         interpreted(),
     )
     return _attend(call, return_lse, operands, fits)
-
-
-def _choose(problem: Problem, operands: Operands, implementation) -> tuple[str, ...]:
-    """Implementations that can do it on some platform, in order of preference, up to one that is for all platforms."""
-    chosen, reasons = [], []
-    for name in _names(problem, implementation):
-        reason = MODULES[name].unsupported_reason(problem, operands)
-        if reason is not None:
-            reasons.append(f"{name}: {reason}")
-            if implementation is None:
-                _log_once(f"{name} cannot do it: {reason}")
-            continue
-        chosen.append(name)
-        if name not in PLATFORMS:
-            break
-    if not chosen:
-        raise NotImplementedError("; ".join(reasons))
-    return tuple(chosen)
-
-
-def _names(problem: Problem, implementation) -> tuple[str, ...]:
-    """In order of preference."""
-    if implementation is None and problem.config is None:
-        return PREFERRED
-    if implementation is None:
-        implementation = [name for name in MODULES if isinstance(problem.config, MODULES[name].CONFIG)] or "xla"
-    names = (implementation,) if isinstance(implementation, str) else implementation
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"implementation must be a name, several names or None, got {implementation!r}")
-    if not names:
-        raise ValueError(f"implementation must name at least one of {', '.join(MODULES)}, got {implementation!r}")
-    for name in names:
-        if name not in MODULES:
-            raise ValueError(f"implementation must be among {', '.join(MODULES)}, got {name!r}")
-        if problem.config is not None and not isinstance(problem.config, MODULES[name].CONFIG):
-            raise ValueError(
-                f"config for {name!r} must be {MODULES[name].CONFIG.__name__}, got {type(problem.config).__name__}"
-            )
-    return tuple(names)
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    LOG.info(message)
 
 
 # Called outside of any `jit`, it would be compiled in pieces.

@@ -8,7 +8,6 @@ backward pass.
 import contextlib
 import dataclasses
 import functools
-import types
 import typing
 
 import jax
@@ -19,12 +18,13 @@ from jax.interpreters import ad
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
-from pallas_kernels import mosaic_gpu, mosaic_tpu, reference, xla
+from pallas_kernels.backend import Backend, DifferentiableBackend, unsupported_target_reason
 from pallas_kernels.deferred import Deferred, Signature, Target
 from pallas_kernels.head_place import own_rows
-from pallas_kernels.platforms import PLATFORMS, default_modes
+from pallas_kernels.modes import default_modes
 from pallas_kernels.problem import Operands, Problem, accumulation_dtype
-from pallas_kernels.sharding import Sharding, operand_specs, over_shards, spec_of
+from pallas_kernels.schedule import BlockSchedule
+from pallas_kernels.sharding import Sharding, operand_specs, over_shards
 from pallas_kernels.softmax import sink_gradients, sink_tangents
 
 OUT_NAME, LSE_NAME = "s2jax_out", "s2jax_lse"
@@ -32,115 +32,112 @@ OUT_NAME, LSE_NAME = "s2jax_out", "s2jax_lse"
 
 with_own_derivative: typing.Any = functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 
-MODULES: dict[str, types.ModuleType] = {
-    "xla": xla,
-    "mosaic_gpu": mosaic_gpu,
-    "mosaic_tpu": mosaic_tpu,
-    "reference": reference,
-}
-DIFFERENTIABLE: dict[str, types.ModuleType] = MODULES | {"mosaic_gpu": xla, "mosaic_tpu": xla}
-"""Which module computes the passes of each implementation; and its tangents, and what is differentiated again."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """The static half of a call.
 
     Attributes:
-      implementations: names, in order of preference; the first that is for the platform and chip is taken.
-      sharding: how batch and heads are split over a mesh, or None.
-      mesh: the one that was set.
-      interpreted: whether kernels run in an interpreter, on any platform.
+      backends: in order of preference; the first that fits the platform and chip is taken.
+      sharding: the split of batch and heads over a mesh.
+      mesh: the mesh that was set.
+      interpreted: True if kernels run in an interpreter, on any platform.
     """
 
-    implementations: tuple[str, ...]
+    backends: tuple[Backend, ...]
     problem: Problem
-    sharding: Sharding | None
+    sharding: Sharding
     mesh: typing.Any
     interpreted: bool
 
     def __repr__(self) -> str:
-        return " or ".join(self.implementations)
+        return " or ".join(backend.name for backend in self.backends)
 
-    def implementation(self, target: Target) -> str:
-        """The name of the one that is taken; raises NotImplementedError where there is none."""
+    def backend(self, target: Target) -> Backend:
+        """The backend that is taken.
+
+        Raises:
+          NotImplementedError: none can run on the target; the message has each one's reason.
+        """
         reasons = []
-        for name in self.implementations:
-            reason = self._refuse(name, target)
+        for backend in self.backends:
+            if self.interpreted and backend is self.backends[-1]:
+                return backend
+            reason = unsupported_target_reason(backend, target.platform, target.device)
             if reason is None:
-                return name
-            reasons.append(f"{name}: {reason}")
+                return backend
+            reasons.append(f"{backend.name}: {reason}")
         raise NotImplementedError("; ".join(reasons))
 
-    def _refuse(self, name: str, target: Target) -> str | None:
-        """Why an implementation cannot run on the target."""
-        if name not in PLATFORMS or (self.interpreted and name == self.implementations[-1]):
-            return None
-        if PLATFORMS[name] != target.platform:
-            return (
-                f"needs the platform {PLATFORMS[name]!r}, and this is lowered for {target.platform!r}; take "
-                f'implementation=None, or ["{name}", "xla"]'
-            )
-        return MODULES[name].unsupported_device_reason(target.device)
+    def differentiable_backend(self, target: Target | None) -> DifferentiableBackend:
+        """The backend of the tangents, and of the derivatives of gradients."""
+        backend = self.backends[0] if target is None else self.backend(target)
+        return typing.cast(DifferentiableBackend, backend.differentiable)
 
-    def problem_of(self, module: types.ModuleType, target: Target | None) -> Problem:
-        """The problem for a module: without the tiles of another, with the platform."""
-        config = self.problem.config if isinstance(self.problem.config, module.CONFIG) else None
+    def problem_of(self, backend: Backend, target: Target | None) -> Problem:
+        """The problem for a backend: without the config of another, with the platform."""
+        config = self.problem.config if isinstance(self.problem.config, backend.config_type) else None
         return dataclasses.replace(self.problem, config=config, platform=None if target is None else target.platform)
 
-    def with_tables(self, module: types.ModuleType, operands: Operands, tables) -> Operands:
-        """The operands of a call or a shard, with its own heads' rows of a module's tables."""
-        schedule = self.problem.schedule
-        if operands.first_head is not None and schedule is not None and self.sharding is None:
-            num_heads, total = operands.query.shape[2], schedule.num_heads
-            tables = own_rows(tables, module.table_specs, operands.first_head, num_heads, total)
+    def own_tables(self, backend: Backend, operands: Operands, tables, sharding: Sharding):
+        """The rows of the tables that belong to the heads of a call or shard, if a caller split the heads."""
+        schedule = operands.schedule
+        if operands.first_head is None or not isinstance(schedule, BlockSchedule):
+            return tables
+        num_heads, total = operands.query.shape[2], schedule.num_heads
+        return own_rows(tables, backend.table_specs, operands.first_head, num_heads, total)
+
+    def with_tables(self, backend: Backend, operands: Operands, tables) -> Operands:
+        """The operands of a call or a shard, with its own heads' rows of a backend's tables."""
+        if not self.sharding.every:
+            tables = self.own_tables(backend, operands, tables, self.sharding)
         return dataclasses.replace(operands, tables=tables, first_head=None)
 
-    def shared_tables(self, module: types.ModuleType, signature: Signature, leaves, tables):
-        """The tables that are split over a mesh: those of the call's heads, where a caller split them beforehand."""
-        first_head = signature.unflatten(leaves)[0].first_head
-        if first_head is None or self.problem.schedule is None or self.sharding is None:
-            return tables
-        if signature.maps:
-            raise NotImplementedError("head_axis or heads inside a vmap needs a mesh whose axes are all mapped already")
-        num_heads = signature.one(map(jax.typeof, leaves))[0].query.shape[2]
-        return own_rows(tables, module.table_specs, first_head, num_heads, self.problem.schedule.num_heads)
+    def split_tables(self, backend: Backend, signature: Signature, leaves, tables):
+        """The tables that are split over a mesh, and their specs.
+
+        They are those of the call's heads, if a caller split the heads beforehand.
+        """
+        operands: Operands = signature.unflatten(leaves)[0]
+        if operands.first_head is not None and isinstance(operands.schedule, BlockSchedule) and self.sharding.every:
+            if signature.maps:
+                raise NotImplementedError("head_axis or heads inside a vmap needs a mesh whose axes are all mapped")
+            tables = self.own_tables(backend, operands, tables, self.sharding)
+        return tables, None if tables is None else backend.table_specs(tables, self.sharding)
 
     @contextlib.contextmanager
-    def tracing(self, name: str, module: types.ModuleType):
-        """A context to trace a module's pass in: the mesh of the call, a name for profiles."""
+    def tracing(self, name: str, backend: Backend):
+        """A context to trace a backend's pass in: the mesh of the call, a name for profiles."""
         with contextlib.ExitStack() as stack:
-            if self.sharding is not None:
+            if self.sharding.every:
                 stack.enter_context(jax.sharding.use_abstract_mesh(self.mesh))
-            if module in (mosaic_gpu, mosaic_tpu):
+            if backend.platform is not None:
                 stack.enter_context(default_modes())
-            stack.enter_context(jax.named_scope(f"{module.__name__.rpartition('.')[2]}_{name}"))
+            stack.enter_context(jax.named_scope(f"{backend.name}_{name}"))
             yield
 
 
 def _compute_forward(call: Call, signature: Signature, target: Target, *leaves) -> tuple[Array, Array]:
     """out [b, t, h, e], and lse [b, h, t], finite."""
     (operands,) = signature.one(map(jax.typeof, leaves))
-    module = MODULES[call.implementation(target)]
-    problem = call.problem_of(module, target)
-    with call.tracing("forward", module):
-        tables = call.shared_tables(module, signature, leaves, module.forward_tables(problem, operands))
+    backend, sharding = call.backend(target), call.sharding
+    problem = call.problem_of(backend, target)
+    with call.tracing("forward", backend):
+        tables = call.split_tables(backend, signature, leaves, backend.forward_tables(problem, operands))
 
         def local(tables, operands: Operands):
-            out, lse = module.forward(problem, call.with_tables(module, operands, tables))
-            out, lse = _nan_beyond(problem, operands, out, lse)
+            out, lse = backend.forward(problem, call.with_tables(backend, operands, tables))
+            out, lse = _nan_beyond(operands, out, lse)
             return out, _finite(lse)
 
-        specs = (operand_specs(call.sharding, operands),)
-        return over_shards(local, call.sharding, signature, leaves, specs, "ql", tables, module.table_specs)
+        in_specs, out_specs = (operand_specs(sharding, operands),), (sharding.of_tokens(), sharding.of_rows())
+        return over_shards(local, sharding, signature, leaves, in_specs, out_specs, tables)
 
 
 def _forward_types(call: Call, operands: Operands) -> list:
     query: typing.Any = operands.query
     batch, length, heads, _ = query.shape
-    spec = query.sharding.spec
-    if call.sharding is not None and call.sharding.explicit:
-        spec = call.sharding.of(0, 2)
+    spec = call.sharding.of_tokens() if call.sharding.explicit else query.sharding.spec
     dtype = accumulation_dtype(query.dtype)
     return [
         _typed(query, (batch, length, heads, operands.value.shape[3]), query.dtype, spec),
@@ -158,25 +155,29 @@ def _compute_gradients(
 ) -> tuple:
     """dq, dk, dv and dsinks, if there are sinks."""
     operands: Operands = signature.one(map(jax.typeof, leaves))[0]
-    name = call.implementations[0] if target is None else call.implementation(target)
-    module = (DIFFERENTIABLE if differentiable else MODULES)[name]
-    problem = call.problem_of(module, target)
-    options = {"differentiable": True} if differentiable else {}
-    with call.tracing("backward", module):
-        tables = call.shared_tables(module, signature, leaves, module.backward_tables(problem, operands))
+    if differentiable:
+        backend = call.differentiable_backend(target)
+        compute = functools.partial(backend.backward, differentiable=True)
+    else:
+        backend = call.backend(typing.cast(Target, target))
+        compute = backend.backward
+    problem, sharding = call.problem_of(backend, target), call.sharding
+    with call.tracing("backward", backend):
+        tables = call.split_tables(backend, signature, leaves, backend.backward_tables(problem, operands))
 
         def local(tables, operands: Operands, out, lse, dout, dlse):
             # The gradient of an empty row's lse means nothing.
             dlse = jnp.where(_is_empty(lse), 0, dlse)
             lse = with_infinities(lse)
             delta = jnp.einsum("bthe,bthe->bht", out.astype(lse.dtype), dout.astype(lse.dtype)) - dlse
-            operands = call.with_tables(module, operands, tables)
-            gradients = module.backward(problem, operands, dout, lse, delta, **options)
+            operands = call.with_tables(backend, operands, tables)
+            gradients = compute(problem, operands, dout, lse, delta)
             return gradients if operands.sinks is None else (*gradients, sink_gradients(operands.sinks, lse, delta))
 
-        specs = operand_specs(call.sharding, operands), *(spec_of(call.sharding, kind) for kind in "qlql")
-        results = "qqq" if operands.sinks is None else "qqqb"
-        gradients = over_shards(local, call.sharding, signature, leaves, specs, results, tables, module.table_specs)
+        tokens, rows = sharding.of_tokens(), sharding.of_rows()
+        in_specs = operand_specs(sharding, operands), tokens, rows, tokens, rows
+        out_specs = tokens, tokens, tokens, *([] if operands.sinks is None else [sharding.of_heads()])
+        gradients = over_shards(local, sharding, signature, leaves, in_specs, out_specs, tables)
         if operands.sinks is not None:
             # The one sum over sequences, and so over shards of the batch: left to XLA.
             gradients = *gradients[:3], gradients[3].sum(-2).astype(operands.sinks.dtype)
@@ -200,30 +201,28 @@ def _gradient_types(call: Call, operands: Operands, *_) -> list:
 def _compute_tangents(
     call: Call, signature: Signature, target: Target | None, *leaves, differentiable: bool = False
 ) -> tuple[Array, Array]:
-    """The tangents of out and lse, linear in those of query, key, value and sinks."""
+    """The tangents of out and lse, from those of query, key, value and sinks; an absent one is zero."""
     operands, _, _, moved = signature.one(map(jax.typeof, leaves))
-    name = call.implementations[0] if target is None else call.implementation(target)
-    module = DIFFERENTIABLE[name]
-    problem = call.problem_of(module, target)
-    with call.tracing("tangents", module):
-        tables = call.shared_tables(module, signature, leaves, module.forward_tables(problem, operands))
+    backend, sharding = call.differentiable_backend(target), call.sharding
+    problem = call.problem_of(backend, target)
+    with call.tracing("tangents", backend):
+        tables = call.split_tables(backend, signature, leaves, backend.forward_tables(problem, operands))
 
         def local(tables, operands: Operands, out, lse, moved):
-            operands, lse = call.with_tables(module, operands, tables), with_infinities(lse)
+            operands, lse = call.with_tables(backend, operands, tables), with_infinities(lse)
             *tokens, sinks = moved
-            dout, dlse = module.tangents(problem, operands, lse, *tokens, differentiable=differentiable)
+            dout, dlse = backend.tangents(problem, operands, lse, *tokens, differentiable=differentiable)
             if operands.sinks is not None and sinks is not None:
                 dlse = dlse + sink_tangents(operands.sinks, sinks, lse)
-            # Of a softmax that sums to one, sinks included: the weights move against each other.
+            # The weights, sinks included, sum to one: they move against each other.
             dout = dout - dlse.swapaxes(1, 2)[..., None] * out.astype(dout.dtype)
             return dout.astype(out.dtype), dlse
 
-        of_sinks = None if call.sharding is None else call.sharding.of(heads=0, ndim=1)
-        kinds = [spec_of(call.sharding, "q")] * 3 + [of_sinks]
-        of_moved = [None if each is None else spec for each, spec in zip(moved, kinds, strict=True)]
-        specs = operand_specs(call.sharding, operands), spec_of(call.sharding, "q"), spec_of(call.sharding, "l")
-        specs = *specs, tuple(of_moved)
-        return over_shards(local, call.sharding, signature, leaves, specs, "ql", tables, module.table_specs)
+        tokens, rows = sharding.of_tokens(), sharding.of_rows()
+        specs = tokens, tokens, tokens, sharding.of(heads=0, ndim=1)
+        moved_specs = tuple(None if each is None else spec for each, spec in zip(moved, specs, strict=True))
+        in_specs = operand_specs(sharding, operands), tokens, rows, moved_specs
+        return over_shards(local, sharding, signature, leaves, in_specs, (tokens, rows), tables)
 
 
 def _tangent_types(call: Call, operands: Operands, out, lse, moved) -> list:
@@ -333,11 +332,11 @@ def with_infinities(lse: Array) -> Array:
     return lse + jax.lax.stop_gradient(jnp.where(_is_empty(lse), -jnp.inf, jnp.zeros_like(lse)))
 
 
-def _nan_beyond(problem: Problem, operands: Operands, out: Array, lse: Array) -> tuple[Array, Array]:
+def _nan_beyond(operands: Operands, out: Array, lse: Array) -> tuple[Array, Array]:
     """NaN where queries stand at positions that the schedule was not compiled for: better than a wrong number."""
-    offset = operands.query_offset
-    if offset is None or problem.schedule is None:
+    schedule, offset = operands.schedule, operands.query_offset
+    if offset is None or not isinstance(schedule, BlockSchedule):
         return out, lse
-    last = problem.schedule.query_length - out.shape[1]
+    last = schedule.query_length - out.shape[1]
     fits = ((offset >= 0) & (offset <= last))[:, None, None]
     return jnp.where(fits[..., None], out, jnp.nan), jnp.where(fits, lse, jnp.nan)

@@ -1,4 +1,4 @@
-"""What the op hands to a backend: what is known while tracing, and the arrays."""
+"""The arguments that the op passes to a backend: static options, and arrays."""
 
 import dataclasses
 import typing
@@ -13,18 +13,17 @@ from pallas_kernels.selection import BlockSelection
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """All that is known while tracing; hashable.
+    """Static options of a call; hashable.
 
     Attributes:
-      schedule: what is read, or None where a selection among the operands says it.
-      scale: what the logits are multiplied with.
+      scale: the factor of the logits.
       logits_soft_cap: the logits become cap · tanh(logits / cap); None leaves them.
-      config: the backend's own tile sizes, or None for its own choice.
-      same_segments: queries and keys have one array of segment ids: a query's segment holds its own key.
-      platform: that is lowered for, "cpu", "cuda", "rocm" or "tpu"; None where it is not known yet.
+      config: the backend's own tile sizes; None lets the backend choose.
+      same_segments: True if queries and keys share one array of segment ids, so that a query's segment holds its own
+        key.
+      platform: the platform that is lowered for, "cpu", "cuda", "rocm" or "tpu"; None while it is unknown.
     """
 
-    schedule: BlockSchedule | None
     scale: float
     logits_soft_cap: float | None
     config: typing.Any
@@ -35,24 +34,24 @@ class Problem:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """The arrays of one call, or of one shard of it; what is absent is None.
+    """The arrays of one call, or of one shard of it; an absent one is None.
 
     Attributes:
+      schedule: the blocks that are read: a compiled pattern, static in the pytree, or a traced selection.
       query_offset: int32 [b], positions of the first queries, if they are known at run time only.
       first_head: int32 scalar, number of the first query head among all heads; None if the call has all of them.
-      selection: a traced choice of blocks, where there is no schedule.
-      tables: what the backend made of the schedule for these heads.
+      tables: the backend's tables of the schedule for these heads.
     """
 
     query: Float[Array, "b t h d"]
     key: Float[Array, "b s k d"]
     value: Float[Array, "b s k e"]
+    schedule: BlockSchedule | BlockSelection
     sinks: Float[Array, " h"] | None = None
     query_segment_ids: Int32[Array, "b t"] | None = None
     kv_segment_ids: Int32[Array, "b s"] | None = None
     query_offset: Int32[Array, " b"] | None = None
     first_head: Int32[Array, ""] | None = None
-    selection: BlockSelection | None = None
     tables: typing.Any = None
 
 

@@ -14,9 +14,6 @@ from pallas_kernels.selection import BlockSelection
 from pallas_kernels.sharding import Sharding
 from pallas_kernels.softmax import add_sinks
 
-CONFIG = type(None)
-"""There are no tiles to choose."""
-
 
 def masked_attention(
     query: Float[Array, "b t h d"],
@@ -71,75 +68,70 @@ def masked_attention(
     return out.reshape(*query.shape[:3], value.shape[3]).astype(dtype), lse
 
 
-def unsupported_reason(problem: Problem, operands: Operands) -> str | None:
-    """Why this backend cannot do it; it can do everything that fits in memory."""
-    return None
+class ReferenceBackend:
+    """The operation by its definition, for tests and small shapes."""
+
+    name, platform, config_type = "reference", None, type(None)
+
+    @property
+    def differentiable(self) -> "ReferenceBackend":
+        return self
+
+    def unsupported_reason(self, problem: Problem, operands: Operands) -> str | None:
+        return None
+
+    def unsupported_device_reason(self, device) -> str | None:
+        return None
+
+    def forward_tables(self, problem: Problem, operands: Operands) -> Bool[np.ndarray, "h t s"] | None:
+        """The token mask of every head; None for a selection."""
+        schedule = operands.schedule
+        return None if isinstance(schedule, BlockSelection) else _token_mask(schedule)
+
+    backward_tables = forward_tables
+
+    def table_specs(self, tables: Array, sharding: Sharding) -> PartitionSpec:
+        return sharding.of(heads=0, ndim=3)
+
+    def forward(self, problem: Problem, operands: Operands) -> tuple[Array, Array]:
+        out, lse = _attend(problem, operands, operands.query, operands.key, operands.value)
+        out, lse = add_sinks(out, lse, operands.sinks)
+        return out.astype(operands.query.dtype), lse
+
+    def backward(
+        self, problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, *, differentiable=False
+    ) -> tuple[Array, Array, Array]:
+        inputs = operands.query, operands.key, operands.value
+        (out, alone), pull = jax.vjp(functools.partial(_attend, problem, operands), *inputs)
+        # With sinks, and whatever else stands in lse, the weights are smaller by a factor, and so are their gradients:
+        # out' = share · out, so that the pull-back of (share · dout, dlse') has to give share · (dP - delta).
+        share = jnp.where(jnp.isneginf(alone), 0, jnp.exp(alone - jnp.where(jnp.isneginf(lse), 0, lse)))
+        scaled = share.swapaxes(1, 2)[..., None] * dout.astype(out.dtype)
+        dlse = jnp.einsum("bthe,bthe->bht", out, scaled) - share * delta
+        return pull((scaled, jnp.where(jnp.isneginf(alone), 0, dlse)))
+
+    def tangents(
+        self, problem: Problem, operands: Operands, lse: Array, query, key, value, *, differentiable=False
+    ) -> tuple[Array, Array]:
+        inputs = operands.query, operands.key, operands.value
+        moved = tuple(
+            jnp.zeros_like(each) if change is None else change
+            for each, change in zip(inputs, (query, key, value), strict=True)
+        )
+        (out, alone), (dout, dlse) = jax.jvp(functools.partial(_attend, problem, operands), inputs, moved)
+        # Without sinks the weights sum to one; with them, they are smaller by a factor.
+        share = jnp.where(jnp.isneginf(alone), 0, jnp.exp(alone - jnp.where(jnp.isneginf(lse), 0, lse)))
+        of_rows = share.swapaxes(1, 2)[..., None]
+        dlse = jnp.where(jnp.isneginf(alone), 0, dlse)
+        return of_rows * (dout + dlse.swapaxes(1, 2)[..., None] * out), share * dlse
 
 
-def forward_tables(problem: Problem, operands: Operands) -> Bool[np.ndarray, "h t s"] | None:
-    """The token mask of every head; None for a selection."""
-    return None if problem.schedule is None else _token_mask(problem.schedule)
-
-
-backward_tables = forward_tables
+REFERENCE = ReferenceBackend()
 
 
 @functools.lru_cache(maxsize=8)
 def _token_mask(schedule: BlockSchedule) -> np.ndarray:
     return schedule.token_mask()
-
-
-def forward(problem: Problem, operands: Operands) -> tuple[Array, Array]:
-    """out [b, t, h, e] in the query's dtype and lse [b, h, t] in the accumulation dtype, sinks included."""
-    out, lse = _attend(problem, operands, operands.query, operands.key, operands.value)
-    out, lse = add_sinks(out, lse, operands.sinks)
-    return out.astype(operands.query.dtype), lse
-
-
-def table_specs(tables: Array, sharding: Sharding) -> PartitionSpec:
-    """How the tables are split over a mesh."""
-    return sharding.of(heads=0, ndim=3)
-
-
-def backward(
-    problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, *, differentiable: bool = False
-) -> tuple[Array, Array, Array]:
-    """dq, dk and dv in the inputs' dtype, from dout [b, t, h, e], and lse and delta [b, h, t], sinks included.
-
-    It is differentiable in turn in any case.
-    """
-    inputs = operands.query, operands.key, operands.value
-    (out, alone), pull = jax.vjp(functools.partial(_attend, problem, operands), *inputs)
-    # With sinks, and whatever else stands in lse, the weights are smaller by a factor, and so are their gradients:
-    # out' = share · out, so that the pull-back of (share · dout, dlse') has to give share · (dP - delta).
-    share = jnp.where(jnp.isneginf(alone), 0, jnp.exp(alone - jnp.where(jnp.isneginf(lse), 0, lse)))
-    spread = share.swapaxes(1, 2)[..., None] * dout.astype(out.dtype)
-    dlse = jnp.einsum("bthe,bthe->bht", out, spread) - share * delta
-    return pull((spread, jnp.where(jnp.isneginf(alone), 0, dlse)))
-
-
-def tangents(
-    problem: Problem, operands: Operands, lse: Array, query, key, value, *, differentiable: bool = False
-) -> tuple[Array, Array]:
-    """What the op's tangents are made of: Σ (P ∘ dl) v + Σ P dv, [b, t, h, e], and Σ P ∘ dl, [b, h, t].
-
-    P are the weights, sinks included, and dl the tangents of the logits. It is differentiable in turn in any case.
-
-    Args:
-      lse: [b, h, t], sinks included.
-      query, key, value: tangents, None for zero.
-    """
-    inputs = operands.query, operands.key, operands.value
-    moved = tuple(
-        jnp.zeros_like(each) if change is None else change
-        for each, change in zip(inputs, (query, key, value), strict=True)
-    )
-    (out, alone), (dout, dlse) = jax.jvp(functools.partial(_attend, problem, operands), inputs, moved)
-    # Without sinks it sums to one; with them, the weights are smaller by a factor.
-    share = jnp.where(jnp.isneginf(alone), 0, jnp.exp(alone - jnp.where(jnp.isneginf(lse), 0, lse)))
-    of_rows = share.swapaxes(1, 2)[..., None]
-    dlse = jnp.where(jnp.isneginf(alone), 0, dlse)
-    return of_rows * (dout + dlse.swapaxes(1, 2)[..., None] * out), share * dlse
 
 
 def _attend(problem: Problem, operands: Operands, query, key, value):
@@ -153,8 +145,8 @@ def _attend(problem: Problem, operands: Operands, query, key, value):
 
 def _mask(problem: Problem, operands: Operands) -> Bool[Array, "#b #h t s"]:
     query, key, offset = operands.query, operands.key, operands.query_offset
-    if operands.selection is not None:
-        return selection_mask(operands.selection, query.shape[1], key.shape[1], query.shape[2], offset)
+    if isinstance(operands.schedule, BlockSelection):
+        return selection_mask(operands.schedule, query.shape[1], key.shape[1], query.shape[2], offset)
     mask = jax.lax.optimization_barrier(jnp.asarray(operands.tables))  # else XLA folds reductions of it while compiling
     if offset is None:
         return mask[None]

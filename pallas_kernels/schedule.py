@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int32
 
@@ -97,6 +98,7 @@ class ListTable:
         return BlockLists(blocks, mask_ids, offsets, ranges.astype(np.int32, copy=False), num_full_ranges)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockSchedule:
     """A pattern for given heads and lengths, compiled; free of any kernel's tiles.
@@ -128,6 +130,11 @@ class BlockSchedule:
         if self.differ_among is not None:
             return self.differ_among(shards)
         return bool((self.head_index != self.head_index[:1]).any())
+
+    @property
+    def query_block(self) -> int:
+        """Queries in a row, as in a `BlockSelection`."""
+        return self.block_size
 
     @property
     def first_row(self) -> int:

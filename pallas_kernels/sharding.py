@@ -1,7 +1,7 @@
-"""Running a backend on the shards of a mesh, each on its own batch elements and heads, with no communication.
+"""Backends on the shards of a mesh: each computes its own batch elements and heads, without communication.
 
-An opaque kernel inside `jit` is either refused by XLA's partitioner or fed by all-gathers; a `shard_map` around it, in
-the forward and in the backward pass each, says what belongs to whom.
+XLA's partitioner refuses an opaque kernel inside `jit`, or gathers its inputs. A `shard_map` around the forward pass,
+and one around the backward pass, splits the arrays instead.
 """
 
 import dataclasses
@@ -16,13 +16,20 @@ from jaxtyping import Array
 
 from pallas_kernels.deferred import Mapped, Signature
 from pallas_kernels.problem import Operands
+from pallas_kernels.selection import BlockSelection
 
 Axes = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """Mesh axes over which batch elements and heads are split, and all axes that a `shard_map` has to take."""
+    """The split of batch elements and heads over a mesh.
+
+    Attributes:
+      batch, heads: mesh axes over which batch elements and heads are split.
+      every: all axes that a `shard_map` has to take; none where there is nothing to split.
+      explicit: True if these axes are Explicit.
+    """
 
     batch: Axes
     heads: Axes
@@ -31,10 +38,11 @@ class Sharding:
 
     @property
     def head_shards(self) -> int:
+        """The number of shards that the heads are split into, on the mesh that is set."""
         return _product(self.heads, dict(jax.sharding.get_abstract_mesh().shape))
 
     def of(self, batch: int | None = None, heads: int | None = None, ndim: int = 4) -> P:
-        """The spec of an array with `ndim` axes whose batch and heads are the given ones."""
+        """The spec of an array with `ndim` axes, of which `batch` and `heads` are those of the batch and of heads."""
         axes: list[Axes | None] = [None] * ndim
         if batch is not None:
             axes[batch] = self.batch or None
@@ -42,50 +50,45 @@ class Sharding:
             axes[heads] = self.heads or None
         return P(*axes)
 
+    def of_tokens(self) -> P:
+        """The spec of [batch, length, heads, features]."""
+        return self.of(0, 2)
 
-def over_shards(
-    function,
-    sharding: Sharding | None,
-    signature: Signature,
-    leaves: tuple,
-    specs: tuple,
-    results: str,
-    tables,
-    table_specs,
-):
-    """`function(tables, *arguments)` on every shard, or as it is where there are none; over all mapped axes.
+    def of_rows(self) -> P:
+        """The spec of [batch, heads, length]."""
+        return self.of(0, 1, 3)
+
+    def of_heads(self) -> P:
+        """The spec of [batch, heads]."""
+        return self.of(0, 1, 2)
+
+
+UNSHARDED = Sharding((), (), (), False)
+
+
+def over_shards(function, sharding: Sharding, signature: Signature, leaves: tuple, in_specs, out_specs, tables):
+    """`function(tables, *arguments)` on every shard, or as it is without shards; over all mapped axes.
 
     Args:
       signature: how the flat arrays `leaves` are the arguments.
-      specs: of the arguments, as `operand_specs` and `spec_of` tell them.
-      results: what comes out: see `spec_of`.
-      table_specs: `table_specs(tables, sharding)` says how they are split.
+      in_specs: a pytree of the arguments' specs.
+      out_specs: a tuple of the results' specs.
+      tables: a pytree, and its specs.
     """
+    arrays, table_specs = tables
 
     def on_one(tables, *leaves):
         if any(mapped.mesh_axes for mapped in signature.maps):
             leaves = equally_varying(leaves)
         return signature.mapped(functools.partial(function, tables))(*leaves)
 
-    if sharding is None:
-        return on_one(tables, *leaves)
-    in_specs = [
+    mapped_specs = [
         _mapped_spec(spec, signature.maps, place)
-        for place, spec in enumerate(jax.tree.leaves(specs, is_leaf=lambda each: isinstance(each, P)))
+        for place, spec in enumerate(jax.tree.leaves(in_specs, is_leaf=lambda each: isinstance(each, P)))
     ]
     before = [mapped.mesh_axes or None for mapped in reversed(signature.maps)]
-    out_specs = tuple(None if kind == "-" else P(*before, *spec_of(sharding, kind)) for kind in results)
-    of_tables = None if tables is None else table_specs(tables, sharding)
-    return on_shards(on_one, sharding, (of_tables, *in_specs), out_specs, tables, *leaves)
-
-
-def spec_of(sharding: Sharding | None, kind: str) -> typing.Any:
-    """The spec of an array by one letter: "q" for [batch, length, heads, features], "l" for [batch, heads, length],
-    "b" for [batch, heads] and "-" for None.
-    """
-    if sharding is None or kind == "-":
-        return None
-    return {"q": sharding.of(0, 2), "l": sharding.of(0, 1, 3), "b": sharding.of(0, 1, 2)}[kind]
+    results = tuple(P(*before, *spec) for spec in out_specs)
+    return on_shards(on_one, sharding, (table_specs, *mapped_specs), results, arrays, *leaves)
 
 
 def _mapped_spec(spec: P, maps: tuple[Mapped, ...], place: int) -> P:
@@ -98,8 +101,8 @@ def _mapped_spec(spec: P, maps: tuple[Mapped, ...], place: int) -> P:
 
 
 def on_shards(function, sharding: Sharding | None, in_specs: tuple, out_specs, *arguments):
-    """`function(*arguments)` on every shard, or as it is where there are none."""
-    if sharding is None:
+    """`function(*arguments)` on every shard, or as it is without shards."""
+    if sharding is None or not sharding.every:
         return function(*arguments)
     if sharding.explicit:
         arguments = jax.tree.map(jax.sharding.reshard, arguments, in_specs)
@@ -107,11 +110,9 @@ def on_shards(function, sharding: Sharding | None, in_specs: tuple, out_specs, *
     return mapped(*arguments)
 
 
-def operand_specs(sharding: Sharding | None, operands: Operands) -> typing.Any:
-    """How operands without tables are split."""
-    if sharding is None:
-        return None
-    tokens = sharding.of(0, 2)
+def operand_specs(sharding: Sharding, operands: Operands) -> typing.Any:
+    """The specs of operands without tables, as `Operands`."""
+    tokens, schedule = sharding.of_tokens(), operands.schedule
     each = {
         "query": tokens,
         "key": tokens,
@@ -125,12 +126,12 @@ def operand_specs(sharding: Sharding | None, operands: Operands) -> typing.Any:
     specs: dict[str, typing.Any] = {
         name: None if getattr(operands, name) is None else spec for name, spec in each.items()
     }
-    if operands.selection is not None:
-        batch, heads = (None if size == 1 else axis for axis, size in enumerate(operands.selection.counts.shape[:2]))
-        specs["selection"] = dataclasses.replace(
-            operands.selection, kv_blocks=sharding.of(batch, heads), counts=sharding.of(batch, heads, 3)
-        )
-    return Operands(**specs)
+    if isinstance(schedule, BlockSelection):
+        batch, heads = (None if size == 1 else axis for axis, size in enumerate(schedule.counts.shape[:2]))
+        of_blocks: typing.Any = sharding.of(batch, heads)
+        of_counts: typing.Any = sharding.of(batch, heads, 3)
+        schedule = dataclasses.replace(schedule, kv_blocks=of_blocks, counts=of_counts)
+    return Operands(**specs, schedule=schedule)
 
 
 def find_sharding(query, kv_heads: int, query_spec: P | None) -> Sharding | None:
@@ -200,14 +201,6 @@ def _varying(array: Array) -> frozenset[str]:
 def _vary_over(array: Array, axes: frozenset[str]) -> Array:
     missing = tuple(sorted(axes - _varying(array)))
     return jax.lax.pcast(array, missing, to="varying") if missing else array
-
-
-def sharded_like(gradient: jax.Array | None, primal: jax.Array | None) -> jax.Array | None:
-    """The gradient, sharded as its primal: over Explicit axes that is part of the type."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if gradient is None or primal is None or AxisType.Explicit not in mesh.axis_types:
-        return gradient
-    return jax.sharding.reshard(gradient, jax.typeof(primal).sharding.spec)
 
 
 def _names(axes) -> Axes:

@@ -7,6 +7,7 @@ for the gradients of keys and values, key blocks with similar readers are merged
 import dataclasses
 import functools
 import math
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,11 @@ WORD_BITS = 32
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiles:
-    """Groups of rows and what they read together.
+    """Groups of rows and the blocks that they read together.
 
     Attributes:
-      members: int32 [unique_heads, tiles, rows], the rows in every tile; -1 where a tile has fewer.
-      lists: what the tiles walk; its mask ids index `tile_masks`.
+      members: int32 [unique_heads, tiles, rows], the rows in every tile; -1 for none.
+      lists: the blocks that tiles read; its mask ids index `tile_masks`.
       tile_masks: int32 [mask_ids, rows], the token mask of every row of a tile; the first masks nothing, the second
         everything.
     """
@@ -36,7 +37,7 @@ class Tiles:
     tile_masks: Int32[np.ndarray, "mask_ids rows"]
 
     def executed_blocks(self, capacity: int) -> np.ndarray:
-        """Pairs of blocks computed for every walker, where entries are walked `capacity` at a time: int64 [walkers]."""
+        """Pairs of blocks that every unique head computes with steps of `capacity` entries: int64 [unique_heads]."""
         steps = -(-self.lists.counts().astype(np.int64) // capacity)
         return steps.sum((1, 2)) * capacity * self.members.shape[2]
 
@@ -48,7 +49,7 @@ def group_consecutive_rows(num_unique_heads: int, num_rows: int, size: int) -> n
 
 
 def group_similar_rows(lists: BlockLists, size: int) -> np.ndarray:
-    """Groups of rows that walk the same parts of the lists: int32 [unique_heads, tiles, size].
+    """Groups of rows that read the same lists: int32 [unique_heads, tiles, size].
 
     Seen from the keys, a stripe is read by every later query and its neighbour by a window of them. Grouped by which
     parts they have, stripes stand with stripes and window blocks with window blocks, and the union of what a group
@@ -155,44 +156,47 @@ def _with_written_out(lists: BlockLists, cores: np.ndarray, written) -> BlockLis
     )
 
 
-def without_missing_keys(schedule: BlockSchedule, tiles: Tiles):
-    """The lists where the last block, if it is not filled with keys, has masks of its own.
+class QTiles(typing.NamedTuple):
+    """Query tiles and the lists of blocks that they read.
 
-    Returns:
-      blocks, masks and slices, with one more part and one more entry where needed; the token masks of every kind, and
-      whether it is for the last block.
+    Attributes:
+      blocks, mask_ids: int32 [entries], the lists.
+      ranges: int32 [unique_heads, tiles, ranges, 2]; the first `num_full_ranges` hold full entries.
+      seen: the keys of a block that each query of a tile sees, by mask id.
     """
-    lists, tile_masks, last = tiles.lists, tiles.tile_masks, schedule.num_columns - 1
-    ranges, short = lists.ranges.astype(np.int32), np.zeros(len(tile_masks), bool)
-    if schedule.kv_length % schedule.block_size == 0 or len(lists.blocks) == 0:
-        return lists.blocks, lists.mask_ids, ranges, tile_masks, short
-    # Lists ascend: only the last entry of a slice without masks can be the last block.
-    full = ranges[..., : lists.num_full_ranges, :].copy()
-    busy = full[..., 1] > full[..., 0]
-    ends = busy & (lists.blocks[np.where(busy, full[..., 1] - 1, 0)] == last)
-    full[..., 1] -= ends
-    entry = len(lists.blocks)
-    one = np.where(ends.any(-1)[..., None], np.array([entry, entry + 1], np.int32), np.int32(0))[..., None, :]
-    found, which = np.unique(lists.mask_ids[lists.blocks == last], return_inverse=True)
-    mask_ids = lists.mask_ids.copy()
-    mask_ids[lists.blocks == last] = len(tile_masks) + 1 + which
-    return (
-        np.append(lists.blocks, last).astype(np.int32),
-        np.append(mask_ids, len(tile_masks)).astype(np.int32),
-        np.concatenate([full, ranges[..., lists.num_full_ranges :, :], one], -2).astype(np.int32),
-        np.concatenate([tile_masks, np.full_like(tile_masks[:1], WHOLE), tile_masks[found]]),
-        np.append(short, np.ones(len(found) + 1, bool)),
-    )
+
+    blocks: Int32[np.ndarray, " entries"]
+    mask_ids: Int32[np.ndarray, " entries"]
+    ranges: Int32[np.ndarray, "unique_heads tiles ranges 2"]
+    num_full_ranges: int
+    seen: Bool[np.ndarray, "masks queries keys"]
 
 
-def seen_by_mask(
-    schedule: BlockSchedule, tile_masks: np.ndarray, short: np.ndarray
-) -> Bool[np.ndarray, "masks queries keys"]:
-    """What each query of a tile sees of a block."""
-    size = schedule.block_size
-    bits = schedule.token_masks[tile_masks].reshape(len(tile_masks), -1, size)  # [masks, queries, keys]
-    remaining = schedule.kv_length - (schedule.num_columns - 1) * size
-    return bits & (~short[:, None, None] | (np.arange(size) < remaining))
+def make_q_tiles(schedule: BlockSchedule, block_q: int) -> QTiles:
+    """Tiles of `block_q` consecutive queries; a last block with fewer keys than the others has masks of its own."""
+    lists, size, last = schedule.lists, schedule.block_size, schedule.num_columns - 1
+    tiles = merge(lists, group_consecutive_rows(lists.num_unique_heads, lists.num_rows, block_q // size))
+    lists, tile_masks = tiles.lists, tiles.tile_masks
+    blocks, mask_ids, ranges = lists.blocks, lists.mask_ids, lists.ranges.astype(np.int32)
+    is_short = np.zeros(len(tile_masks), bool)
+    if schedule.kv_length % size and len(blocks):
+        # Lists ascend: only the last entry of a full range can be the last block.
+        full = ranges[..., : lists.num_full_ranges, :].copy()
+        ends = (full[..., 1] > full[..., 0]) & (blocks[np.maximum(full[..., 1] - 1, 0)] == last)
+        full[..., 1] -= ends
+        entry = len(blocks)
+        one = np.where(ends.any(-1)[..., None], np.array([entry, entry + 1], np.int32), np.int32(0))[..., None, :]
+        ranges = np.concatenate([full, ranges[..., lists.num_full_ranges :, :], one], -2).astype(np.int32)
+        found, which = np.unique(mask_ids[blocks == last], return_inverse=True)
+        mask_ids = mask_ids.copy()
+        mask_ids[blocks == last] = len(tile_masks) + 1 + which
+        mask_ids = np.append(mask_ids, len(tile_masks)).astype(np.int32)
+        blocks = np.append(blocks, last).astype(np.int32)
+        is_short = np.append(is_short, np.ones(len(found) + 1, bool))
+        tile_masks = np.concatenate([tile_masks, np.full_like(tile_masks[:1], WHOLE), tile_masks[found]])
+    seen = schedule.token_masks[tile_masks].reshape(len(tile_masks), -1, size)
+    seen = seen & (~is_short[:, None, None] | (np.arange(size) < schedule.kv_length - last * size))
+    return QTiles(blocks, mask_ids, ranges, lists.num_full_ranges, seen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ from benchmarks.compiled.tpu_bundles import DUMP, TpuKernel, kernels_in
 from benchmarks.compiled.tpu_peers import KERNELS, TILES, Tile, gradients_of, has_tokamax, tiles_read
 from benchmarks.record import parser, save, table
 from pallas_kernels.mosaic_tpu.config import STEPS_PER_GROUP, choose_config, choose_kv_grad_config
-from pallas_kernels.mosaic_tpu.tables import Tables, kv_tables, schedule_tables
+from pallas_kernels.mosaic_tpu.entries import EntryLists, kv_tables, q_tables
 from pallas_kernels.schedule import BlockSchedule
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -103,15 +103,15 @@ def our_passes(schedule: BlockSchedule) -> dict[str, Pass]:
     size = schedule.block_size
     shapes = schedule, schedule.num_heads, schedule.num_kv_heads, schedule.query_length, schedule.kv_length
     tiles, keys = choose_config(*shapes), choose_kv_grad_config(*shapes)
-    over_keys = _walk(schedule_tables(schedule, tiles), tiles.block_kv // min(size, tiles.block_kv), 1)
+    over_keys = _walk(q_tables(schedule, tiles), tiles.block_kv // min(size, tiles.block_kv), 1)
     slots = keys.step_size // (keys.heads_per_step * min(size, keys.step_size // keys.heads_per_step))
     rounds = schedule.num_heads // schedule.num_kv_heads // keys.heads_per_step if schedule.shares_groups else 1
-    over_queries = _walk(kv_tables(schedule, keys).walked, slots, rounds)
+    over_queries = _walk(kv_tables(schedule, keys).queries, slots, rounds)
     forward = Pass(Tile(tiles.rows, tiles.block_kv), over_keys)
     return {"forward": forward, "dq": forward, "dk, dv": Pass(Tile(keys.step_size, keys.block_kv), over_queries)}
 
 
-def _walk(tables: Tables, slots: int, rounds: int) -> Walk:
+def _walk(tables: EntryLists, slots: int, rounds: int) -> Walk:
     lengths = (tables.ranges[..., 1] - tables.ranges[..., 0]).astype(np.int64)
     full, total = lengths[..., : tables.num_full_ranges].sum(-1), lengths.sum(-1)
     steps, plain = np.maximum(-(-total // slots), 1), full // (STEPS_PER_GROUP * slots)

@@ -9,8 +9,8 @@ import jax.experimental.pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
+from pallas_kernels.modes import interpreted
 from pallas_kernels.mosaic_tpu.config import LANES, SUBLANES, KernelSpec
-from pallas_kernels.platforms import interpreted
 
 VMEM_BYTES, VMEM_BYTES_PER_LOGIT = 6 << 20, 32
 """VMEM beyond the blocks of inputs and outputs: fixed, and per logit of a step. Most of the latter is for spills."""

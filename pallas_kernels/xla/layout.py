@@ -1,30 +1,15 @@
-"""Where the tokens of one call stand in the tiles that the XLA kernels compute on."""
+"""Layout of a call's arrays in the blocks and tiles that the XLA passes compute on."""
 
-import dataclasses
-import functools
 import typing
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.padding import QueryGrid, make_query_grid
 from pallas_kernels.problem import Operands, Problem, accumulation_dtype
-from pallas_kernels.xla.walks import Walks, along
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryGrid:
-    """Queries in rows of `size` tokens, `rows` of them, the first `shift` tokens of the first row being empty.
-
-    Attributes:
-      first: int or int32 [b], which row of the walks' tables the first one is.
-      shift: int or int32 [b].
-    """
-
-    size: int
-    rows: int
-    first: int | Array
-    shift: int | Array
+from pallas_kernels.selection import BlockSelection
+from pallas_kernels.xla.block_lists import TileLists, along
 
 
 class Tokens(typing.NamedTuple):
@@ -55,59 +40,40 @@ def chunk_bytes(platform: str | None, arrays: tuple[Array, ...]) -> int:
 
 
 class Layout:
-    """The arrays of a call, arranged in blocks and rows; a unit is one tile of one walker of one batch element.
+    """The arrays of a call in blocks and rows; a unit is one tile of one unique head of one batch element.
 
-    A walker is a KV head whose query heads read the same blocks, so that they share what is gathered; or, where they
-    differ, a single query head.
+    A unique head is a KV head whose query heads read the same blocks and share the gathered keys; or, if they differ, a
+    single query head.
     """
 
-    def __init__(self, problem: Problem, operands: Operands, walks: Walks, row_size: int, block_size: int):
-        self.problem, self.operands, self.walks = problem, operands, jax.tree.map(jnp.asarray, walks)
-        self.row_size, self.block_size = row_size, block_size
+    def __init__(self, problem: Problem, operands: Operands, lists: TileLists):
+        self.problem, self.operands, self.lists = problem, operands, jax.tree.map(jnp.asarray, lists)
+        self.row_size, self.block_size = operands.schedule.query_block, operands.schedule.block_size
         self.batch, self.query_length, self.num_heads, _ = operands.query.shape
         _, self.kv_length, self.num_kv_heads, _ = operands.key.shape
-        self.unique_heads = walks.ranges.shape[1]
+        self.unique_heads = lists.ranges.shape[1]
         self.group = self.num_heads // self.unique_heads
-        self.num_blocks = -(-self.kv_length // block_size)
+        self.num_blocks = -(-self.kv_length // self.block_size)
         self.accumulate = accumulation_dtype(operands.query.dtype)
         self.chunk_bytes = chunk_bytes(problem.platform, (operands.query, operands.key, operands.value))
 
     def grid(self, rows_per_tile: int) -> QueryGrid:
-        size = self.row_size * rows_per_tile
-        offset = self.operands.query_offset
-        if self.problem.schedule is None:
-            first, shift, most = 0, 0, 0
-        elif offset is None:
-            first, shift = 0, self.problem.schedule.query_offset % self.block_size
-            most = shift
-        else:
-            first, shift, most = offset // size, offset % size, size - 1
-        return QueryGrid(size, -(-(self.query_length + most) // size), first, shift)
+        """The query tiles of a pass."""
+        return make_query_grid(self.operands, self.row_size * rows_per_tile)
 
     # Arranging arrays.
 
     def rows(self, grid: QueryGrid, array: Array, fill: float = 0) -> Array:
-        """[b, t, h, f] -> [b, rows, size, h, f], without moving anything."""
-        length = grid.rows * grid.size
-        if isinstance(grid.shift, int):
-            after = length - self.query_length - grid.shift
-            array = jnp.pad(array, ((0, 0), (grid.shift, after), (0, 0), (0, 0)), constant_values=fill)
-        else:
-            room = jnp.full((self.batch, length, *array.shape[2:]), fill, array.dtype)
-            array = jax.vmap(lambda r, a, at: jax.lax.dynamic_update_slice_in_dim(r, a, at, 0))(room, array, grid.shift)
-        return array.reshape(self.batch, grid.rows, grid.size, *array.shape[2:])
+        """[b, t, h, f] -> [b, tiles, block_q, h, f], without moving anything."""
+        array = grid.pad_to_tiles(array, fill=fill)
+        return array.reshape(self.batch, grid.num_tiles, grid.block_q, *array.shape[2:])
 
     def from_rows(self, grid: QueryGrid, array: Array) -> Array:
-        """The inverse: [units, size · group, f] -> [b, t, h, f]."""
-        parts = grid.size // self.row_size
-        array = array.reshape(
-            self.batch, self.unique_heads, grid.rows, parts, self.group, self.row_size, array.shape[-1]
-        )
-        array = array.transpose(0, 2, 3, 5, 1, 4, 6).reshape(self.batch, -1, self.num_heads, array.shape[-1])
-        if isinstance(grid.shift, int):
-            return array[:, grid.shift : grid.shift + self.query_length]
-        slice_ = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=self.query_length)
-        return jax.vmap(slice_)(array, grid.shift)
+        """The inverse: [units, block_q · group, f] -> [b, t, h, f]."""
+        rows, features = grid.block_q // self.row_size, array.shape[-1]
+        array = array.reshape(self.batch, self.unique_heads, grid.num_tiles, rows, self.group, self.row_size, features)
+        array = array.transpose(0, 2, 3, 5, 1, 4, 6).reshape(self.batch, -1, self.num_heads, features)
+        return grid.unpad(array, 1)
 
     def tiles_of(self, rows: Array, units: Array) -> Array:
         """Tiles of an array in rows: [units, size · group, f]."""
@@ -118,11 +84,11 @@ class Layout:
         return tiles.swapaxes(1, 2).reshape(len(units), -1, rows.shape[-1])
 
     def query_blocks(self, grid: QueryGrid, array: Array, fill: float = 0) -> Array:
-        """[b, t, h, f] -> [b · walkers · (rows + 1), group · row_size, f]; the last row of every walker is empty."""
+        """[b, t, h, f] -> [b · unique_heads · (rows + 1), group · row_size, f]; the last row of every head is empty."""
         array = self.rows(grid, array, fill)
         array = array.reshape(self.batch, -1, self.row_size, self.unique_heads, self.group, array.shape[-1])
         array = array.transpose(0, 3, 1, 4, 2, 5).reshape(
-            self.batch * self.unique_heads, grid.rows, -1, array.shape[-1]
+            self.batch * self.unique_heads, grid.num_tiles, -1, array.shape[-1]
         )
         array = jnp.pad(array, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=fill)
         return array.reshape(-1, *array.shape[2:])
@@ -143,32 +109,32 @@ class Layout:
         array = jnp.pad(array, ((0, 0), (0, after), (0, 0), (0, 0)))
         return array.swapaxes(1, 2).reshape(-1, self.block_size, array.shape[-1])
 
-    # Units: numbers that count batch elements, walkers and tiles, tiles fastest.
+    # Units: numbers that count batch elements, unique heads and tiles, tiles fastest.
 
     def split(self, units: Array, tiles: int) -> tuple[Array, Array, Array]:
-        """Batch element, walker and tile of each unit."""
+        """Batch element, unique head and tile of each unit."""
         return units // (self.unique_heads * tiles), units // tiles % self.unique_heads, units % tiles
 
     def kv_head(self, unique_head: Array) -> Array:
-        """The KV head that a walker reads."""
+        """The KV head that a unique head reads."""
         return unique_head * self.num_kv_heads // self.unique_heads
 
     def ranges(self, units: Array, tiles: int) -> Array:
-        """Slices of each unit of a pass over the keys: int32 [units, ranges, 2]."""
+        """The ranges of each unit of a pass over the keys: int32 [units, ranges, 2]."""
         batch, unique_head, tile = self.split(units, tiles)
-        return self._slices(batch, unique_head, tile)
+        return self._ranges(batch, unique_head, tile)
 
-    def query_slices(self, grid: QueryGrid, units: Array) -> Array:
-        """Those of a pass over the queries; a tile that has no query walks nothing."""
-        batch, unique_head, tile = self.split(units, grid.rows)
+    def query_ranges(self, grid: QueryGrid, units: Array) -> Array:
+        """The ranges of each unit of a pass over the queries; a tile without queries has empty ones."""
+        batch, unique_head, tile = self.split(units, grid.num_tiles)
         if isinstance(grid.first, int):
-            return self._slices(batch, unique_head, tile)
+            return self._ranges(batch, unique_head, tile)
         first, shift = grid.first[batch], typing.cast(Array, grid.shift)[batch]
-        used = tile * grid.size < shift + self.query_length
-        return jnp.where(used[:, None, None], self._slices(batch, unique_head, first + tile), 0)
+        used = tile * grid.block_q < shift + self.query_length
+        return jnp.where(used[:, None, None], self._ranges(batch, unique_head, first + tile), 0)
 
-    def _slices(self, batch: Array, unique_head: Array, tile: Array) -> Array:
-        table = self.walks.ranges
+    def _ranges(self, batch: Array, unique_head: Array, tile: Array) -> Array:
+        table = self.lists.ranges
         tile = jnp.minimum(tile, table.shape[2] - 1)
         return table[batch if table.shape[0] > 1 else 0, unique_head, tile]
 
@@ -177,21 +143,21 @@ class Layout:
 
     # What may see what.
 
-    def query_tokens(self, grid: QueryGrid, batch: Array, tile: Array) -> "Tokens":
+    def query_tokens(self, grid: QueryGrid, batch: Array, tile: Array) -> Tokens:
         """The queries of some tiles; `batch` and `tile` broadcast, tokens come as one more axis."""
         shift = grid.shift if isinstance(grid.shift, int) else grid.shift[batch][..., None]
-        index = tile[..., None] * grid.size + along(grid.size, tile.ndim + 1) - shift
+        index = tile[..., None] * grid.block_q + along(grid.block_q, tile.ndim + 1) - shift
         offset = self.operands.query_offset
         position = index if offset is None else index + offset[batch][..., None]
         return self._tokens(batch, index, position, self.query_length, self.operands.query_segment_ids)
 
-    def key_tokens(self, batch: Array, block: Array) -> "Tokens":
+    def key_tokens(self, batch: Array, block: Array) -> Tokens:
         """The keys of some blocks; `batch` and `block` broadcast, tokens come as one more axis."""
         index = block[..., None] * self.block_size + along(self.block_size, block.ndim + 1)
         return self._tokens(batch, index, index, self.kv_length, self.operands.kv_segment_ids)
 
     @staticmethod
-    def _tokens(batch, index, position, length, segment_ids) -> "Tokens":
+    def _tokens(batch, index, position, length, segment_ids) -> Tokens:
         exists = (index >= 0) & (index < length)
         if segment_ids is not None:
             segment_ids = segment_ids[batch[..., None], jnp.clip(index, 0, length - 1)]
@@ -199,16 +165,16 @@ class Layout:
 
     @property
     def masks_all(self) -> bool:
-        """Whether every entry needs a mask over pairs of tokens."""
-        return self.operands.query_segment_ids is not None or self.problem.schedule is None
+        """True if every entry needs a mask over pairs of tokens."""
+        return self.operands.query_segment_ids is not None or isinstance(self.operands.schedule, BlockSelection)
 
-    def pairs(self, query: "Tokens", key: "Tokens") -> Array:
+    def pairs(self, query: Tokens, key: Tokens) -> Array:
         """Which queries may see which keys, by existence, segments and a selection's causality; broadcasts."""
         allowed = query.exists & key.exists
         if query.segment is not None:
             allowed &= query.segment == key.segment
-        selection = self.operands.selection
-        if selection is not None and selection.causal:
+        schedule = self.operands.schedule
+        if isinstance(schedule, BlockSelection) and schedule.causal:
             allowed &= key.position <= query.position
         return allowed
 

@@ -14,7 +14,7 @@ from benchmarks.schedules import forward_over_ideal
 from pallas_kernels import HopperConfig, mosaic_gpu
 from pallas_kernels.mosaic_gpu.sm90 import config as config_module
 from pallas_kernels.mosaic_gpu.sm90.config import choose_config, default_config, tuned_configs
-from pallas_kernels.mosaic_gpu.tables import schedule_tables
+from pallas_kernels.mosaic_gpu.sm90.inputs import q_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
@@ -122,7 +122,7 @@ def test_executed_pairs_are_those_of_the_tables(block, kv_heads):
     pattern = s2jax.LocalStride(block, 128 // block, 4)
     schedule = s2jax.compile_schedule(pattern, num_heads=4, num_kv_heads=kv_heads, query_length=1024, kv_length=1024)
     heads = 1 if kv_heads == 4 else min(4, 128 // block)
-    ranges = schedule_tables(schedule, 128 // heads, min(block, 32)).ranges[0]
+    ranges = q_tables(schedule, 128 // heads, min(block, 32)).ranges[0]
     entries = (ranges[..., 1] - ranges[..., 0]).sum(-1)  # [tiles of heads, tiles]
     executed = (-(-entries * block // 128)).sum() * 128 * 128
     ideal = np.count_nonzero(pattern.token_mask(4, kv_heads, 1024, 1024))

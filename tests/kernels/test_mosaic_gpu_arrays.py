@@ -11,9 +11,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import HopperConfig, mosaic_gpu
-from pallas_kernels.mosaic_gpu import chip
-from pallas_kernels.mosaic_gpu.arrange import positive_scale
+from pallas_kernels.mosaic_gpu import HOPPER, chip
 from pallas_kernels.mosaic_gpu.sm90.config import SHARED_BYTES, choose_config
+from pallas_kernels.padding import positive_scale
 from pallas_kernels.segments import narrow
 from s2jax import BlockSelection, FirstTokens, Local, LocalStride, PerHead, attention
 
@@ -73,9 +73,8 @@ def test_what_the_kernel_cannot_do_is_refused(name: str):
 def test_only_hopper_is_lowered_for(monkeypatch, capability: str, cuda: int | None, message: str | None):
     device = types.SimpleNamespace(compute_capability=capability, device_kind="a GPU")
     versions = types.SimpleNamespace(cuda_runtime_get_version=lambda: cuda)
-    monkeypatch.setattr(jax, "devices", lambda platform: [device])
     monkeypatch.setattr(chip, "cuda_versions", None if cuda is None else versions)
-    reason = chip.unsupported_chip_reason()
+    reason = HOPPER.unsupported_device_reason(device)
     assert reason is None if message is None else message in str(reason)
 
 
@@ -140,7 +139,7 @@ def test_tables_over_a_mesh(interpreted, monkeypatch, heads: int):
 
     def attend(spec, given):
         """Which slices a tile has, and the values, in a kernel's place."""
-        marks = given.ranges.astype(jnp.float32) @ jnp.asarray([1.0, 1e-3])
+        marks = given.tables.ranges.astype(jnp.float32) @ jnp.asarray([1.0, 1e-3])
         marks = jnp.repeat(jnp.repeat(marks.sum(-1), spec.heads_per_tile, 1), spec.block_q, 2)
         value = jnp.repeat(given.value, spec.num_heads // spec.num_kv_heads, 2)
         return value, jnp.broadcast_to(marks, (spec.batch, *marks.shape[1:]))

@@ -13,8 +13,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import mosaic_gpu
-from pallas_kernels.mosaic_gpu.kv_tables import KVTables, kv_tables, selection_kv_tables
 from pallas_kernels.mosaic_gpu.sm90.config import ROWS
+from pallas_kernels.mosaic_gpu.sm90.inputs import KernelTables, kv_tables, selection_kv_tables
 from pallas_kernels.problem import Operands
 from pallas_kernels.segments import narrow_kv_tiles
 from pallas_kernels.tiling import sort_entries
@@ -25,7 +25,7 @@ from tests.patterns.families import HEADS, compositions
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
 
 
-def written_out(tables: KVTables, group: int, rows: int, queries: int, key_block: int, width: int, batch: int = 0):
+def written_out(tables: KernelTables, group: int, rows: int, queries: int, key_block: int, width: int, batch: int = 0):
     """int [h, queries, keys], how often a head's query is said to see a key, and the blocks that are in packs."""
     ranges, blocks, masks = (np.asarray(each) for each in (tables.ranges, tables.blocks, tables.mask_ids))
     ranges = ranges[batch if len(ranges) > 1 else 0]
@@ -81,7 +81,7 @@ def test_a_selection_transposed(seed: int, heads: int, batch: int, block_size: i
     selection = BlockSelection(jnp.asarray(kv_blocks), jnp.asarray(counts), block_size, query_block)
     query, key, value = inputs(tokens=kv_length, heads=num_heads, kv_heads=num_kv_heads, features=16)
     width = min(query_block, 16)
-    tables = selection_kv_tables(selection, Operands(query, key, value, selection=selection), width)
+    tables = selection_kv_tables(Operands(query, key, value, selection), width)
     assert each_once(tables.members, num_blocks)
     for sequence in range(batch):
         seen = written_out(tables, 2, rows, query_block, block_size, width, sequence)

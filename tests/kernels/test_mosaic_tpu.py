@@ -9,7 +9,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import TpuConfig
-from pallas_kernels.mosaic_tpu import tables
+from pallas_kernels.mosaic_tpu import entries
 from s2jax import LocalStride
 from tests.kernels.cases import Case, Selected, parameters
 from tests.kernels.contract import AttentionContract, traced
@@ -73,8 +73,8 @@ class TestInterpreted(AttentionContract):
     @pytest.fixture
     def no_room(self, monkeypatch):
         """For lists in which every row has its own entries."""
-        remembered = tables.schedule_tables, tables.kv_tables
-        monkeypatch.setattr(tables, "OWN_BYTES", -1)
+        remembered = entries.q_tables, entries.kv_tables
+        monkeypatch.setattr(entries, "MAX_PADDED_BYTES", -1)
         for each in remembered:
             each.cache_clear()
         yield

@@ -8,9 +8,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import s2jax
 from benchmarks.compiled.deviceless import compile_for, devices, missing
-from pallas_kernels.mosaic_tpu import SCALAR_BYTES, schedule_tables
+from pallas_kernels.mosaic_tpu import SCALAR_BYTES
 from pallas_kernels.mosaic_tpu.config import choose_config, choose_kv_grad_config
-from pallas_kernels.mosaic_tpu.tables import kv_tables
+from pallas_kernels.mosaic_tpu.entries import kv_tables, q_tables
 
 CHIPS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 WINDOW = s2jax.LocalStride(64, 4, 8)
@@ -133,6 +133,6 @@ def test_scalar_memory(tokens, most):
     pattern = s2jax.LocalStride(64, 1, 64)
     schedule = s2jax.compile_schedule(pattern, num_heads=64, num_kv_heads=64, query_length=tokens, kv_length=tokens)
     shapes = schedule, 64, 64, tokens, tokens
-    forward = schedule_tables(schedule, choose_config(*shapes))
-    backward = kv_tables(schedule, choose_kv_grad_config(*shapes)).walked
+    forward = q_tables(schedule, choose_config(*shapes))
+    backward = kv_tables(schedule, choose_kv_grad_config(*shapes)).queries
     assert max(forward.scalar_bytes, backward.scalar_bytes) <= min(most << 10, SCALAR_BYTES)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import op, xla
+from pallas_kernels.reference import REFERENCE
+from pallas_kernels.xla import XLA
 from s2jax import BlockSelection, Dense, LocalStride, XlaConfig, attention, block_sparse_attention, compile_schedule
 from tests.kernels.cases import EPS
 
@@ -50,12 +51,13 @@ class TestImplementations:
     def test_the_first_that_can(self, inputs, names, monkeypatch):
         """The other is not asked."""
         taken = names if isinstance(names, str) else names[0]
-        for name in {"xla", "reference"} - {taken}:
-            monkeypatch.setitem(op.MODULES, name, None)
+        for backend in {XLA, REFERENCE}:
+            if backend.name != taken:
+                monkeypatch.setattr(type(backend), "unsupported_reason", None)
         attention(*inputs, PATTERN, implementation=names)
 
     def test_one_that_refuses_leaves_it_to_the_next(self, inputs, monkeypatch):
-        monkeypatch.setattr(xla, "unsupported_reason", lambda *_: "not today")
+        monkeypatch.setattr(type(XLA), "unsupported_reason", lambda *_: "not today")
         found = attention(*inputs, PATTERN, implementation=["xla", "reference"])
         np.testing.assert_array_equal(found, attention(*inputs, PATTERN, implementation="reference"))
 
@@ -67,7 +69,7 @@ class TestImplementations:
             attention(query, key, value, PATTERN, implementation="mosaic_gpu")
 
     def test_all_that_refuse_give_their_reasons(self, inputs, monkeypatch):
-        monkeypatch.setattr(xla, "unsupported_reason", lambda *_: "not today")
+        monkeypatch.setattr(type(XLA), "unsupported_reason", lambda *_: "not today")
         with pytest.raises(NotImplementedError, match="xla: not today"):
             attention(*inputs, PATTERN, implementation="xla")
 

@@ -123,7 +123,7 @@ OPTIONS = {
     "an unknown backend in a list": ({"implementation": ["cuda", "xla"]}, "implementation must be among…got 'cuda'"),
     "no backend at all": (
         {"implementation": []},
-        "implementation must name at least one of xla, mosaic_gpu, mosaic_tpu, reference, got []",
+        "implementation must name at least one of mosaic_gpu, mosaic_tpu, xla, reference, got []",
     ),
     "no features": (
         {"query": QUERY[..., :0], "key": KEY[..., :0]},

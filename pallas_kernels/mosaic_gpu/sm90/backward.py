@@ -15,7 +15,6 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu.kv_tables import KVInputs
 from pallas_kernels.mosaic_gpu.sm90 import pipeline
 from pallas_kernels.mosaic_gpu.sm90.config import (
     WARPGROUP_ROWS,
@@ -25,8 +24,8 @@ from pallas_kernels.mosaic_gpu.sm90.config import (
     QKernelSpec,
 )
 from pallas_kernels.mosaic_gpu.sm90.forward import QueryTile, query_tile_smem
+from pallas_kernels.mosaic_gpu.sm90.inputs import KernelInputs
 from pallas_kernels.mosaic_gpu.sm90.pipeline import Chunk, Step, add_dot_nn, broadcast_rows, dot_nt, plgpu
-from pallas_kernels.mosaic_gpu.tables import Inputs
 from pallas_kernels.softmax import LOG2E
 
 REGISTERS = pipeline.Registers(compute=232, load=40)
@@ -62,7 +61,7 @@ def scale_by(p: Array, slope: Array | None) -> Array:
 # dq: the tiles, block lists and masks of the forward pass.
 
 
-def dq_kernel(spec: QKernelSpec, inputs: Inputs, factor: float) -> Array:
+def dq_kernel(spec: QKernelSpec, inputs: KernelInputs, factor: float) -> Array:
     """Returns dq [b, t, h, d] in the query's dtype.
 
     Args:
@@ -120,7 +119,7 @@ def _step_dq(tile: QueryTile, lse: Array, delta: Array, step: Step, dq: Array) -
 # dk and dv: tiles of key blocks with similar readers, which loop over the queries that read them.
 
 
-def dkv_kernel(spec: KVKernelSpec, inputs: KVInputs) -> tuple[Array, Array]:
+def dkv_kernel(spec: KVKernelSpec, inputs: KernelInputs) -> tuple[Array, Array]:
     """Returns dk [b, s, k, d] and dv [b, s, k, e] in the keys' dtype.
 
     One kernel computes both if they fit the registers, else there is one kernel for each.
@@ -132,7 +131,7 @@ def dkv_kernel(spec: KVKernelSpec, inputs: KVInputs) -> tuple[Array, Array]:
     return dk, dv
 
 
-def _gradients(spec: KVKernelSpec, inputs: KVInputs) -> tuple[Array, ...]:
+def _gradients(spec: KVKernelSpec, inputs: KernelInputs) -> tuple[Array, ...]:
     """The gradients of `spec.gradients`, by one kernel."""
     results = tuple(jax.ShapeDtypeStruct(getattr(inputs, name).shape, spec.dtype) for name in spec.gradients)
     has_segments, has_positions = inputs.query_segments is not None, inputs.query_positions is not None
@@ -173,7 +172,7 @@ class KVTile:
         Args:
           spec: configuration of the kernel.
           indices: tile, sequence and KV head of the thread block.
-          inputs: references to `KVInputs`.
+          inputs: references to `KernelInputs`.
           results: references to the gradients.
           smem: references to shared memory.
         """

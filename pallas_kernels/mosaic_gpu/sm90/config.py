@@ -10,15 +10,13 @@ import numpy as np
 
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.selection import BlockSelection
+from pallas_kernels.tiling import WORD_BITS
 
 WARPGROUPS, WARPGROUP_ROWS = 2, 64
 """Compute warpgroups of a thread block, and rows of the tile that each of them computes."""
 
 ROWS = WARPGROUPS * WARPGROUP_ROWS
 """Rows of a tile."""
-
-WORD_BITS = 32
-"""Bits of a word of a mask."""
 
 SHARED_BYTES = 227 << 10
 """Shared memory of a thread block on Hopper."""
@@ -170,19 +168,16 @@ def _first_that_fits(
         step_size //= 2  # HopperConfig rejects steps below 16
 
 
-def choose_heads(
-    schedule: BlockSchedule | None, selection: BlockSelection | None, num_heads: int, num_kv_heads: int
-) -> tuple[int, ...]:
+def choose_heads(schedule: BlockSchedule | BlockSelection, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
     """Possible numbers of query heads in a tile, the best last: with more heads, fewer rows of blocks are merged."""
     group_size = num_heads // num_kv_heads
-    if selection is not None:
-        shared = selection.counts.shape[1] != num_heads or group_size == 1
+    if isinstance(schedule, BlockSelection):
+        shared = schedule.counts.shape[1] != num_heads or group_size == 1
         return tuple(
             heads
             for heads in (8, 4, 2, 1)
-            if group_size % heads == 0 and (shared or heads == 1) and selection.query_block % (ROWS // heads) == 0
+            if group_size % heads == 0 and (shared or heads == 1) and schedule.query_block % (ROWS // heads) == 0
         )
-    assert schedule is not None
     return tuple(
         heads
         for heads in (1, 2, 4, 8)

@@ -17,8 +17,8 @@ from jaxtyping import Array
 
 from pallas_kernels.mosaic_gpu.sm90 import pipeline
 from pallas_kernels.mosaic_gpu.sm90.config import WARPGROUP_ROWS, WARPGROUPS, QKernelSpec
+from pallas_kernels.mosaic_gpu.sm90.inputs import KernelInputs
 from pallas_kernels.mosaic_gpu.sm90.pipeline import Chunk, Ref, Step, add_dot_nn, broadcast_rows, dot_nt, plgpu
-from pallas_kernels.mosaic_gpu.tables import Inputs
 from pallas_kernels.schedule import NOTHING
 from pallas_kernels.softmax import LOG2E
 
@@ -29,7 +29,7 @@ REGISTERS = pipeline.Registers(compute=224, load=56)
 """No configuration in `benchmarks/results/ptxas_report.json` spills with these; 232 and 40, or 240 and 24, did."""
 
 
-def forward_kernel(spec: QKernelSpec, inputs: Inputs) -> tuple[Array, Array]:
+def forward_kernel(spec: QKernelSpec, inputs: KernelInputs) -> tuple[Array, Array]:
     """Attention output and log-sum-exp.
 
     Returns:
@@ -51,7 +51,7 @@ def forward_kernel(spec: QKernelSpec, inputs: Inputs) -> tuple[Array, Array]:
 # The tile, which dq has too.
 
 
-def query_tile_smem(spec: QKernelSpec, inputs: Inputs, *, contracted: str) -> dict:
+def query_tile_smem(spec: QKernelSpec, inputs: KernelInputs, *, contracted: str) -> dict:
     """Shared memory for the query, keys, values and masks of a tile.
 
     Args:
@@ -60,7 +60,7 @@ def query_tile_smem(spec: QKernelSpec, inputs: Inputs, *, contracted: str) -> di
       contracted: "key" or "value", over whose tokens a product contracts.
     """
     has_bits, has_segments, has_positions = (
-        array is not None for array in (inputs.mask_bits, inputs.kv_segments, inputs.kv_positions)
+        array is not None for array in (inputs.tables.mask_bits, inputs.kv_segments, inputs.kv_positions)
     )
     return {
         "query": pipeline.tile_buffer(spec, spec.head_dim, contracted=contracted == "key"),
@@ -88,7 +88,7 @@ class QueryTile:
         Args:
           spec: configuration of the kernel.
           indices: indices of the thread block in `spec.grid`.
-          inputs: references to `Inputs`.
+          inputs: references to `KernelInputs`.
           results: references to the results.
           smem: references to shared memory.
         """
@@ -96,7 +96,8 @@ class QueryTile:
         tile, self.batch, self.head_tile = indices
         # Thread blocks start in order: under a causal pattern the last tiles, which are the longest, start first.
         self.tile = spec.num_tiles - 1 - tile
-        ranges = inputs.ranges.at[self.batch if inputs.ranges.shape[0] > 1 else 0, self.head_tile, self.tile]
+        tables = inputs.tables
+        ranges = tables.ranges.at[self.batch if tables.ranges.shape[0] > 1 else 0, self.head_tile, self.tile]
         kv_head = self.head_tile * spec.heads_per_tile // spec.group_size
 
         def tokens(chunk: Chunk):
@@ -110,8 +111,8 @@ class QueryTile:
 
         mask_copies: pipeline.Copies = {}
         id_masks: list[pipeline.IdMask] = []
-        if inputs.mask_bits is not None:
-            mask_copies["mask_bits"] = pipeline.mask_bits_of(spec, inputs.mask_bits)
+        if inputs.tables.mask_bits is not None:
+            mask_copies["mask_bits"] = pipeline.mask_bits_of(spec, inputs.tables.mask_bits)
         if inputs.kv_segments is not None:
             mask_copies["segments"] = lambda chunk: inputs.kv_segments.at[self.batch, tokens(chunk)]
             id_masks.append(pipeline.IdMask("segments", inputs.query_segments.at[self.batch, self.tile], jnp.equal))
@@ -123,7 +124,7 @@ class QueryTile:
             "key": {"key": lambda chunk: inputs.key.at[self.batch, tokens(chunk), kv_head]},
             "value": {"value": lambda chunk: inputs.value.at[self.batch, tokens(chunk), kv_head]},
         }
-        iterator = pipeline.BlockIterator(spec, inputs.blocks, inputs.mask_ids, ranges)
+        iterator = pipeline.BlockIterator(spec, tables.blocks, tables.mask_ids, ranges)
         self.loop = pipeline.StepLoop(spec, smem, lambda head_pass: iterator, loads, mask_copies, id_masks)
         self.warpgroup = self.loop.warpgroup
 

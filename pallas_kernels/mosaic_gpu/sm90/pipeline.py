@@ -18,8 +18,8 @@ import jax.experimental.pallas.mosaic_gpu as mosaic_gpu
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.modes import interpreted
 from pallas_kernels.mosaic_gpu.sm90.config import ROWS, WARPGROUP_ROWS, WARPGROUPS, KernelSpec, bits_per_word
-from pallas_kernels.platforms import interpreted
 from pallas_kernels.schedule import NOTHING
 from pallas_kernels.sharding import varying_like
 

@@ -1,22 +1,19 @@
-"""Which implementation is for which platform, and the modes of JAX that kernels are traced in."""
+"""JAX's modes while a kernel is traced: the interpreter, and the defaults that kernels rely on."""
 
 import contextlib
 
 import jax
 from jax._src import config
 
-PLATFORMS = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}
-"""The one platform of implementations that have one; all others are for every platform."""
-
 
 def interpreted() -> bool:
-    """Whether kernels traced now run in an interpreter."""
+    """True while kernels are traced for an interpreter."""
     return config.pallas_tpu_interpret_mode_context_manager.value is not None
 
 
 @contextlib.contextmanager
 def default_modes():
-    """JAX's own modes, whatever the caller's are: 32-bit numbers, and promotion of ranks and dtypes.
+    """Sets JAX's defaults, whatever the caller's modes: 32-bit numbers, and promotion of ranks and dtypes.
 
     A kernel's numbers are 32-bit by its own choice. Pallas counts blocks and grids with Python's numbers, which 64-bit
     mode and strict promotion would refuse to combine with them.
