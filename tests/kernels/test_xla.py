@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels import XlaConfig, xla
 from pallas_kernels.xla import layout
-from pallas_kernels.xla.walks import entries_per_step
+from pallas_kernels.xla.block_lists import entries_per_step
 from tests.kernels.cases import BY_NAME, Case, arrays, parameters
 from tests.kernels.contract import AttentionContract, arguments
 from tests.kernels.transformations import TransformationContract
