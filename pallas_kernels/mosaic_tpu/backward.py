@@ -25,7 +25,13 @@ from pallas_kernels.softmax import LOG2E
 
 
 class QueryScratch(typing.NamedTuple):
-    """Refs of a query tile: float32 dq [tile_rows, head_dim]; lse and delta [tile_rows, LANES], equal in all lanes."""
+    """Refs of a query tile.
+
+    Attributes:
+      dq: float32 [tile_rows, head_dim], the sum.
+      lse: float32 [tile_rows, LANES], in base 2, the same in all lanes.
+      delta: float32 [tile_rows, LANES], the same in all lanes.
+    """
 
     dq: typing.Any
     lse: typing.Any
@@ -45,11 +51,11 @@ def dq_kernel(spec: KernelSpec, inputs: KernelInputs) -> Array:
     dq, per_row = jax.ShapeDtypeStruct(shape, spec.dtype), pltpu.VMEM((spec.tile_rows, LANES), jnp.float32)
     query_scratch = QueryScratch(pltpu.VMEM((spec.tile_rows, spec.head_dim), jnp.float32), per_row, per_row)
     scratch = pipeline.scratch_shapes(spec, inputs), query_scratch
-    (dq,) = launch("query_gradient", spec, inputs, _dq_kernel, ((dq, tokens_spec(spec, dq)),), scratch)
+    (dq,) = launch("query_gradient", spec, inputs, _compute_dq_tile, ((dq, tokens_spec(spec, dq)),), scratch)
     return dq
 
 
-def _dq_kernel(
+def _compute_dq_tile(
     spec: KernelSpec, inputs: KernelInputs, outputs: tuple, scratch: tuple[pipeline.Scratch, QueryScratch]
 ) -> None:
     tile, rows = pipeline.current_tile(spec, inputs, scratch[0]), scratch[1]
@@ -84,11 +90,11 @@ def dkv_kernel(spec: KernelSpec, inputs: KernelInputs) -> tuple[Array, Array]:
     accumulators = KVAccumulators(*(pltpu.VMEM((spec.tile_rows, dim), jnp.float32) for dim in dims))
     scratch = pipeline.scratch_shapes(spec, inputs), accumulators
     with_specs = tuple((output, tokens_spec(spec, output)) for output in outputs)
-    dk, dv = launch("key_gradients", spec, inputs, _dkv_kernel, with_specs, scratch)
+    dk, dv = launch("key_gradients", spec, inputs, _compute_dkv_tile, with_specs, scratch)
     return dk, dv
 
 
-def _dkv_kernel(
+def _compute_dkv_tile(
     spec: KernelSpec, inputs: KernelInputs, outputs: tuple, scratch: tuple[pipeline.Scratch, KVAccumulators]
 ) -> None:
     tile, accumulators = pipeline.current_tile(spec, inputs, scratch[0]), scratch[1]

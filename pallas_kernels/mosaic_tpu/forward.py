@@ -51,11 +51,11 @@ def forward_kernel(spec: KernelSpec, inputs: KernelInputs) -> tuple[Array, Array
     per_row = pltpu.VMEM((spec.tile_rows, LANES), jnp.float32)
     accumulators = Accumulators(per_row, per_row, pltpu.VMEM((spec.tile_rows, spec.value_dim), jnp.float32))
     outputs, scratch = ((out, tokens_spec(spec, out)), (lse, rows_spec(lse))), pipeline.scratch_shapes(spec, inputs)
-    out, lse = launch("forward", spec, inputs, _kernel, outputs, (scratch, accumulators))
+    out, lse = launch("forward", spec, inputs, _compute_out_tile, outputs, (scratch, accumulators))
     return out, lse
 
 
-def _kernel(
+def _compute_out_tile(
     spec: KernelSpec, inputs: KernelInputs, outputs: tuple, scratch: tuple[pipeline.Scratch, Accumulators]
 ) -> None:
     tile, accumulators = pipeline.current_tile(spec, inputs, scratch[0]), scratch[1]
@@ -90,7 +90,7 @@ def _attend(tile: pipeline.Tile, accumulators: Accumulators, group: pipeline.Ste
 
 
 def _unscaled_logits(spec: KernelSpec, qk: Array) -> Array:
-    """The logits over `_exp2_scale(spec) / LOG2E`.
+    """The logits divided by `_exp2_scale(spec) / LOG2E`.
 
     m is subtracted before they are scaled, so that fewer values stay alive while the products are waited for.
     """
@@ -122,7 +122,7 @@ def _finish(tile: pipeline.Tile, accumulators: Accumulators, out_ref, lse_ref) -
     safe_l = jnp.where(reads, l, 1.0)
     out = acc * broadcast_lanes(1 / safe_l, spec.value_dim)
     out_ref[...] = out.reshape(spec.tile_heads, spec.tile_tokens, spec.value_dim).astype(out_ref.dtype)
-    # Here, where the store unit is idle, the reset is free.
+    # The reset for the next tile is free here, where the store unit is idle.
     accumulators.reset()
     lse_ref[...] = rows_to_lanes(jnp.where(reads, m * (scale / LOG2E) + jnp.log2(safe_l) * (1 / LOG2E), -jnp.inf))
 

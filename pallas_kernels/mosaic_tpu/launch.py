@@ -24,7 +24,7 @@ class KernelInputs(typing.NamedTuple):
     Attributes:
       list_ids: int32 [head tiles] or [b · head tiles], the list of every head tile.
       entries: int32 [lists, 1, entries], each a chunk number and, `chunk_bits` higher, a mask id.
-      pass_scalars: int32 [b|1, head tiles, 1, scalars], see `pipeline.read_pass`.
+      pass_scalars: int32 [b|1, head tiles, 1, scalars], see `pipeline.pass_scalars`.
       mask_bits: int32 [masks, words, columns]; bit i of word w says if row 32w + i sees the column.
       streamed: [b · heads, chunks, chunk_size, features], keys and values side by side in the forward and dq kernels,
         queries and douts in the dk/dv kernel; each padded to lanes.
@@ -62,14 +62,15 @@ def launch(
     name: str,
     spec: KernelSpec,
     inputs: KernelInputs,
-    kernel: Callable[[KernelSpec, KernelInputs, tuple, typing.Any], None],
+    compute_tile: Callable[[KernelSpec, KernelInputs, tuple, typing.Any], None],
     outputs: tuple[tuple[jax.ShapeDtypeStruct, pl.BlockSpec], ...],
     scratch: typing.Any,
 ) -> tuple[Array, ...]:
-    """Runs `kernel(spec, inputs, outputs, scratch)`, with refs, at every grid point (sequence, head tile, tile).
+    """Calls `compute_tile(spec, inputs, outputs, scratch)`, with refs, at every grid point (sequence, head tile, tile).
 
     Args:
-      outputs: the shape of each output and the block of it that a tile writes.
+      name: of the kernel in profiles, after `s2jax_`.
+      outputs: the shape of each output, and the block of it that a tile writes.
       scratch: a pytree of scratch shapes.
     """
     inputs = inputs._replace(streamed=_pin_to_hbm(inputs.streamed))
@@ -78,15 +79,15 @@ def launch(
     specs = jax.tree.leaves(_input_specs(spec, inputs), is_leaf=lambda each: isinstance(each, pl.BlockSpec))
     scratch_shapes, scratch_tree = jax.tree.flatten(scratch)
 
-    def body(list_ids, *refs):
+    def kernel(list_ids, *refs):
         ends = len(arrays), len(arrays) + len(outputs)
         input_refs = jax.tree.unflatten(inputs_tree, refs[: ends[0]])._replace(list_ids=list_ids)
-        kernel(spec, input_refs, refs[ends[0] : ends[1]], jax.tree.unflatten(scratch_tree, refs[ends[1] :]))
+        compute_tile(spec, input_refs, refs[ends[0] : ends[1]], jax.tree.unflatten(scratch_tree, refs[ends[1] :]))
 
     varying = jax.typeof(inputs.streamed).manual_axis_type
     vmem_bytes = VMEM_BYTES + VMEM_BYTES_PER_LOGIT * spec.tile_rows * spec.step_size
     found = pl.pallas_call(
-        body,
+        kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(spec.batch, spec.num_head_tiles, spec.num_tiles),

@@ -94,7 +94,7 @@ class BlockIterator(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """The tile of the current grid point.
+    """A tile: the work of one grid point.
 
     Attributes:
       inputs: refs.
@@ -136,24 +136,8 @@ def scratch_shapes(spec: KernelSpec, inputs: KernelInputs) -> Scratch:
     )
 
 
-def pass_scalars(ranges: Int32[Array, "#b h passes ranges 2"]) -> Int32[Array, "#b h 1 scalars"]:
-    """The scalars that a kernel reads per pass: the ends of its ranges, and the next pass that reads anything.
-
-    Passes without entries get no step; the last pass with entries is followed by itself. The very last scalar is the
-    first pass that reads anything.
-    """
-    *outer, passes, _, _ = ranges.shape
-    index = jnp.arange(passes, dtype=jnp.int32)
-    reads = (ranges[..., 1] > ranges[..., 0]).any(-1)
-    last = jnp.where(reads, index, 0).max(-1, keepdims=True)
-    ahead = jax.lax.cummin(jnp.where(reads, index, passes), len(outer), reverse=True)
-    next_pass = jnp.minimum(jnp.concatenate([ahead[..., 1:], last], -1), last)
-    scalars = jnp.concatenate([ranges.reshape(*outer, passes, -1), next_pass[..., None]], -1)
-    first = jnp.minimum(ahead[..., :1], last)
-    return jnp.concatenate([scalars.reshape(*outer, -1), first], -1)[..., None, :]
-
-
 def current_tile(spec: KernelSpec, inputs: KernelInputs, scratch: Scratch) -> Tile:
+    """Returns the tile of the current grid point."""
     batch, head_tile, index = (pl.program_id(axis) for axis in range(3))
     separate_lists = inputs.list_ids.shape[0] > spec.num_head_tiles
     list_id = inputs.list_ids[head_tile + (batch * spec.num_head_tiles if separate_lists else 0)]
@@ -215,6 +199,7 @@ def step_masks(tile: Tile, group: StepGroup) -> list[Array] | list[None]:
 
 
 def _run_pass(tile: Tile, head_pass: int, compute: Callable[[StepGroup], None]) -> None:
+    """Computes a pass: groups of steps without a mask, groups with one, and at last a step that is left over."""
     spec = tile.spec
     tile_pass = _read_pass(tile, tile.index * spec.head_passes + head_pass)
 
@@ -224,7 +209,7 @@ def _run_pass(tile: Tile, head_pass: int, compute: Callable[[StepGroup], None]) 
             slots = [advance(iterator.slot, STEPS_PER_GROUP + step) for step in range(num_steps)]
             for slot in slots:
                 tile.ring.wait(spec, slot)
-            reached = []
+            reached = []  # the iterator after `prefetch`, which `compute` calls while it is traced
 
             def prefetch():
                 ahead = iterator
@@ -275,16 +260,33 @@ def _store_iterator(tile: Tile, iterator: BlockIterator) -> None:
         tile.scratch.iterator[field] = value
 
 
-def _read_pass(tile: Tile, index) -> TilePass:
+def pass_scalars(ranges: Int32[Array, "#b h passes ranges 2"]) -> Int32[Array, "#b h 1 scalars"]:
+    """The scalars that `_read_pass` reads: per pass, the ends of its ranges and the next pass that reads anything.
+
+    Passes without entries get no step; the last pass with entries is followed by itself. After all passes comes the
+    first one that reads anything.
+    """
+    *outer, passes, _, _ = ranges.shape
+    index = jnp.arange(passes, dtype=jnp.int32)
+    reads = (ranges[..., 1] > ranges[..., 0]).any(-1)
+    last = jnp.where(reads, index, 0).max(-1, keepdims=True)
+    ahead = jax.lax.cummin(jnp.where(reads, index, passes), len(outer), reverse=True)
+    next_pass = jnp.minimum(jnp.concatenate([ahead[..., 1:], last], -1), last)
+    scalars = jnp.concatenate([ranges.reshape(*outer, passes, -1), next_pass[..., None]], -1)
+    first = jnp.minimum(ahead[..., :1], last)
+    return jnp.concatenate([scalars.reshape(*outer, -1), first], -1)[..., None, :]
+
+
+def _read_pass(tile: Tile, pass_index) -> TilePass:
     """The block list of a pass, from its scalars in SMEM."""
-    spec, scalars, start = tile.spec, tile.inputs.pass_scalars, index * tile.spec.scalars_per_pass
+    spec, scalars, start = tile.spec, tile.inputs.pass_scalars, pass_index * tile.spec.scalars_per_pass
     num_entries, num_full_entries, range_ends, range_offsets = jnp.int32(0), jnp.int32(0), [], []
-    for number in range(spec.num_ranges):
-        range_start, range_stop = scalars[0, start + 2 * number], scalars[0, start + 2 * number + 1]
+    for index in range(spec.num_ranges):
+        range_start, range_stop = scalars[0, start + 2 * index], scalars[0, start + 2 * index + 1]
         range_offsets.append(range_start - tile.list_start - num_entries)
         num_entries = num_entries + jnp.maximum(range_stop - range_start, 0)
         range_ends.append(num_entries)
-        num_full_entries = num_entries if number < spec.num_full_ranges else num_full_entries
+        num_full_entries = num_entries if index < spec.num_full_ranges else num_full_entries
     next_pass = scalars[0, start + 2 * spec.num_ranges]
     return TilePass(num_entries, num_full_entries, tuple(range_ends[:-1]), tuple(range_offsets), next_pass)
 
@@ -297,10 +299,10 @@ def _read_entry(spec: KernelSpec, tile_pass: TilePass, entries, number):
     """
     if spec.padded_to_steps:
         return entries[0, tile_pass.range_offsets[0] + number]
-    existing = jnp.minimum(number, jnp.maximum(tile_pass.num_entries, 1) - 1)
+    clamped = jnp.minimum(number, jnp.maximum(tile_pass.num_entries, 1) - 1)
     offset = tile_pass.range_offsets[0]
     for end, range_offset in zip(tile_pass.range_ends, tile_pass.range_offsets[1:], strict=True):
-        offset = jnp.where(existing >= end, range_offset, offset)
-    entry = entries[0, existing + offset]
+        offset = jnp.where(clamped >= end, range_offset, offset)
+    entry = entries[0, clamped + offset]
     masked = entry_chunk(spec, entry) | spec.empty_mask_id << spec.chunk_bits
     return jnp.where(number < tile_pass.num_entries, entry, masked)
