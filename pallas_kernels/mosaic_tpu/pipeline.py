@@ -141,23 +141,20 @@ def current_tile(spec: KernelSpec, inputs: KernelInputs, scratch: Scratch) -> Ti
     batch, head_tile, index = (pl.program_id(axis) for axis in range(3))
     separate_lists = inputs.list_ids.shape[0] > spec.num_head_tiles
     list_id = inputs.list_ids[head_tile + (batch * spec.num_head_tiles if separate_lists else 0)]
+    list_start, is_first, is_last = list_id * spec.entries_per_list, index == 0, index == spec.num_tiles - 1
     if spec.rows_are_queries:
         num_kv_heads = spec.num_head_tiles * spec.tile_heads // spec.group_size
         streamed_head = batch * num_kv_heads + jax.lax.div(head_tile * spec.tile_heads, spec.group_size)
     else:
         streamed_head = (batch * spec.num_head_tiles + head_tile) * spec.group_size
+    first_chunk = None if inputs.first_chunk is None else inputs.first_chunk[batch]
     first_position = 0 if inputs.first_position is None else inputs.first_position[batch]
+    mask_refs = MaskRefs(
+        inputs.mask_bits, scratch.row_segment_ids, scratch.row_positions, inputs.column_segment_ids, first_position
+    )
     return Tile(
-        spec, inputs, scratch, head_tile, index,
-        is_first=index == 0,
-        is_last=index == spec.num_tiles - 1,
-        list_start=list_id * spec.entries_per_list,
-        streamed_head=streamed_head,
-        first_chunk=None if inputs.first_chunk is None else inputs.first_chunk[batch],
-        mask_refs=MaskRefs(
-            inputs.mask_bits, scratch.row_segment_ids, scratch.row_positions, inputs.column_segment_ids, first_position
-        ),
-    )  # fmt: skip
+        spec, inputs, scratch, head_tile, index, is_first, is_last, list_start, streamed_head, first_chunk, mask_refs
+    )
 
 
 def start(tile: Tile) -> None:
@@ -240,13 +237,7 @@ def _copy_step(tile: Tile, iterator: BlockIterator) -> BlockIterator:
     first_entry = iterator.step * spec.chunks_per_step
     for chunk in range(spec.chunks_per_step):
         entry = _read_entry(spec, tile_pass, tile.inputs.entries, first_entry + chunk)
-        source_chunk = entry_chunk(spec, entry)
-        if tile.first_chunk is not None:
-            # The list of a head that reads nothing may hold chunks outside of the array.
-            source_chunk = jnp.clip(source_chunk - tile.first_chunk, 0, tile.inputs.streamed.shape[1] - 1)
-            entry = source_chunk | (entry & -1 << spec.chunk_bits)
-        source = tile.inputs.streamed.at[pl.ds(head, spec.step_heads), source_chunk]
-        tile.ring.start_copy(spec, iterator.slot, chunk, entry, source)
+        tile.ring.start_copy(spec, iterator.slot, chunk, entry, tile.inputs.streamed, head, tile.first_chunk)
     at_end = iterator.step + 1 >= tile_pass.num_steps(spec)
     return BlockIterator(
         jnp.where(at_end, tile_pass.next_pass, iterator.pass_index),
@@ -303,6 +294,5 @@ def _read_entry(spec: KernelSpec, tile_pass: TilePass, entries, number):
     offset = tile_pass.range_offsets[0]
     for end, range_offset in zip(tile_pass.range_ends, tile_pass.range_offsets[1:], strict=True):
         offset = jnp.where(clamped >= end, range_offset, offset)
-    entry = entries[0, clamped + offset]
-    masked = entry_chunk(spec, entry) | spec.empty_mask_id << spec.chunk_bits
-    return jnp.where(number < tile_pass.num_entries, entry, masked)
+    entry, exists = entries[0, clamped + offset], number < tile_pass.num_entries
+    return jnp.where(exists, entry, entry_chunk(spec, entry) | spec.empty_mask_id << spec.chunk_bits)

@@ -43,15 +43,22 @@ class Ring(typing.NamedTuple):
             pltpu.VMEM(shape, spec.dtype), pltpu.SMEM((num_chunks,), jnp.int32), pltpu.SemaphoreType.DMA((RING_SLOTS,))
         )
 
-    def start_copy(self, spec: KernelSpec, slot, chunk: int, entry, source) -> None:
+    def start_copy(self, spec: KernelSpec, slot, chunk: int, entry, streamed, head, first_chunk) -> None:
         """Starts the DMA of one chunk of a slot.
 
         Args:
-          entry: list entry of the chunk, which is kept with it.
-          source: ref [step_heads, chunk_size, features] in HBM.
+          entry: list entry of the chunk.
+          streamed: ref [heads, chunks, chunk_size, features] in HBM.
+          head: first of the `step_heads` heads to copy.
+          first_chunk: number of the first chunk in `streamed`; None for 0.
         """
-        index = slot * spec.chunks_per_step + chunk
+        index, source_chunk = slot * spec.chunks_per_step + chunk, entry_chunk(spec, entry)
+        if first_chunk is not None:
+            # The list of a head that reads nothing may hold chunks outside of the array.
+            source_chunk = jnp.clip(source_chunk - first_chunk, 0, streamed.shape[1] - 1)
+            entry = source_chunk | (entry & -1 << spec.chunk_bits)
         self.entries[index] = entry
+        source = streamed.at[pl.ds(head, spec.step_heads), source_chunk]
         target = self.buffer.at[pl.ds(index * spec.step_heads, spec.step_heads)]
         pltpu.make_async_copy(source, target, self.semaphores.at[slot]).start()
 
