@@ -15,7 +15,13 @@ import numpy as np
 import s2jax
 from benchmarks.cases import CASES
 from benchmarks.record import parser, save, table
-from pallas_kernels.mosaic_gpu.sm90.config import ROWS, HopperConfig, choose_config, choose_heads, choose_kv_grad_config
+from pallas_kernels.mosaic_gpu.sm90.config import (
+    ROWS,
+    HopperConfig,
+    allowed_heads_per_tile,
+    choose_config,
+    choose_kv_grad_config,
+)
 from pallas_kernels.mosaic_gpu.sm90.inputs import kv_tables
 from pallas_kernels.schedule import BlockSchedule
 from pallas_kernels.tiling import group_consecutive_rows, merge
@@ -32,7 +38,7 @@ def ideal_pairs(schedule: BlockSchedule) -> int:
 
 def hopper_config(schedule: BlockSchedule, head_dim: int) -> HopperConfig:
     """What the Hopper kernel takes."""
-    heads = choose_heads(schedule, schedule.num_heads, schedule.num_kv_heads)
+    heads = allowed_heads_per_tile(schedule, schedule.num_heads, schedule.num_kv_heads)
     return choose_config(head_dim, head_dim, schedule.block_size, schedule.kv_length, heads[-1], heads)
 
 

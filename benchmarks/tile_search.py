@@ -27,7 +27,7 @@ from pallas_kernels.mosaic_gpu.sm90.config import (
     TUNED_PATH,
     HopperConfig,
     Key,
-    choose_heads,
+    allowed_heads_per_tile,
     default_config,
 )
 
@@ -55,7 +55,7 @@ def key_of(case: Case, block: int) -> tuple[Key, tuple[int, ...]]:
         case.pattern(block), num_heads=case.num_heads, num_kv_heads=case.num_kv_heads,
         query_length=case.tokens, kv_length=case.tokens,
     )  # fmt: skip
-    heads = choose_heads(schedule, case.num_heads, case.num_kv_heads)
+    heads = allowed_heads_per_tile(schedule, case.num_heads, case.num_kv_heads)
     return (case.head_dim, case.head_dim, schedule.block_size, heads[-1]), heads
 
 

@@ -10,8 +10,8 @@ from pallas_kernels.mosaic_gpu.sm90.backward import dkv_kernel, dq_kernel
 from pallas_kernels.mosaic_gpu.sm90.config import (
     SHARED_BYTES,
     HopperConfig,
+    allowed_heads_per_tile,
     choose_config,
-    choose_heads,
     choose_kv_grad_config,
     choose_query_grad_config,
 )
@@ -94,7 +94,7 @@ HOPPER = HopperBackend()
 
 
 def _heads(operands: Operands) -> tuple[int, ...]:
-    return choose_heads(operands.schedule, operands.query.shape[2], operands.key.shape[2])
+    return allowed_heads_per_tile(operands.schedule, operands.query.shape[2], operands.key.shape[2])
 
 
 def _widths(operands: Operands) -> tuple[int, int]:

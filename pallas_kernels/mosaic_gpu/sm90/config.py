@@ -168,7 +168,9 @@ def _first_that_fits(
         step_size //= 2  # HopperConfig rejects steps below 16
 
 
-def choose_heads(schedule: BlockSchedule | BlockSelection, num_heads: int, num_kv_heads: int) -> tuple[int, ...]:
+def allowed_heads_per_tile(
+    schedule: BlockSchedule | BlockSelection, num_heads: int, num_kv_heads: int
+) -> tuple[int, ...]:
     """Possible numbers of query heads in a tile, the best last: with more heads, fewer rows of blocks are merged."""
     group_size = num_heads // num_kv_heads
     if isinstance(schedule, BlockSelection):
