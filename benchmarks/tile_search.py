@@ -19,7 +19,7 @@ import s2jax
 from benchmarks.cases import Case
 from benchmarks.gpu import machine
 from benchmarks.gpu.comparison import Comparison, Options
-from benchmarks.gpu.implementations import Attention, Implementation
+from benchmarks.gpu.implementations import HOPPER, Implementation
 from benchmarks.gpu.run import GRACE_S, Record, run
 from benchmarks.record import parser, save
 from pallas_kernels.mosaic_gpu.sm90.config import (
@@ -75,14 +75,9 @@ def candidates(case: Case, block: int) -> tuple[HopperConfig, ...]:
     return tuple(dict.fromkeys((default_config(*key[:3], case.tokens, key[3]), *fitting(key, heads))))
 
 
-def attention(config: HopperConfig, case: Case, block: int) -> Attention:
-    pattern = case.pattern(block)
-    return functools.partial(s2jax.attention, pattern=pattern, implementation="mosaic_gpu", config=config)
-
-
 def compare(case: Case, block: int) -> Comparison:
-    configs = candidates(case, block)
-    named = (Implementation(str(each), functools.partial(attention, each), block=block) for each in configs)
+    attentions = {config: functools.partial(HOPPER, config=config) for config in candidates(case, block)}
+    named = (Implementation(str(config), make, block=block) for config, make in attentions.items())
     return Comparison(case, tuple(named), ("forward",))
 
 

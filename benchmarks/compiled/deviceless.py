@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import typing
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -72,10 +73,14 @@ def _description(chip: str) -> str:
     return (CHIPS / f"{chip.partition(':')[0]}.txtpb").read_text()
 
 
-def compile_for(chip: str, function: Callable, *shapes: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
-    """`function` compiled for `chip`; shapes that bring no sharding are put on its first device."""
+def compile_for(chip: str, function: Callable, *shapes: typing.Any) -> jax.stages.Compiled:
+    """`function` compiled for `chip`.
+
+    Args:
+      shapes: pytrees of `jax.ShapeDtypeStruct`, the arguments; those without a sharding are put on the first device.
+    """
     first = jax.sharding.SingleDeviceSharding(devices(chip)[0])
-    shapes = tuple(shape if shape.sharding else shape.update(sharding=first) for shape in shapes)
+    shapes = jax.tree.map(lambda shape: shape if shape.sharding else shape.update(sharding=first), shapes)
     # XLA takes the first ptxas on the PATH, and stays with it: it is to be the one that came with the compilers.
     path = os.pathsep.join([*_folders(), os.environ.get("PATH", "")])
     with _environment("PATH", path), _lowering_context(chip):
@@ -133,7 +138,7 @@ class KernelCode:
         return tuple(found for loop in self.loops for found in _innermost(loop, opcode))
 
 
-def kernels_of(chip: str, function: Callable, *shapes: jax.ShapeDtypeStruct) -> tuple[KernelCode, ...]:
+def kernels_of(chip: str, function: Callable, *shapes: typing.Any) -> tuple[KernelCode, ...]:
     """The Mosaic GPU kernels of `function` compiled for `chip`, in the order of their lowering.
 
     A kernel that occurs twice with the same code and shapes may be compiled, and be told of, once.

@@ -7,6 +7,7 @@ with one; loads are those of the warpgroup that loads. What is spilled outside o
 """
 
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -76,37 +77,30 @@ CASES = (
 
 def compiled(case: Case) -> list[dict]:
     """Rows of the table, one for each kernel: the forward pass, and those of the gradients."""
-    shape = jax.ShapeDtypeStruct
     batch, tokens, heads, kv_heads = case.batch, case.tokens, case.num_heads, case.num_kv_heads
-    inputs = {
-        "query": shape((batch, tokens, heads, case.head_dim), case.dtype),
-        "key": shape((batch, tokens, kv_heads, case.head_dim), case.dtype),
-        "value": shape((batch, tokens, kv_heads, case.value_dim), case.dtype),
-        "dout": shape((batch, tokens, heads, case.value_dim), case.dtype),
-        "sinks": shape((heads,), jnp.float32) if case.sinks else None,
-        "ids": shape((batch, tokens), jnp.int32) if case.segments else None,
-        "kv_blocks": shape((batch, kv_heads, tokens // 64, 32), jnp.int32) if case.selection else None,
-    }
-    names = [name for name, value in inputs.items() if value is not None]
+    shape = jax.ShapeDtypeStruct
+    inputs = (
+        shape((batch, tokens, heads, case.head_dim), case.dtype),
+        shape((batch, tokens, kv_heads, case.head_dim), case.dtype),
+        shape((batch, tokens, kv_heads, case.value_dim), case.dtype),
+        shape((batch, tokens, heads, case.value_dim), case.dtype),
+        shape((heads,), jnp.float32) if case.sinks else None,
+        shape((batch, tokens), jnp.int32) if case.segments else None,
+        shape((batch, kv_heads, tokens // 64, 32), jnp.int32) if case.selection else None,
+    )
 
-    def function(*arrays):
-        given = dict(zip(names, arrays, strict=True))
-        dout, ids, kv_blocks = given.pop("dout"), given.pop("ids", None), given.pop("kv_blocks", None)
+    def function(query, key, value, dout, sinks, ids, kv_blocks):
         pattern = case.pattern
         if kv_blocks is not None:
             pattern = s2jax.BlockSelection(kv_blocks, jnp.full(kv_blocks.shape[:3], kv_blocks.shape[3], jnp.int32))
-        options = {} if ids is None else {"query_segment_ids": ids, "kv_segment_ids": ids}
-
-        def attention(query, key, value):
-            return s2jax.attention(
-                query, key, value, pattern, implementation="mosaic_gpu", logits_soft_cap=case.soft_cap,
-                config=case.config, sinks=given.get("sinks"), **options,
-            )  # fmt: skip
-
-        out, pull = jax.vjp(attention, given["query"], given["key"], given["value"])
+        attention = functools.partial(
+            s2jax.attention, pattern=pattern, implementation="mosaic_gpu", logits_soft_cap=case.soft_cap,
+            config=case.config, sinks=sinks, query_segment_ids=ids, kv_segment_ids=ids,
+        )  # fmt: skip
+        out, pull = jax.vjp(attention, query, key, value)
         return out, pull(dout)
 
-    return [_row(case, kernel) for kernel in kernels_of("h100", function, *(inputs[name] for name in names))]
+    return [_row(case, kernel) for kernel in kernels_of("h100", function, *inputs)]
 
 
 def _row(case: Case, kernel: KernelCode) -> dict:
@@ -124,15 +118,14 @@ def _row(case: Case, kernel: KernelCode) -> dict:
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument(
-        "--cases", nargs="+", choices=[case.name for case in CASES], help="which cases; all by default"
-    )
+    names = [case.name for case in CASES]
+    arguments.add_argument("--cases", nargs="+", choices=names, default=names, help="which cases")
     given = arguments.parse_args()
     reason = missing("h100")
     if reason:
         sys.exit(reason)
     rows = []
-    for case in CASES if given.cases is None else [case for case in CASES if case.name in given.cases]:
+    for case in (case for case in CASES if case.name in given.cases):
         for row in compiled(case):
             rows.append(row)
             print(row, flush=True)

@@ -135,10 +135,10 @@ def compute_truth(pattern: Pattern, arrays: Arrays, pairs: int = PAIRS) -> Truth
 
 
 def _by_band(values: Array, band: np.ndarray) -> np.ndarray:
-    """The largest value in each band; infinite without values."""
-    largest = np.full(NUM_BANDS, -np.inf, np.float32)
+    """The largest value in each band; a huge number where there is none."""
+    largest = np.full(NUM_BANDS, -1, np.float32)
     np.maximum.at(largest, band, np.asarray(values))
-    return np.abs(largest)
+    return np.where(largest < 0, 1e30, largest)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -6,7 +6,6 @@ of 64 tokens are not widened. Tiles are of its own choice.
 
 import dataclasses
 import functools
-import importlib.util
 import time
 import typing
 from collections.abc import Callable
@@ -39,20 +38,13 @@ class Flex:
 
     def prepare(self, case: Case, name: str, function: Callable, inputs: Arrays) -> Callable[[], Executable]:
         """Compiles a pass in this thread, as PyTorch must; raises LeftOut."""
-        if importlib.util.find_spec("torch") is None:
-            raise LeftOut("torch is not installed")
         if self.columns > 64 and case.tokens > MAX_TOKENS:
             raise LeftOut(f"beyond {MAX_TOKENS >> 10}k tokens only in blocks of 64 keys")
         import torch
         import torch.nn.attention.flex_attention as flex
 
         start, tensors = time.perf_counter(), to_tensors(inputs)
-        on_gpu = tensors[0].is_cuda
-
-        def wait(result):
-            if on_gpu:
-                torch.cuda.synchronize()
-
+        wait = (lambda result: torch.cuda.synchronize()) if tensors[0].is_cuda else (lambda result: None)
         # A compiled function is compiled anew for other shapes only so many times.
         torch._dynamo.config.recompile_limit = 1000
         attention = functools.partial(

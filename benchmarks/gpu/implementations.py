@@ -5,7 +5,6 @@ An implementation computes the case's pattern, or dense causal attention, which 
 
 import dataclasses
 import functools
-import importlib.util
 import time
 import typing
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from jaxtyping import Array, Float
 import s2jax
 from benchmarks.cases import Case
 from benchmarks.gpu.clock import Call, Wait
-from benchmarks.gpu.errors import LeftOut
 from s2jax.patterns import Pattern
 
 PASSES = ("forward", "forward + backward")
@@ -86,13 +84,13 @@ class Implementation:
     """An attention written in JAX.
 
     Attributes:
-      make: the attention for a case and a block size; raises LeftOut.
+      make: the attention of a pattern.
       dense: computes dense causal attention whatever the pattern.
       block: tokens in a block of its pattern.
     """
 
     name: str
-    make: Callable[[Case, int], Attention]
+    make: Callable[[Pattern], Attention]
     dense: bool = False
     block: int = 64
 
@@ -105,7 +103,7 @@ class Implementation:
         Args:
           function: the pass, made of an attention.
         """
-        lowered = jax.jit(function(self.make(case, self.block))).lower(inputs)
+        lowered = jax.jit(function(self.make(self.pattern(case)))).lower(inputs)
         return functools.partial(_compile, lowered, inputs)
 
 
@@ -121,18 +119,15 @@ def _compile(lowered: jax.stages.Lowered, inputs: typing.Any) -> Executable:
     return Executable(functools.partial(compiled, inputs), compiled, facts=facts)
 
 
-def s2jax_attention(implementation: str, case: Case, block: int, dense: bool = False) -> Attention:
-    pattern = s2jax.Dense() if dense else case.pattern(block)
-    return functools.partial(s2jax.attention, pattern=pattern, implementation=implementation)
+def s2jax_attention(implementation: str, pattern: Pattern, config: s2jax.HopperConfig | None = None) -> Attention:
+    return functools.partial(s2jax.attention, pattern=pattern, implementation=implementation, config=config)
 
 
-def _cudnn(case: Case, block: int) -> Attention:
+def _cudnn(pattern: Pattern) -> Attention:
     return functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
 
 
-def _tokamax(case: Case, block: int) -> Attention:
-    if importlib.util.find_spec("tokamax") is None:
-        raise LeftOut("tokamax is not installed")
+def _tokamax(pattern: Pattern) -> Attention:
     import tokamax
 
     return functools.partial(tokamax.dot_product_attention, is_causal=True, implementation="mosaic_gpu")
@@ -140,7 +135,7 @@ def _tokamax(case: Case, block: int) -> Attention:
 
 HOPPER = functools.partial(s2jax_attention, "mosaic_gpu")
 S2JAX = Implementation("s2jax", HOPPER)
-S2JAX_DENSE = Implementation("s2jax dense", functools.partial(HOPPER, dense=True), dense=True)
+S2JAX_DENSE = Implementation("s2jax dense", HOPPER, dense=True)
 CUDNN = Implementation("cudnn", _cudnn, dense=True)
 IMPLEMENTATIONS = (
     S2JAX,

@@ -124,6 +124,7 @@ def test_rows_of_bands_without_samples_are_not_compared(arrays):
     (far, near) = (out.at[0, place].set(9) for place in (0, row - 1))
     assert bands(np.array([0])) < bands(found.rows) == bands(found.rows - 1)
     assert found.check((far,), out)[1].passed
+    assert not found.check((out.at[0, 0].set(jnp.nan),), out)[1].passed
     assert not found.check((near,), out)[1].passed
 
 

@@ -49,23 +49,23 @@ class Counting:
         return Sample(float(self.times), 1.0, calls, 1)
 
 
-def ours(case, block):
-    return lambda q, k, v: s2jax.attention(q, k, v, case.pattern(block), implementation="reference")
+def ours(pattern):
+    return lambda q, k, v: s2jax.attention(q, k, v, pattern, implementation="reference")
 
 
-def dense(case, block):
+def dense(pattern):
     return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True)
 
 
-def wrong(case, block):
+def wrong(pattern):
     return lambda q, k, v: q + jnp.repeat(k * v, 2, 2)
 
 
-def refuses(case, block):
+def refuses(pattern):
     raise NotImplementedError("needs something else")
 
 
-def hanging(case, block):
+def hanging(pattern):
     def never(query):
         time.sleep(600)
         return query
@@ -249,8 +249,8 @@ def test_a_second_process_replaces_failures_and_keeps_times():
     assert not any("failed" in row for row in found.rows)
 
 
-def by_xla(case, block):
-    return lambda q, k, v: s2jax.attention(q, k, v, case.pattern(block), implementation="xla")
+def by_xla(pattern):
+    return lambda q, k, v: s2jax.attention(q, k, v, pattern, implementation="xla")
 
 
 STEP = Case("step", 1, 2, 2, 16, 1, 4, 256)
@@ -270,7 +270,7 @@ def test_a_training_step():
 
 
 def test_a_training_step_moves_the_weights_downhill():
-    block = train_step.make_block(STEP, by_xla(STEP, 64), "float32")
+    block = train_step.make_block(STEP, by_xla(STEP.pattern()), "float32")
     graph, weights = nnx.split(block)
     x = jax.random.normal(jax.random.key(0), (1, 256, 32))
     taken = jax.jit(functools.partial(train_step.step, graph))
@@ -306,7 +306,7 @@ def test_everything_ends_in_time():
 
 
 def both(implementation: Implementation, case: Case):
-    return forward_backward(implementation.make(case, implementation.block))
+    return forward_backward(implementation.make(case.pattern()))
 
 
 def test_cudnn_is_called_as_it_wants_to_be(monkeypatch):
@@ -328,5 +328,5 @@ def test_the_hopper_kernel_as_an_implementation():
         found = Comparison(case, (S2JAX,))
         executable = S2JAX.prepare(case, "forward", found.function("forward"), arrays)()
         (out,) = jax.block_until_ready(executable.call())
-    expected = ours(case, 64)(arrays.query, arrays.key, arrays.value)
+    expected = ours(case.pattern())(arrays.query, arrays.key, arrays.value)
     assert jnp.abs(out.astype(jnp.float32) - expected.astype(jnp.float32)).max() < 2**-6

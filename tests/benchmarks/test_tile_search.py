@@ -30,7 +30,7 @@ def test_all_that_fit_are_tried_and_the_default_first(case, block):
     assert {each.heads_per_tile for each in tried} == set(heads)
     comparison = tile_search.compare(case, block)
     assert [each.name for each in comparison.implementations] == list(map(str, tried))
-    assert comparison.implementations[1].make(case, block).keywords["config"] == tried[1]
+    assert comparison.implementations[1].make(case.pattern(block)).keywords["config"] == tried[1]
 
 
 def test_the_cases_of_the_benchmark_are_searched():
