@@ -4,7 +4,9 @@ import ast
 import contextlib
 import graphlib
 import importlib.metadata
+import io
 import pathlib
+import tokenize
 import tomllib
 from collections.abc import Collection
 
@@ -105,6 +107,47 @@ def test_files_stay_short():
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
     limits = {path: 700 if path.startswith("pallas_kernels/mosaic_") else 400 for path in lengths}
     assert {path: length for path, length in lengths.items() if length > limits[path]} == {}
+
+
+NO_CODE = {tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+BUDGETS = {("benchmarks", "experiments"): 2400}
+"""Lines of code that packages may have together."""
+
+
+def code_lines(source: str) -> int:
+    """The number of lines that hold code: without blanks, comments and docstrings."""
+    lines, statement = set(), []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NEWLINE:
+            if [each.type for each in statement] != [tokenize.STRING]:
+                lines.update(line for each in statement for line in range(each.start[0], each.end[0] + 1))
+            statement = []
+        elif token.type not in NO_CODE:
+            statement.append(token)
+    return len(lines)
+
+
+def test_code_lines_are_neither_blanks_nor_comments_nor_docstrings():
+    source = """'''A docstring
+    of two lines.'''
+import a  # a comment
+
+NAMES = (
+    # a comment
+
+    1, f"{a} text"
+)
+'''An attribute's docstring.'''
+text = '''no docstring
+of two lines'''
+"""
+    assert code_lines(source) == 6
+
+
+@pytest.mark.parametrize("packages", BUDGETS, ids=" and ".join)
+def test_packages_stay_within_their_budgets(packages):
+    counts = {each: sum(code_lines(path.read_text()) for path in (ROOT / each).rglob("*.py")) for each in packages}
+    assert sum(counts.values()) <= BUDGETS[packages], counts
 
 
 def test_the_version_is_the_same_everywhere():
