@@ -33,8 +33,8 @@ def filled(pattern: Pattern, batch: int, tokens: int) -> KVCache:
     key = jax.random.normal(jax.random.key(0), (1, tokens, kv_heads, head_dim))
     lengths = jnp.full(batch, tokens, jnp.int32)
     key = jnp.broadcast_to(key, (batch, *key.shape[1:]))
-    buffers = tuple(space.survivors(space.take(key), space.take(key), lengths, key.dtype) for space in cache.spaces)
-    return dataclasses.replace(cache, buffers=buffers, lengths=lengths, furthest=lengths.copy())
+    buffers = tuple(each.of_prompt(each.take(key), each.take(key), lengths, key.dtype) for each in cache.buffer_layouts)
+    return dataclasses.replace(cache, buffers=buffers, lengths=lengths, max_lengths=lengths.copy())
 
 
 def measure(batch: int, tokens: int, repeats: int) -> dict:

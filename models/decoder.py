@@ -256,6 +256,6 @@ def _repeated(logits: Array, samples: int) -> Array:
 
 
 def _full_bytes(cache, length: int) -> int:
-    blocks = -(-length // cache.layout.block_size) * len(cache.layout.slots)
-    slots = sum(buffer.held.shape[1] * buffer.held.shape[2] for buffer in cache.buffers)
+    blocks = -(-length // cache.layout.block_size) * len(cache.layout.num_slots)
+    slots = sum(buffer.block_ids.shape[1] * buffer.block_ids.shape[2] for buffer in cache.buffers)
     return cache.nbytes * blocks // slots

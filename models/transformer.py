@@ -220,7 +220,7 @@ class Transformer(nnx.Module):
         x, after = along(self.embed(tokens).astype(self.config.dtype)), []
         alike: dict[tuple, KVCache] = {}
         for layer, cache in zip(self.layers, caches, strict=True):
-            cache = cache.beside(alike.setdefault(cache.arrangement, cache))
+            cache = cache.share_lengths_with(alike.setdefault(cache.arrangement, cache))
             x, cache = run_cached_layer(begin, *nnx.split(layer), x, cache, counts)
             x = along(x)
             after.append(cache)

@@ -8,12 +8,16 @@ import typing
 
 import numpy as np
 
+from pallas_kernels.caching import bounded_cache
 from pallas_kernels.head_place import refuse_unknown_heads, unknown_heads
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule, ListTable
 from s2jax.patterns import HeadGroups, Pattern, PatternLike, as_pattern, statistics
 from s2jax.patterns.agreement import check_agreement
 from s2jax.patterns.bands import Band, with_period
 from s2jax.patterns.evaluation import outside_traces
+
+CACHED_BYTES = 1 << 28
+"""Bytes of schedules, and of the masks in their patterns, that are kept for later calls."""
 
 PAIRS_AT_ONCE = 1 << 22
 """Pairs of blocks, or of tokens, looked at together where a pattern has no closed form."""
@@ -64,7 +68,7 @@ def forget_schedules() -> None:
     check_agreement.cache_clear()
 
 
-@functools.lru_cache(maxsize=256)
+@bounded_cache(256, CACHED_BYTES)
 def _compiled(
     pattern: Pattern, heads: HeadGroups, query_length: int, kv_length: int, query_offset: int
 ) -> BlockSchedule:

@@ -13,12 +13,20 @@ from pallas_kernels.checks import check_flag, check_sinks
 from pallas_kernels.head_place import HeadAxis, possible_head_axes
 from pallas_kernels.sharding import Axes, Sharding
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
-from s2jax.cache import step as cache_step
-from s2jax.cache.attention import Options, for_each
-from s2jax.cache.buffers import Buffer, Space, with_blocks
+from s2jax.cache.attention import Options, per_sequence
+from s2jax.cache.buffers import Buffer, BufferLayout, Prefix, with_block_ids
+from s2jax.cache.checks import check_dtype, check_prompt, check_removed, check_tokens, check_which
 from s2jax.cache.layout import CacheLayout, compile_cache
-from s2jax.cache.sharding import OwnTables, heads_of_shard, over_shards, sharding_of, split_to_create, vary_by_heads
-from s2jax.cache.step import NEVER, Step, Tables
+from s2jax.cache.sharding import (
+    DeferredTables,
+    Role,
+    heads_of_shard,
+    on_each_shard,
+    sharding_of,
+    split_to_create,
+    vary_by_heads,
+)
+from s2jax.cache.step import INVALID_LENGTH, Step, Tables, emptied, longer, same_counts
 from s2jax.compiler import refuse_unsaid_heads
 from s2jax.functional import ATTENTION_OPTIONS, attention
 from s2jax.patterns import PatternLike, as_pattern
@@ -27,46 +35,33 @@ from s2jax.patterns.checks import check_counts
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Prefix:
-    """The whole blocks of contexts that several sequences share; read once for all of them.
-
-    Attributes:
-      first: int32 [z], the first block that the sequences have for themselves.
-    """
-
-    buffers: tuple[Buffer, ...]
-    first: Int32[Array, " z"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class KVCache:
     """The keys and values of one layer that later tokens will read, of several sequences at lengths of their own.
 
     A pytree of arrays of fixed shapes, passed in and given back: a step that is jitted once serves every length. Make
-    one with `KVCache.create`; donate it to the step, so that it is updated in place. Outside of `jit` each call is
-    compiled on its own, once for every layout and shapes, and JAX keeps these programs, a few megabytes a pattern.
+    one with `KVCache.create`; donate it to the step, so that it is updated in place. Outside of `jit` each method is
+    compiled on its own, once for every layout and shapes; the programs of the last few layouts are kept.
 
-    Where a length is only known at run time, what cannot be is told by NaN in the results of `extend`: tokens beyond
-    `max_length`, more taken back than `max_rollback`, counts below 0 or above the tokens that there are.
+    Lengths known only at run time cannot raise; `extend` returns NaN instead for tokens beyond `max_length`, for
+    sequences that were rolled back by more than `max_rollback`, and for counts below 0 or above the tokens given.
 
     Attributes:
       lengths: int32 [b], tokens of every sequence.
-      furthest: int32 [b], the most there have been: what was dropped then is gone.
-      finite: bool [b, k], whether there was never a NaN or Inf among the values.
-      prefix: what `fork` shares, else None.
-      room: blocks for the tokens after a fork, else None.
-      query_spec: how sequences and heads are split over a mesh.
-      head_axis: axes of a caller's `shard_map` that heads are split over; None if nobody said which heads these are.
+      max_lengths: int32 [b], the largest `lengths` so far, from which `max_rollback` counts.
+      all_finite: bool [b, k], True if no value was ever NaN or Inf.
+      prefix: the blocks that the sequences of a fork share, else None.
+      fork_blocks: blocks for the tokens after a fork, else None.
+      query_spec: the split of sequences and heads over a mesh.
+      head_axis: axes of a caller's `shard_map` that heads are split over; None if the caller did not say.
     """
 
     buffers: tuple[Buffer, ...]
     lengths: Int32[Array, " b"]
-    furthest: Int32[Array, " b"]
-    finite: Bool[Array, "b k"]
+    max_lengths: Int32[Array, " b"]
+    all_finite: Bool[Array, "b k"]
     prefix: Prefix | None
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
-    room: int | None = dataclasses.field(metadata={"static": True})
+    fork_blocks: int | None = dataclasses.field(metadata={"static": True})
     query_spec: PartitionSpec | None = dataclasses.field(metadata={"static": True})
     head_axis: Axes | None = dataclasses.field(metadata={"static": True})
 
@@ -87,25 +82,29 @@ class KVCache:
         query_spec: PartitionSpec | None = None,
         head_axis: HeadAxis = None,
     ) -> "KVCache":
-        """An empty cache.
+        """Creates an empty cache.
 
         Args:
+          pattern: who reads whom; causal. Also all else that `s2jax.as_pattern` takes.
+          batch: count of sequences.
           num_heads, num_kv_heads: counts of all heads, also where `head_axis` splits them.
+          head_dim: features of a key.
           value_dim: features of a value; by default those of a key.
           max_length: tokens of the longest context; None for patterns of bounded reach, which stream without end.
           max_rollback: tokens that `rollback` may take back.
-          dtype: bfloat16, float16 or float32, that of keys and values; or int8, with a scale for every token and head.
-          query_spec: how the queries of all calls are sharded over the mesh that is set with `jax.set_mesh`, as
-            P(batch, None, heads, None): so is the cache, and no device tells another anything. Each keeps as many
-            blocks as the one whose heads need the most. See `s2jax.attention`; over Explicit axes it is needed where
-            heads are split.
+          dtype: the dtype of stored keys and values, bfloat16, float16, float32, or int8 with a scale for every token
+            and head.
+          query_spec: the sharding of the queries of all calls, P(batch, None, heads, None), over the mesh that is set
+            with `jax.set_mesh`. The cache is split likewise, and no device communicates. Each keeps as many blocks as
+            the one whose heads need the most. See `s2jax.attention`; over Explicit axes it is needed where heads are
+            split.
           head_axis: axes of a caller's `shard_map` that heads are split over, see `s2jax.attention`. Inside, the cache
             holds a shard's heads; outside, under a mesh with this axis, all heads, to be split as P(batch, head_axis).
 
         Raises:
           ValueError: see `compile_cache`; the dtype is none of these; sequences or KV heads cannot be split so.
         """
-        dtype = cache_step.check_dtype(dtype)
+        dtype = check_dtype(dtype)
         value_dim = head_dim if value_dim is None else value_dim
         check_counts(
             batch=batch, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, value_dim=value_dim
@@ -118,15 +117,15 @@ class KVCache:
             pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback,
             shards=shards,
         )  # fmt: skip
-        tables, zeros = OwnTables(layout, None, axes), cache_step.equal_counts(batch, 0)
-        empty = functools.partial(
-            cls._empty, layout=layout, head_dim=head_dim, value_dim=value_dim, dtype=dtype, query_spec=query_spec,
-            head_axis=axes,
-        )  # fmt: skip
-        like = jax.eval_shape(lambda zeros: empty(tables.make(sharding), zeros), zeros)
-        cache = over_shards(cls._empty, sharding, "kc", "c", tables, zeros, like=like, **empty.keywords)[0]
-        buffers, finite = vary_by_heads((cache.buffers, cache.finite), axes)
-        return dataclasses.replace(cache, buffers=buffers, finite=finite)
+        tables, zeros = DeferredTables(layout, None, axes), same_counts(batch, 0)
+        static = {
+            "head_dim": head_dim, "value_dim": value_dim, "dtype": dtype, "query_spec": query_spec, "head_axis": axes,
+        }  # fmt: skip
+        (empty,) = jax.eval_shape(lambda zeros: cls._empty(tables.make(sharding), zeros, **static), zeros)
+        arguments, results = [(Role.HEADS, tables), (Role.CACHE, zeros)], [(Role.CACHE, empty)]
+        (cache,) = on_each_shard(cls._empty, layout, sharding, arguments, results, **static)
+        buffers, all_finite = vary_by_heads((cache.buffers, cache.all_finite), axes)
+        return dataclasses.replace(cache, buffers=buffers, all_finite=all_finite)
 
     @property
     def nbytes(self) -> int:
@@ -158,14 +157,12 @@ class KVCache:
           ValueError: the prompt is empty or longer than `max_length`; arrays do not fit the cache.
         """
         counts = self._checked(query, key, value, counts)
-        cache_step.check_prompt(self.layout, query.shape[1], self.prefix is not None, options)
+        check_prompt(self.layout, query.shape[1], self.prefix is not None, options)
         sharding, place = self._sharding(query), heads_of_shard(self.layout, self.head_axis).axis
-        out = attention(
-            query, key, value, self.layout.pattern, query_spec=self.query_spec, head_axis=place, **options
-        )  # fmt: skip
-        tables = OwnTables(self.layout, None, self.head_axis)
-        arguments = self, tables, key, value, counts
-        return out, over_shards(KVCache._begun, sharding, "ckqqc", "c", *arguments, like=(self,))[0]
+        out = attention(query, key, value, self.layout.pattern, query_spec=self.query_spec, head_axis=place, **options)
+        arguments = [(Role.CACHE, self), self._tables, (Role.TOKENS, (key, value)), (Role.CACHE, counts)]
+        (cache,) = on_each_shard(KVCache._of_prompt, self.layout, sharding, arguments, [(Role.CACHE, self)])
+        return out, cache
 
     @explains_unknown_arguments
     def extend(
@@ -196,48 +193,50 @@ class KVCache:
         counts, sharding = self._checked(query, key, value, counts), self._sharding(query)
         return_lse = check_flag("return_lse", return_lse)
         options, sinks = Options.of(query.shape[3], scale, logits_soft_cap), check_sinks(sinks, query.shape[2])
-        tables = OwnTables(self.layout, self.room, self.head_axis)
-        # An lse that nobody asked for is no result: it may be -inf, which JAX's debug_infs refuses.
-        own = dataclasses.replace(self, prefix=None)
-        gives, like = ("cql", (own, query, query)) if return_lse else ("cq", (own, query))
-        cache, *found = over_shards(
-            KVCache._extended, sharding, "ckqqqck", gives, self, tables, query, key, value, counts, sinks,
-            like=like, options=options, return_lse=return_lse,
-        )  # fmt: skip
+        arguments = [(Role.CACHE, self), self._tables, (Role.TOKENS, (query, key, value))]
+        arguments += [(Role.CACHE, counts), (Role.HEADS, sinks)]
+        results = [(Role.CACHE, dataclasses.replace(self, prefix=None)), (Role.TOKENS, query)]
+        if return_lse:  # else it is no result: it may be -inf, which JAX's debug_infs refuses
+            results.append((Role.LSE, query))
+        cache, *found = on_each_shard(
+            KVCache._extended, self.layout, sharding, arguments, results, options=options, return_lse=return_lse
+        )
         return (tuple(found) if return_lse else found[0]), dataclasses.replace(cache, prefix=self.prefix)
 
     def rollback(self, tokens: int | Int32[Array, "#b"]) -> "KVCache":
-        """Without the last tokens of every sequence, as when a draft was refused.
+        """Removes the last tokens of every sequence, as when a draft was refused.
 
         Raises:
           ValueError: more tokens than `max_rollback`, where that is known; or they are not integers.
         """
-        counts = cache_step.check_removed(tokens, self.layout.max_rollback, len(self.lengths))
-        arguments = KVCache._shortened, self._sharding(), "cc", "c", self, counts
-        return dataclasses.replace(self, lengths=over_shards(*arguments, like=(self.lengths,))[0])
+        counts = check_removed(tokens, self.layout.max_rollback, len(self.lengths))
+        arguments, results = [(Role.CACHE, self), (Role.CACHE, counts)], [(Role.CACHE, self.lengths)]
+        (lengths,) = on_each_shard(KVCache._rolled_back, self.layout, self._sharding(), arguments, results)
+        return dataclasses.replace(self, lengths=lengths)
 
     def reset(self, which: Bool[Array, " b"]) -> "KVCache":
         """Empties some of the sequences, for others to take their place.
 
         Raises:
-          ValueError: the sequences share a prefix, or `which` does not say of every sequence whether.
+          ValueError: the sequences share a prefix, or `which` is no bool for each of them.
         """
-        which = cache_step.check_which(which, len(self.lengths))
+        which = check_which(which, len(self.lengths))
         if self.prefix is not None:
             raise ValueError("sequences that share a prefix cannot be reset alone: fork the prompt's cache anew")
-        held = tuple(each.held for each in self.buffers)
-        held, lengths, furthest = cache_step.emptied(which, held, self.lengths, self.furthest)
-        return dataclasses.replace(self, buffers=with_blocks(self.buffers, held), lengths=lengths, furthest=furthest)
+        block_ids, lengths, max_lengths = emptied(which, self._block_ids, self.lengths, self.max_lengths)
+        buffers = with_block_ids(self.buffers, block_ids)
+        return dataclasses.replace(self, buffers=buffers, lengths=lengths, max_lengths=max_lengths)
 
     def fork(self, samples: int, max_new_tokens: int) -> "KVCache":
-        """Several continuations of every sequence, one after the other: [b] -> [b · samples].
+        """Returns a cache for several continuations of every sequence, one after the other: [b] -> [b · samples].
 
-        What the cache holds is not copied, and is read once for all samples; but a block that is still being filled is.
-        So whoever donates the fork donates the prompt's cache with it.
+        Whole blocks of the prompt are not copied, and are read once for all samples; a block that is still being filled
+        is copied. Donating the fork donates the prompt's cache with it.
 
         Args:
-          max_new_tokens: that every sample may have; their room is for all of these, where that is less than the
-            layout's slots.
+          samples: continuations of each sequence.
+          max_new_tokens: the most tokens of a continuation; it has slots for all of them, unless the layout needs
+            fewer.
 
         Raises:
           ValueError: the cache is a fork itself, or a number is below 1.
@@ -246,148 +245,156 @@ class KVCache:
         if self.prefix is not None:
             raise ValueError("a fork cannot be forked again: fork the prompt's cache into all samples at once")
         size = self.layout.block_size
-        room = -(-(size - 1 + max_new_tokens) // size)
-        sharding = self._sharding()
-        tables = OwnTables(self.layout, room, self.head_axis)
-        like = dataclasses.replace(self, room=room), tuple(each.held for each in self.buffers), self.lengths
-        arguments = KVCache._forked, sharding, "ck", "ccc", self, tables
-        fork, held, first = over_shards(*arguments, like=like, samples=samples, room=room)
-        return dataclasses.replace(fork, prefix=Prefix(with_blocks(self.buffers, held), first))
+        fork_blocks = -(-(size - 1 + max_new_tokens) // size)
+        like = dataclasses.replace(self, fork_blocks=fork_blocks), self._block_ids, self.lengths
+        arguments = [(Role.CACHE, self), like[0]._tables]
+        fork, block_ids, first = on_each_shard(
+            KVCache._forked, self.layout, self._sharding(), arguments, [(Role.CACHE, each) for each in like],
+            samples=samples, fork_blocks=fork_blocks,
+        )  # fmt: skip
+        return dataclasses.replace(fork, prefix=Prefix(with_block_ids(self.buffers, block_ids), first))
 
     @property
     def arrangement(self) -> tuple:
         """A key that is equal for caches whose lengths and blocks mean the same."""
         groups = (self.buffers, () if self.prefix is None else self.prefix.buffers)
-        shapes = tuple(tuple(buffer.held.shape for buffer in buffers) for buffers in groups)
-        return self.layout, self.room, self.query_spec, self.head_axis, self.prefix is None, shapes
+        shapes = tuple(tuple(buffer.block_ids.shape for buffer in buffers) for buffers in groups)
+        return self.layout, self.fork_blocks, self.query_spec, self.head_axis, self.prefix is None, shapes
 
-    def beside(self, other: "KVCache") -> "KVCache":
-        """The cache, with the lengths and blocks of another one that holds the same tokens.
+    def share_lengths_with(self, other: "KVCache") -> "KVCache":
+        """Returns the cache with the lengths and blocks of another one that holds the same tokens.
 
-        What XLA computes of these alone it then computes once for both, as for the layers of a model.
+        XLA then computes what depends on these alone once for both, as for the layers of a model.
 
         Raises:
           ValueError: the caches differ in layout, sequences, mesh, or in how they were forked.
         """
         if not isinstance(other, KVCache):
-            raise ValueError(f"a cache can stand beside another KVCache alone, got {type(other).__name__}")
+            raise ValueError(f"a cache can share lengths with another KVCache alone, got {type(other).__name__}")
         if self.arrangement != other.arrangement:
-            raise ValueError("a cache can stand beside one of its own arrangement alone, this one is of another")
-
-        def beside(buffers: tuple[Buffer, ...], others: tuple[Buffer, ...]) -> tuple[Buffer, ...]:
-            return with_blocks(buffers, tuple(other.held for other in others))
-
-        buffers, prefix = beside(self.buffers, other.buffers), self.prefix
+            raise ValueError("a cache can share lengths with one of its own arrangement alone, this one is of another")
+        prefix = self.prefix
         if prefix is not None and other.prefix is not None:
-            prefix = Prefix(beside(prefix.buffers, other.prefix.buffers), other.prefix.first)
-        lengths, furthest = other.lengths, other.furthest
-        return dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=furthest, prefix=prefix)
+            block_ids = tuple(each.block_ids for each in other.prefix.buffers)
+            prefix = Prefix(with_block_ids(prefix.buffers, block_ids), other.prefix.first)
+        buffers = with_block_ids(self.buffers, other._block_ids)
+        lengths, max_lengths = other.lengths, other.max_lengths
+        return dataclasses.replace(self, buffers=buffers, lengths=lengths, max_lengths=max_lengths, prefix=prefix)
 
     @property
-    def spaces(self) -> tuple[Space, ...]:
-        """The assignment of blocks to slots, for each buffer."""
-        return Tables.of(self.layout, self.room, 1).spaces
+    def buffer_layouts(self) -> tuple[BufferLayout, ...]:
+        """The slots of the blocks in each buffer."""
+        return Tables.of(self.layout, self.fork_blocks, 1).layouts
+
+    @property
+    def _tables(self) -> tuple[Role, DeferredTables]:
+        return Role.HEADS, DeferredTables(self.layout, self.fork_blocks, self.head_axis)
+
+    @property
+    def _block_ids(self) -> tuple[Array, ...]:
+        return tuple(each.block_ids for each in self.buffers)
 
     def _sharding(self, query: Array | None = None) -> Sharding | None:
         """The sharding over a mesh, taken from the queries if given, else from the cache's arrays."""
-        example = self.buffers[0].held[:, None] if query is None else query
+        example = self.buffers[0].block_ids[:, None] if query is None else query
         return sharding_of(self.layout, example, self.query_spec, self.head_axis)
 
     def _checked(self, query: Array, key: Array, value: Array, counts) -> Int32[Array, " b"] | None:
-        """The counts; raises ValueError where tokens do not fit the cache, or may be of heads that nobody named."""
+        """The counts; raises ValueError if tokens do not fit the cache, or a caller may have split their heads."""
         heads = heads_of_shard(self.layout, self.head_axis)
-        counts = cache_step.check_tokens(heads, self.buffers[0], len(self.lengths), query, key, value, counts)
+        counts = check_tokens(heads, self.buffers[0], len(self.lengths), query, key, value, counts)
         if self.head_axis is None:
             length = [self.layout.max_length or 1] * 2
             refuse_unsaid_heads(self.layout.pattern, possible_head_axes(query), heads.query, heads.kv, *length)
         return counts
 
-    # What follows runs on every shard by itself: the cache's arrays, the tokens and the tables are the shard's. What
-    # stays as it is is no result: a compiled function copies it.
+    # These run on each shard: arrays, tokens and tables are the shard's. What does not change is no result, as a
+    # compiled function would copy it.
 
     @classmethod
     def _empty(
-        cls, tables: Tables, zeros: Array, *, layout, head_dim: int, value_dim: int, dtype, query_spec, head_axis
+        cls, tables: Tables, zeros: Array, *, head_dim: int, value_dim: int, dtype, query_spec, head_axis
     ) -> "tuple[KVCache]":
-        buffers = tuple(space.empty(len(zeros), head_dim, value_dim, dtype) for space in tables.spaces)
-        finite = jnp.ones((len(zeros), len(tables.order)), bool)
+        buffers = tuple(each.empty(len(zeros), head_dim, value_dim, dtype) for each in tables.layouts)
+        all_finite = jnp.ones((len(zeros), len(tables.order)), bool)
+        layout = tables.layouts[0].layout
         # An array each: one that stands twice in a pytree cannot be donated.
-        return (cls(buffers, zeros, jnp.array(zeros), finite, None, layout, None, query_spec, head_axis),)
+        return (cls(buffers, zeros, jnp.array(zeros), all_finite, None, layout, None, query_spec, head_axis),)
 
-    def _begun(self, tables: Tables, key: Array, value: Array, counts: Array | None) -> "tuple[KVCache]":
-        lengths = cache_step.lengthened(jnp.zeros_like(self.lengths), key.shape[1], counts)
+    def _of_prompt(self, tables: Tables, tokens: tuple[Array, Array], counts: Array | None) -> "tuple[KVCache]":
+        key, value = tokens
+        lengths = longer(jnp.zeros_like(self.lengths), key.shape[1], counts)
         buffers = tuple(
-            space.survivors(space.take(key), space.take(value), lengths, buffer.key.dtype)
-            for space, buffer in zip(tables.spaces, self.buffers, strict=True)
+            layout.of_prompt(layout.take(key), layout.take(value), lengths, buffer.key.dtype)
+            for layout, buffer in zip(tables.layouts, self.buffers, strict=True)
         )
-        finite, furthest = self._finite(value), jnp.array(lengths)
-        return (dataclasses.replace(self, buffers=buffers, lengths=lengths, furthest=furthest, finite=finite),)
+        all_finite, max_lengths = self.buffers[0].is_finite(value), jnp.array(lengths)
+        fresh = {"buffers": buffers, "lengths": lengths, "max_lengths": max_lengths, "all_finite": all_finite}
+        return (dataclasses.replace(self, **fresh),)
 
     def _extended(
-        self, tables: Tables, query: Array, key: Array, value: Array, counts: Array | None, sinks: Array | None, *,
+        self, tables: Tables, tokens: tuple[Array, Array, Array], counts: Array | None, sinks: Array | None, *,
         options: Options, return_lse: bool,
     ) -> "tuple[KVCache, Array] | tuple[KVCache, Array, Array]":  # fmt: skip
+        query, key, value = tokens
         batch, length, num_heads, head_dim = query.shape
-        kv_heads = key.shape[2]
-        lengths = cache_step.lengthened(self.lengths, length, counts)
+        kv_heads, lengths = key.shape[2], longer(self.lengths, length, counts)
         positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
-        finite, limit = self.finite & self._finite(value), self._limit(tables.spaces)
-        step = Step(self.layout, positions, self.lengths, lengths, limit, self._first, finite.all(), options)
+        all_finite, limit = self.all_finite & self.buffers[0].is_finite(value), self._limit(tables.layouts)
+        step = Step(self.layout, positions, self.lengths, lengths, limit, self._first, all_finite.all(), options)
         grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)
         parts, buffers = [], []
-        for index, (space, rows) in enumerate(zip(tables.spaces, tables.rows, strict=True)):
-            mine = space.take(grouped), space.take(key), space.take(value)
-            prefix = None if self.prefix is None else self.prefix.buffers[index]
-            found, buffer = step.extend(space, rows, self.buffers[index], prefix, *mine)
-            parts.append(found)
+        prefixes = [None] * len(self.buffers) if self.prefix is None else self.prefix.buffers
+        tables_of = zip(tables.layouts, tables.schedules, self.buffers, prefixes, strict=True)
+        for layout, schedule, old, prefix in tables_of:
+            part, buffer = step.extend(layout, schedule, old, prefix, *map(layout.take, (grouped, key, value)))
+            parts.append(part)
             buffers.append(buffer)
-        sinks = None if sinks is None else sinks.reshape(kv_heads, -1)
-        out, lse = tables.join(parts).finish(sinks, query.dtype)
+        state = tables.join(parts)
+        if sinks is not None:
+            state = state.with_sinks(sinks.reshape(kv_heads, -1))
+        out, lse = state.finish(query.dtype)
         # Padding beyond the limit is none of the caller's faults.
-        beyond = ((positions >= limit[:, None]) & (positions < lengths[:, None])) | (lengths >= NEVER)[:, None]
+        beyond = ((positions >= limit[:, None]) & (positions < lengths[:, None])) | (lengths >= INVALID_LENGTH)[:, None]
         out = jnp.where(beyond[..., None, None, None], jnp.nan, out).reshape(batch, length, num_heads, -1)
         lse = jnp.where(beyond[..., None, None], jnp.nan, lse).reshape(batch, length, num_heads).swapaxes(1, 2)
+        max_lengths = jnp.maximum(self.max_lengths, lengths)
         cache = dataclasses.replace(
-            self, buffers=tuple(buffers), lengths=lengths, furthest=jnp.maximum(self.furthest, lengths), finite=finite,
-            prefix=None,
-        )  # fmt: skip
+            self, buffers=tuple(buffers), lengths=lengths, max_lengths=max_lengths, all_finite=all_finite, prefix=None
+        )
         return (cache, out, lse) if return_lse else (cache, out)
 
-    def _shortened(self, tokens: Array) -> tuple[Array]:
-        lengths, most = self.lengths - tokens, self.layout.max_rollback
-        possible = (lengths >= jnp.maximum(self.furthest - most, self._begins())) & (lengths <= self.lengths)
-        possible &= self.lengths < NEVER
-        return (jnp.where(possible, lengths, NEVER),)
+    def _rolled_back(self, tokens: Array) -> tuple[Array]:
+        lengths = self.lengths - tokens
+        lowest = jnp.maximum(self.max_lengths - self.layout.max_rollback, self._lowest())
+        possible = (lengths >= lowest) & (lengths <= self.lengths) & (self.lengths < INVALID_LENGTH)
+        return (jnp.where(possible, lengths, INVALID_LENGTH),)
 
-    def _forked(self, tables: Tables, *, samples: int, room: int) -> "tuple[KVCache, tuple[Array, ...], Array]":
+    def _forked(self, tables: Tables, *, samples: int, fork_blocks: int) -> "tuple[KVCache, tuple[Array, ...], Array]":
         first = self.lengths // self.layout.block_size
         batch = len(first) * samples
-        pairs = zip(tables.spaces, self.buffers, strict=True)
-        buffers = tuple(space.begun(buffer, first, batch) for space, buffer in pairs)
-        held = tuple(jnp.where(each.held >= first[:, None, None], -1, each.held) for each in self.buffers)
-        lengths, finite = for_each(self.lengths, batch), for_each(self.finite, batch)
+        pairs = zip(tables.layouts, self.buffers, strict=True)
+        buffers = tuple(layout.of_fork(buffer, first, batch) for layout, buffer in pairs)
+        shared = tuple(jnp.where(each >= first[:, None, None], -1, each) for each in self._block_ids)
+        lengths, all_finite = per_sequence(self.lengths, batch), per_sequence(self.all_finite, batch)
         fork = dataclasses.replace(
-            self, buffers=buffers, lengths=lengths, furthest=jnp.array(lengths), finite=finite, room=room
-        )
-        return fork, held, first
+            self, buffers=buffers, lengths=lengths, max_lengths=jnp.array(lengths), all_finite=all_finite,
+            fork_blocks=fork_blocks,
+        )  # fmt: skip
+        return fork, shared, first
 
     @property
     def _first(self) -> Array | None:
         """The first block that sequences have for themselves, after a fork."""
-        return None if self.prefix is None else for_each(self.prefix.first, len(self.lengths))
+        return None if self.prefix is None else per_sequence(self.prefix.first, len(self.lengths))
 
-    def _begins(self) -> Array:
-        """The least length to go back to."""
+    def _lowest(self) -> Array:
+        """The lowest length to roll back to."""
         return jnp.zeros_like(self.lengths) if self._first is None else self._first * self.layout.block_size
 
-    def _limit(self, spaces: tuple[Space, ...]) -> Array:
-        """The first position of every sequence that there is no place for."""
-        most = NEVER if self.layout.max_length is None else self.layout.max_length
-        if self.room is None or all(space.room is None for space in spaces):
+    def _limit(self, layouts: tuple[BufferLayout, ...]) -> Array:
+        """The first position of every sequence that has no slot."""
+        most = INVALID_LENGTH if self.layout.max_length is None else self.layout.max_length
+        if self.fork_blocks is None or all(layout.fork_blocks is None for layout in layouts):
             return jnp.full(len(self.lengths), most, jnp.int32)
-        return jnp.minimum(most, self._begins() + self.room * self.layout.block_size)
-
-    def _finite(self, value: Array) -> Bool[Array, "b k"]:
-        """True where no value is NaN or Inf, as it comes or as it is stored."""
-        stored = self.buffers[0].value.dtype
-        return jnp.isfinite(value.astype(stored) if jnp.issubdtype(stored, jnp.floating) else value).all((1, 3))
+        return jnp.minimum(most, self._lowest() + self.fork_blocks * self.layout.block_size)

@@ -1,9 +1,11 @@
-"""The KV cache over a mesh: every device keeps and attends to its own sequences and KV heads, and tells no other."""
+"""The KV cache over a mesh: every device keeps and attends to its own sequences and KV heads, without communication."""
 
 import dataclasses
+import enum
 import functools
 import math
 import typing
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,19 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from pallas_kernels.caching import bounded_jit
 from pallas_kernels.head_place import HeadAxis, head_axes, is_bound, shard_index
 from pallas_kernels.sharding import Axes, Sharding, find_sharding, on_shards, varying_like
 from s2jax.cache.layout import CacheLayout
-from s2jax.cache.step import ShardHeads, Tables
+from s2jax.cache.step import Tables
+
+
+class ShardHeads(typing.NamedTuple):
+    """Counts of the heads that a cache has here, and the `head_axis` that says so to `s2jax.attention`."""
+
+    query: int
+    kv: int
+    axis: tuple[str, ...] | None
 
 
 def split_to_create(
@@ -41,11 +52,11 @@ def split_to_create(
     sharding = None
     if query_spec is not None:
         sharding = find_sharding(ShapedArray((batch, 1, 1, 1), jnp.float32), here, query_spec)
-    return axes, sharding, region * shards_of(sharding)
+    return axes, sharding, region * _shards_of(sharding)
 
 
 def head_shards(axes: Axes | None) -> int:
-    """Over how many shards of an enclosing region heads are split: 1 outside of it.
+    """The number of shards of an enclosing region that heads are split over: 1 outside of it.
 
     Raises:
       ValueError: the region has some of the axes, but not all.
@@ -65,23 +76,23 @@ def heads_of_shard(layout: CacheLayout, axes: Axes | None) -> ShardHeads:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class OwnTables:
-    """The tables of the heads that a cache has here, not made yet; an argument of `over_shards`.
+class DeferredTables:
+    """The tables of the heads that a cache has here, made where they are compiled in; an argument of `on_each_shard`.
 
-    The arrays are made where they are compiled in: brought to every call, they would be transfers from the host.
+    As arguments of the compiled function they would be transferred from the host at every call.
 
     Attributes:
-      room: see `Space`.
-      axes: of a caller's region that heads are split over.
+      fork_blocks: see `BufferLayout`.
+      axes: axes of a caller's region that heads are split over.
     """
 
     layout: CacheLayout
-    room: int | None
+    fork_blocks: int | None
     axes: Axes | None
 
     def make(self, sharding: Sharding | None) -> Tables:
         shards = head_shards(self.axes)
-        tables = Tables.of(self.layout, self.room, shards * shards_of(sharding))
+        tables = Tables.of(self.layout, self.fork_blocks, shards * _shards_of(sharding))
         if shards == 1 or self.axes is None:
             return tables
         index = shard_index(self.axes)
@@ -94,7 +105,7 @@ class OwnTables:
 
 
 def vary_by_heads[T](arrays: T, axes: Axes | None) -> T:
-    """The arrays, varying over a region's axes as they will once tokens have come: so a loop can carry them."""
+    """The arrays, varying over a region's axes as they will once tokens have come, so that a loop can carry them."""
     if head_shards(axes) == 1 or axes is None:
         return arrays
     index = shard_index(axes)
@@ -116,7 +127,7 @@ def sharding_of(layout: CacheLayout, query: Array, query_spec: P | None, axes: A
         )
     region = head_shards(axes)
     sharding = find_sharding(jax.typeof(query), layout.heads.num_kv_heads // region, query_spec)
-    shards = region * shards_of(sharding)
+    shards = region * _shards_of(sharding)
     if layout.shards % shards:
         made = "heads that are not split" if layout.shards == 1 else f"heads in {layout.shards} shards"
         raise ValueError(
@@ -126,41 +137,55 @@ def sharding_of(layout: CacheLayout, query: Array, query_spec: P | None, axes: A
     return sharding
 
 
-def shards_of(sharding: Sharding | None) -> int:
-    """Over how many devices heads are split."""
+def _shards_of(sharding: Sharding | None) -> int:
+    """The number of devices that heads are split over."""
     return 1 if sharding is None else sharding.head_shards
 
 
-def over_shards(
-    function: typing.Callable, sharding: Sharding | None, takes: str, gives: str, *arguments, like: tuple, **static
+class Role(enum.Enum):
+    """The axes of an array that a mesh splits."""
+
+    CACHE = "[b, k, ...] or [b]"
+    HEADS = "[k, ...]"
+    TOKENS = "[b, t, h, d]"
+    LSE = "[b, h, t]"
+
+    def specs(self, sharding: Sharding, tree: typing.Any) -> typing.Any:
+        """The PartitionSpecs of a pytree's arrays."""
+        spec_of = {
+            Role.CACHE: lambda array: sharding.of(0, 1 if array.ndim > 1 else None, array.ndim),
+            Role.HEADS: lambda array: sharding.of(heads=0, ndim=array.ndim),
+            Role.TOKENS: lambda _: sharding.of(0, 2),
+            Role.LSE: lambda _: sharding.of(0, 1, 3),
+        }
+        return jax.tree.map(spec_of[self], tree)
+
+
+Roles = Sequence[tuple[Role, typing.Any]]
+"""Pytrees, each with the role of its arrays."""
+
+
+def on_each_shard(
+    function: Callable, layout: CacheLayout, sharding: Sharding | None, arguments: Roles, results: Roles, **static
 ) -> typing.Any:
-    """`function(*arguments, **static)`, compiled, on every shard or as it is where there are none.
+    """Returns `function(*arguments, **static)`, a tuple, compiled; on every shard, if there are any.
 
     Args:
-      takes, gives: what the arguments and the results are, by one letter each: "c" for a cache's arrays [b, k, ...] and
-        [b], "k" for `OwnTables` and other arrays [k, ...], "q" for tokens [b, t, h, d], "l" for [b, h, t].
-      like: pytrees as the results are.
-      static: hashable.
+      layout: of the cache; the programs of some layouts are kept.
+      arguments: pytrees or `DeferredTables`, and their roles.
+      results: pytrees of the results' structure, and their roles.
+      static: hashable arguments.
     """
-    out_specs = tuple(_specs(sharding, *each) for each in zip(gives, like, strict=True)) if sharding else ()
-    return _compiled(function, tuple(static.items()), sharding, takes, out_specs, *arguments)
+    out_specs = tuple(role.specs(sharding, tree) for role, tree in results) if sharding else ()
+    roles, trees = zip(*arguments, strict=True)
+    return _compiled(function, layout, tuple(static.items()), sharding, roles, out_specs, *trees)
 
 
 # Called outside of any `jit`, it would be compiled in pieces, and JAX's strict modes would see every piece: constants
 # that go to the device, logits of -inf.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _compiled(function, static: tuple, sharding: Sharding | None, takes: str, out_specs, *arguments):
-    made = [each.make(sharding) if isinstance(each, OwnTables) else each for each in arguments]
-    in_specs = tuple(_specs(sharding, *each) for each in zip(takes, made, strict=True)) if sharding else ()
+@bounded_jit(6)
+def _compiled(function, layout, static: tuple, sharding: Sharding | None, roles: tuple[Role, ...], out_specs, *trees):
+    del layout  # part of the key: the programs of one layout are dropped together
+    made = [each.make(sharding) if isinstance(each, DeferredTables) else each for each in trees]
+    in_specs = tuple(role.specs(sharding, each) for role, each in zip(roles, made, strict=True)) if sharding else ()
     return on_shards(functools.partial(function, **dict(static)), sharding, in_specs, out_specs, *made)
-
-
-def _specs(sharding: Sharding, kind: str, tree: typing.Any) -> typing.Any:
-    """The sharding of a pytree's arrays, by its letter in `over_shards`."""
-    spec_of = {
-        "c": lambda array: sharding.of(0, 1 if array.ndim > 1 else None, array.ndim),
-        "k": lambda array: sharding.of(heads=0, ndim=array.ndim),
-        "q": lambda _: sharding.of(0, 2),
-        "l": lambda _: sharding.of(0, 1, 3),
-    }
-    return jax.tree.map(spec_of[kind], tree)

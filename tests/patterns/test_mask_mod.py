@@ -255,10 +255,10 @@ def test_cached_decoding_equals_attention():
 def test_a_cache_keeps_what_a_function_will_read():
     window = compile_cache(MaskMod(lambda head, q, k: q - k < 20, 16), num_heads=2, num_kv_heads=2, max_length=320)
     assert (
-        window.slots.tolist()
+        window.num_slots.tolist()
         == compile_cache(
             Local(tokens=20) | Local(1, block_size=16), num_heads=2, num_kv_heads=2, max_length=320
-        ).slots.tolist()
+        ).num_slots.tolist()
     )
     with pytest.raises(ValueError, match="needs max_length"):
         compile_cache(MaskMod(dilated), num_heads=2, num_kv_heads=2)

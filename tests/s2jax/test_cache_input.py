@@ -125,7 +125,7 @@ def test_tokens(cache, method, name, value, message):
         ("fork", (True, 4), "samples must be an integer of at least 1, got True"),
         ("fork", (HUGE, 4), f"samples must be an integer of at most 2**40, got {HUGE}"),
         ("fork", (2, None), "max_new_tokens must be an integer of at least 1, got None"),
-        ("beside", "a", "a cache can stand beside another KVCache alone, got str"),
+        ("share_lengths_with", "a", "a cache can share lengths with another KVCache alone, got str"),
     ],
 )
 def test_other_calls(cache, method, arguments, message):

@@ -59,18 +59,18 @@ def test_a_block_has_its_slot_for_itself_while_it_is_read(pattern, rollback):
         for blocks in alive:
             slots = layout.slot_of[head][sorted(blocks)]
             assert len(set(slots.tolist())) == len(blocks)
-        assert layout.slots[head] == max(1, *map(len, alive))
+        assert layout.num_slots[head] == max(1, *map(len, alive))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS[:-3], ids=str)
 def test_slots_are_the_blocks_that_the_pattern_keeps(pattern):
     layout = compile_cache(pattern, num_heads=4, num_kv_heads=2, max_length=200)
-    assert layout.slots.tolist() == pattern.kv_blocks_kept(4, 2, 200).tolist()
+    assert layout.num_slots.tolist() == pattern.kv_blocks_kept(4, 2, 200).tolist()
 
 
 def test_phi3_at_128k():
     layout = compile_cache(LocalStride(), num_heads=32, num_kv_heads=8, max_length=128 << 10)
-    assert layout.slots.tolist() == [270] * 8
+    assert layout.num_slots.tolist() == [270] * 8
     assert layout.buffers == (tuple(range(8)),)
     assert round(layout.share, 3) == 0.132
     assert layout.nbytes(128, 128, 2) == 8 * 270 * 64 * 256 * 2
@@ -80,7 +80,7 @@ def test_dense_heads_have_a_buffer_of_their_own():
     pattern = LocalStride(16, 2, 8, num_dense_heads=1)
     layout = compile_cache(pattern, num_heads=16, num_kv_heads=4, max_length=2048)
     assert layout.buffers == ((3,), (0, 1, 2))
-    assert layout.slots.tolist() == [18, 17, 18, 128]
+    assert layout.num_slots.tolist() == [18, 17, 18, 128]
     assert layout.nbytes(1, 1, 1) == 2 * 16 * (128 + 3 * 18)
 
 
@@ -93,7 +93,7 @@ def test_every_shard_has_as_many_heads_in_every_buffer(shards):
     for heads in layout.buffers:
         assert [head * shards // 8 for head in heads] == list(range(shards))
     # The most that the heads of one rank need, whichever shards they are of.
-    ranked = -np.sort(-layout.slots.reshape(shards, -1), 1)
+    ranked = -np.sort(-layout.num_slots.reshape(shards, -1), 1)
     assert layout.nbytes(1, 0, 1) == 16 * shards * ranked.max(0).sum()
 
 
@@ -126,7 +126,7 @@ def test_equal_arguments_make_equal_layouts():
 )
 def test_bounded_patterns_stream(pattern, slots, period):
     layout = compile_cache(pattern, num_heads=4, num_kv_heads=2)
-    assert (layout.slots.tolist(), layout.period, layout.max_length) == ([slots] * 2, period, None)
+    assert (layout.num_slots.tolist(), layout.period, layout.max_length) == ([slots] * 2, period, None)
 
 
 @pytest.mark.parametrize(

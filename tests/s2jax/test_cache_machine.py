@@ -84,7 +84,7 @@ class Sequence:
 
     keys: np.ndarray
     values: np.ndarray
-    furthest: int = 0
+    max_length: int = 0
     begins: int = 0
     lost: bool = False
 
@@ -98,16 +98,16 @@ class Sequence:
     def extended(self, keys, values) -> "Sequence":
         length = len(self) + len(keys)
         keys, values = np.concatenate([self.keys, keys]), np.concatenate([self.values, values])
-        return dataclasses.replace(self, keys=keys, values=values, furthest=max(self.furthest, length))
+        return dataclasses.replace(self, keys=keys, values=values, max_length=max(self.max_length, length))
 
     def shortened(self, count: int) -> "Sequence":
         length = len(self) - count
-        lost = self.lost or length < max(self.furthest - ROLLBACK, self.begins)
+        lost = self.lost or length < max(self.max_length - ROLLBACK, self.begins)
         length = max(length, 0)
         return dataclasses.replace(self, keys=self.keys[:length], values=self.values[:length], lost=lost)
 
     def forked(self) -> "Sequence":
-        return dataclasses.replace(self, furthest=len(self), begins=len(self) // SIZE * SIZE)
+        return dataclasses.replace(self, max_length=len(self), begins=len(self) // SIZE * SIZE)
 
     def attended(self, query: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """From the last positions, those of query [t, h, d]: out [t, h, e] and lse [h, t]."""

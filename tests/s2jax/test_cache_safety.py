@@ -68,13 +68,14 @@ def test_streams_as_far_as_positions_are_counted(name):
     """As it does near the beginning: what is held is made out to stand half a billion tokens on."""
     tokens, pattern = arrays(), BOUNDED[name]
     _, cache = extend(cache_for(pattern, max_length=None), *cut(tokens, 0, 150))
-    size, common = cache.layout.block_size, math.lcm(cache.layout.period, int(cache.layout.slots[0]))
+    size, common = cache.layout.block_size, math.lcm(cache.layout.period, int(cache.layout.num_slots[0]))
     blocks = 2**29 // size // common * common
     buffers = tuple(
-        dataclasses.replace(each, held=jnp.where(each.held >= 0, each.held + blocks, -1)) for each in cache.buffers
+        dataclasses.replace(each, block_ids=jnp.where(each.block_ids >= 0, each.block_ids + blocks, -1))
+        for each in cache.buffers
     )
-    lengths, furthest = cache.lengths + blocks * size, cache.furthest + blocks * size
-    cache = dataclasses.replace(cache, buffers=buffers, lengths=lengths, furthest=furthest)
+    lengths, max_lengths = cache.lengths + blocks * size, cache.max_lengths + blocks * size
+    cache = dataclasses.replace(cache, buffers=buffers, lengths=lengths, max_lengths=max_lengths)
     for start, stop in ((150, 151), (151, 180)):
         out, cache = extend(cache, *cut(tokens, start, stop))
         check(out, reference(tokens, pattern)[:, start:stop])
@@ -83,12 +84,12 @@ def test_streams_as_far_as_positions_are_counted(name):
 def test_a_chunk_may_be_written_in_any_order():
     """What is dropped before it is read goes nowhere: XLA does not say which of two writes to one place is the last."""
     cache = cache_for(STRIDE)
-    space, buffer = cache.spaces[0], cache.buffers[0]
+    layout, buffer = cache.buffer_layouts[0], cache.buffers[0]
     _, key, value = cut(arrays(), 0, 150)
     positions, end = jnp.tile(jnp.arange(150), (2, 1)), jnp.array([150, 90])
     order = np.random.default_rng(1).permutation(150)
-    ascending = space.append(buffer, key, value, positions, end, None)
-    shuffled = space.append(buffer, key[:, order], value[:, order], positions[:, order], end, None)
+    ascending = layout.append(buffer, key, value, positions, end, None)
+    shuffled = layout.append(buffer, key[:, order], value[:, order], positions[:, order], end, None)
     jax.tree.map(np.testing.assert_array_equal, ascending, shuffled)
 
 
@@ -100,7 +101,7 @@ def test_a_nan_that_is_not_read_again_is_gone(dtype):
     bad = key.at[:, 20].set(jnp.nan), value.at[:, 20].set(jnp.inf)
     _, cache = cache_for(pattern, dtype=dtype).prefill(*cut((query, *bad), 0, 50), implementation="xla")
     clean = cache_for(pattern, dtype=dtype).prefill(*cut((query, key, value), 0, 50), implementation="xla")[1]
-    assert not cache.finite.any()
+    assert not cache.all_finite.any()
     for at in range(50, 70):
         out, cache = extend(cache, *cut((query, *bad), at, at + 1))
         expected, clean = extend(clean, *cut((query, key, value), at, at + 1))
@@ -176,7 +177,7 @@ def test_lost_sequences_stay_lost_until_they_begin_anew():
     check(out, reference(tokens, BOUNDED["blocks"])[:, :1])
 
 
-def test_rollback_counts_from_the_furthest():
+def test_rollback_counts_from_the_largest_length():
     tokens, cache = arrays(), cache_for(STRIDE, max_rollback=8)
     _, cache = extend(cache, *cut(tokens, 0, 40))
     _, cache = extend(cache.rollback(8), *cut(tokens, 32, 33))
@@ -262,8 +263,8 @@ def test_chunks_take_memory_of_the_cache_and_themselves():
         (lambda c, t: c.extend(t[0][:, :2], *cut(t[1:], 0, 3)), r"key must have shape .* got \[2, 3, 2, 16\]"),
         (lambda c, t: c.extend(t[0], t[1].astype("bfloat16"), t[2]), "of one floating dtype, got float32, bfloat16"),
         (lambda c, t: c.prefill(*cut(t, 0, 9), query_offset=5), "prefill takes no query_offset"),
-        (lambda c, t: c.beside(c.fork(1, 5)), "beside one of its own arrangement alone"),
-        (lambda c, t: c.fork(1, 5).beside(c.fork(1, 40)), "beside one of its own arrangement alone"),
+        (lambda c, t: c.share_lengths_with(c.fork(1, 5)), "with one of its own arrangement alone"),
+        (lambda c, t: c.fork(1, 5).share_lengths_with(c.fork(1, 40)), "with one of its own arrangement alone"),
         (lambda c, t: c.fork(2, 5).fork(2, 5), "a fork cannot be forked again"),
         (lambda c, t: c.fork(2, 5).reset(jnp.ones(4, bool)), "cannot be reset alone"),
     ],

@@ -122,7 +122,7 @@ def test_explicit_axes_int8_in_parts(monkeypatch):
         _, cache = alone(lambda cache, *t: cache.prefill(*t, implementation="reference"), cache, *cut(bad, 0, 24))
         for at in (24, 36):
             out, cache = step(cache, *cut(bad, at, at + 12))
-        assert np.argwhere(~np.asarray(cache.finite)).tolist() == [[1, 3]]
+        assert np.argwhere(~np.asarray(cache.all_finite)).tolist() == [[1, 3]]
     check(out, expected[:, 36:], 5e-2)
 
 

@@ -130,7 +130,7 @@ def test_called_outside_of_jit(dtype: str, modes: list[str]):
         out, cache = cache.prefill(*prompt)
         found, cache = cache.extend(*chunk, counts=counts, sinks=sinks, logits_soft_cap=5.0, return_lse=True)
         before, cache = cache.extend(*last)
-        cache = cache.rollback(1).beside(cache).rollback(counts - counts)
+        cache = cache.rollback(1).share_lengths_with(cache).rollback(counts - counts)
         one, fork = cache.reset(which).fork(2, 4).extend(*samples)
         merged = combine(*parts)
     for array in jax.tree.leaves((out, found, before, one, merged, fork.lengths)):
