@@ -17,6 +17,8 @@ from jax.extend.core import Primitive, mapped_aval, unmapped_aval
 from jax.interpreters import batching, mlir
 from jax.sharding import AxisType
 
+from pallas_kernels.caching import bounded_jit
+
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 """Platforms with lowering rules of their own, so that an export for several of them traces each one's kernel."""
 
@@ -151,11 +153,11 @@ class Deferred:
 
     def _evaluate(self, *leaves, static, signature: Signature) -> list:
         with jax.disable_jit(False):
-            return self._compiled(leaves, static, signature)
+            return self._compiled(static, signature, leaves)
 
     @functools.cached_property
     def _compiled(self):
-        return jax.jit(self.bind, static_argnums=(1, 2))
+        return bounded_jit(2)(lambda static, signature, leaves: self.bind(leaves, static, signature))
 
     def _batch(self, axis, leaves, axes, *, static, signature: Signature):
         if all(each is None for each in axes):

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.backend import choose
+from pallas_kernels.caching import bounded_jit
 from pallas_kernels.checks import check_flag, check_number, check_operands
 from pallas_kernels.head_place import HeadAxis, HeadRange
 from pallas_kernels.modes import interpreted
@@ -142,7 +143,7 @@ def block_sparse_attention(
 
 
 # Called outside of any `jit`, it would be compiled in pieces.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@bounded_jit(2)
 def _attend(call: Call, return_lse: bool, operands: Operands, fits: Array | None):
     with jax.named_scope("s2jax_attention"):
         out, lse = attention(call, operands) if operands.query.shape[0] != 0 else _of_no_sequences(operands)

@@ -1,15 +1,13 @@
 """Attention by a pattern, and the merging of partial results."""
 
-import functools
 import typing
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels import BlockSelection, block_sparse_attention
+from pallas_kernels import BlockSelection, block_sparse_attention, softmax
 from pallas_kernels.head_place import HeadAxis, HeadRange, all_heads, possible_head_axes
 from pallas_kernels.op import Options
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
@@ -198,21 +196,4 @@ def combine(outs: list[Float[Array, "b t h e"]], lses: list[Float[Array, "b h t"
             f"combine needs lses {(shape[0], shape[2], shape[1])} for outs {shape}, got "
             + ", ".join(str(lse.shape) for lse in lses)
         )
-    return _combined(outs, lses)
-
-
-# Called outside of any `jit`, it would be compiled in pieces, some of them infinite.
-@jax.jit
-def _combined(outs: list[Array], lses: list[Array]) -> tuple[Array, Array]:
-    stacked = jnp.stack(lses)
-    most = jax.lax.stop_gradient(stacked.max(0))
-    reads = ~jnp.isneginf(most)
-    # -inf - -inf is NaN, and the gradient of log 0 is infinite: rows without keys take another way.
-    known = ~jnp.isneginf(stacked)
-    weights = jnp.where(known, jnp.exp(jnp.where(known, stacked, 0) - jnp.where(reads, most, 0)[None]), 0)
-    total = jnp.where(reads, weights.sum(0), 1)
-    shares = (weights / total[None]).swapaxes(2, 3)[..., None]
-    parts = [out.astype(share.dtype) * share for out, share in zip(outs, shares, strict=True)]
-    out = functools.reduce(jnp.add, parts)
-    lse = jnp.where(reads, jnp.log(total) + most, -jnp.inf)
-    return out.astype(outs[0].dtype), lse
+    return softmax.combine(outs, lses)

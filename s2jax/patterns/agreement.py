@@ -1,16 +1,19 @@
 """Checks that what a pattern says in closed form is what its rule says, token by token."""
 
-import functools
 import math
 from collections.abc import Hashable, Iterator
 
 import numpy as np
 
+from pallas_kernels.caching import bounded_cache
 from s2jax.patterns.bands import UNBOUNDED, Band
 from s2jax.patterns.checks import check_count
 from s2jax.patterns.evaluation import evaluated, outside_traces
 from s2jax.patterns.head_groups import HeadGroups
 from s2jax.patterns.rule import Rule
+
+CACHED_BYTES = 1 << 28
+"""Bytes of masks, in patterns that were checked, that are kept for later calls."""
 
 EXHAUSTIVE = 1 << 16
 """Pairs of tokens up to which all are compared."""
@@ -35,7 +38,7 @@ def checked_heads(pattern: Rule, num_heads: int, num_kv_heads: int, length: int)
     return heads
 
 
-@functools.lru_cache(maxsize=512)
+@bounded_cache(512, CACHED_BYTES, lambda _: 0)
 def check_agreement(pattern: Rule, heads: HeadGroups, query_start: int, query_stop: int, kv_stop: int) -> None:
     """Compares the closed form of every distinct head, and heads of one key with each other, on a sample.
 

@@ -46,6 +46,11 @@ class Pattern(abc.ABC):
     ) -> tuple[Band, ...] | None:
         """The rule in closed form over blocks of `block_size` tokens, or None where it has none."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the masks that the pattern holds."""
+        return 0
+
     def own_block_size(self) -> int | None:
         """The block size that the rule is made of, or None if it fits any."""
         return None
@@ -231,6 +236,10 @@ def join(kind: type["_Composition"], patterns: Iterable[Pattern]) -> Pattern:
 class _Composition(Pattern):
     parts: tuple[Pattern, ...]
     symbol: typing.ClassVar[str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
 
     def own_block_size(self) -> int | None:
         sizes = [size for part in self.parts if (size := part.own_block_size()) is not None]

@@ -42,6 +42,10 @@ class BlockMask(BlockPattern):
     def _digest(self) -> bytes:
         return hashlib.blake2b(self.mask.tobytes(), digest_size=16).digest()
 
+    @property
+    def nbytes(self) -> int:
+        return self.mask.nbytes
+
     def _identity(self) -> tuple:
         return self.mask.shape, self._digest, self.block_size, self.causal
 

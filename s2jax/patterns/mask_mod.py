@@ -62,19 +62,12 @@ class MaskMod(Pattern):
     def __hash__(self):
         return hash(self._identity())
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "_evaluator"}
-
     def __deepcopy__(self, memo) -> "MaskMod":
         return self
 
     def __repr__(self):
         causal = "" if self.causal else ", causal=False"
         return f"MaskMod({_name_of(self.mask_mod)}, block_size={self.block_size}{causal})"
-
-    @functools.cached_property
-    def _evaluator(self) -> MaskEvaluator:
-        return MaskEvaluator(self.mask_mod, repr(self))
 
     def own_block_size(self) -> int | None:
         return self.block_size
@@ -87,11 +80,11 @@ class MaskMod(Pattern):
 
     @outside_traces
     def head_key(self, heads, head) -> Hashable:
-        return self._evaluator.head_key(head)
+        return _evaluator(self).head_key(head)
 
     @outside_traces
     def mask_fn(self, head, query_position, key_position, heads):
-        found = self._evaluator.pairs(head, np.asarray(query_position), np.asarray(key_position))
+        found = _evaluator(self).pairs(head, np.asarray(query_position), np.asarray(key_position))
         return found & (query_position - key_position >= lowest_distance(self.causal))
 
     def bands(self, heads, head, block_size, num_rows, num_columns):
@@ -104,7 +97,13 @@ class MaskMod(Pattern):
 
     @outside_traces
     def token_tiles(self, heads, head, block_size, rows, columns, query_stop, kv_stop):
-        return self._evaluator.tiles(head, block_size, rows, columns, query_stop, kv_stop, self.causal)
+        return _evaluator(self).tiles(head, block_size, rows, columns, query_stop, kv_stop, self.causal)
+
+
+@functools.lru_cache(maxsize=16)
+def _evaluator(pattern: MaskMod) -> MaskEvaluator:
+    """The evaluator of the pattern's function, with the programs that JAX compiled for it: so few are kept."""
+    return MaskEvaluator(pattern.mask_mod, repr(pattern))
 
 
 def _name_of(function: MaskFunction) -> str:

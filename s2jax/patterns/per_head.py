@@ -35,6 +35,10 @@ class PerHead(Pattern):
     def causal(self) -> bool:
         return all(each.causal for each in self.patterns)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in set(self.patterns))
+
     def own_block_size(self):
         return min((size for each in self.patterns if (size := each.own_block_size()) is not None), default=None)
 

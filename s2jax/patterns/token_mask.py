@@ -52,6 +52,10 @@ class TokenMask(Pattern):
         """A digest of every head's mask."""
         return tuple(hashlib.blake2b(np.asarray(each), digest_size=16).digest() for each in self.mask)
 
+    @property
+    def nbytes(self) -> int:
+        return self.mask.nbytes
+
     def _identity(self) -> tuple:
         return self.mask.shape, self._digests, self.block_size, self.query_offset
 

@@ -8,7 +8,7 @@ SAFE = "s2jax/test_cache_safety.py::test_"
 FAULTS = [
     Fault(
         "A slot is freed only after its block's last reader",
-        "s2jax:_slots",
+        "s2jax:_linear_scan",
         compares("<", "<="),
         "s2jax/test_cache_layout.py::test_a_block_has_its_slot_for_itself_while_it_is_read",
     ),
@@ -20,8 +20,8 @@ FAULTS = [
     ),
     Fault(
         "A slot that holds another block is not read",
-        "s2jax:Rows",
-        drops_operand("&", "there"),
+        "s2jax:BufferSchedule",
+        drops_operand("&", "held"),
         "s2jax/test_cache.py::TestEqualsTheOp::test_chunks",
     ),
     Fault(
@@ -32,7 +32,7 @@ FAULTS = [
     ),
     Fault(
         "Rows of a pattern that streams repeat themselves",
-        "s2jax:Rows",
+        "s2jax:BufferSchedule",
         decides(False, "max_length"),
         "s2jax/test_cache.py::TestEqualsTheOp::test_streams_without_end",
     ),
@@ -50,7 +50,7 @@ FAULTS = [
     ),
     Fault(
         "A shard's cache looks up its own heads",
-        "s2jax:OwnTables.make",
+        "s2jax:DeferredTables.make",
         drops_operand("*", "index"),
         "s2jax/test_split_caches.py::test_created_inside",
     ),

@@ -58,7 +58,7 @@ FAULTS = [
     Fault(
         "Layers of one pattern share one schedule",
         "s2jax.compiler:_compiled",
-        drops_decorator("lru_cache"),
+        drops_decorator("bounded_cache"),
         COMPILER + "schedules_are_cached",
     ),
     Fault(

@@ -148,14 +148,14 @@ FAULTS = [
     # Parts.
     Fault(
         "Parts whose logits are far apart do not overflow",
-        "s2jax:_combined",
-        replaces("stacked.max(0)", "0 * stacked.max(0)"),
+        "pallas_kernels.softmax:merge",
+        replaces("functools.reduce(jnp.maximum, [part.m for part in parts])", "0 * parts[0].m"),
         PARTS + "test_far_apart_logits",
     ),
     Fault(
         "Parts that read nothing make a row that reads nothing",
-        "s2jax:_combined",
-        replaces("jnp.where(reads, weights.sum(0), 1)", "weights.sum(0)"),
+        "pallas_kernels.softmax:PartialAttention.finish",
+        replaces("jnp.where(reads, self.l, 1)", "self.l"),
         PARTS + "TestEmptyRows",
     ),
 ]
