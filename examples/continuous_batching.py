@@ -52,7 +52,7 @@ def serve(pretrained: Pretrained, requests: Sequence[Request], *, slots: int, ch
         chunk: tokens of a prompt that one step takes, beside the tokens of the other slots.
     """
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    decoder = Decoder(pretrained, batch=slots, max_length=longest, chunk=chunk)
+    decoder = Decoder(pretrained.model, batch=slots, max_length=longest, chunk=chunk)
     waiting = collections.deque(requests)
     served: list[Request | None] = [None] * slots
     unfed: list[list[int]] = [[] for _ in range(slots)]

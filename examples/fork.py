@@ -20,7 +20,7 @@ def samples_of(
     Returns:
         The token ids of each sample, and the bytes of the forked caches and of caches that held a prompt each.
     """
-    decoder = Decoder(pretrained, batch=1, max_length=len(prompt) + max_new_tokens, sampling=sampling, seed=seed)
+    decoder = Decoder(pretrained.model, batch=1, max_length=len(prompt) + max_new_tokens, sampling=sampling, seed=seed)
     decoder.feed([prompt])
     apart = samples * decoder.nbytes
     decoder.fork(samples, max_new_tokens)

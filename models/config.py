@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from jax.sharding import PartitionSpec
-
 from s2jax.patterns import Dense, Pattern, as_pattern
 from s2jax.rotary import RopeScaling
 
@@ -34,8 +32,6 @@ class TransformerConfig:
         remat: what the backward pass recomputes: "none"; "attention", the norm, projections and rotation around
             each attention; "full", whole layers. The attention itself is never run again: its output and
             log-sum-exp are kept.
-        query_spec: `PartitionSpec` of the queries [b, t, h, d] on a mesh with Auto axes, set by `jax.set_mesh`; the
-            residual stream is kept split as their first two axes are.
         implementation: backend or backends of the attention, see `s2jax.attention`; None picks by platform.
 
     Raises:
@@ -58,7 +54,6 @@ class TransformerConfig:
     qk_norm: bool = False
     dtype: str = "bfloat16"
     remat: str = "none"
-    query_spec: PartitionSpec | None = None
     implementation: str | tuple[str, ...] | None = None
 
     def __post_init__(self):

@@ -121,7 +121,7 @@ class Conversation:
                 whole *= 2
             whole = max(length, min(whole, self._pretrained.max_context))
             self._decoder = Decoder(
-                self._pretrained, batch=1, max_length=whole, max_rollback=ROLLBACK, **self._settings
+                self._pretrained.model, batch=1, max_length=whole, max_rollback=ROLLBACK, **self._settings
             )
         return self._decoder
 

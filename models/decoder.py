@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int
 
-from models.checkpoints.pretrained import Pretrained
 from models.sampling import UNDEFINED, Sampling, undefined_message
+from models.sharding import batch_sharding, batch_spec, resharded
+from models.transformer import Transformer
 
 WIDEST = 256
 """Tokens of a step are padded to a power of two up to this, or to a multiple of it, so that few widths are compiled."""
@@ -27,13 +29,14 @@ def padded_width(tokens: int) -> int:
 class Decoder:
     """A batch of sequences of different lengths, to which tokens are appended and from which they are drawn.
 
-    All transfers to and from the device are explicit (`device_put`, `device_get`), as a transfer guard demands.
+    All transfers to and from the device are explicit (`device_put`, `device_get`), as a transfer guard demands. A model
+    on a mesh decodes under `jax.set_mesh`, with Explicit axes; sequences are split over "data" and "fsdp".
 
     Args:
-        pretrained: the model.
+        model: with its weights.
         batch: number of sequences.
         max_length: tokens of the longest sequence.
-        sampling: how to choose tokens.
+        sampling: a function from logits [b, v] and a key to tokens [b], such as a `Sampling`.
         seed: of the draws. A sequence's draws depend on it, on the sequence's place in the batch and on the number of
             draws before.
         chunk: most tokens of a prompt in one step, which bounds the memory; None for whole prompts.
@@ -48,20 +51,20 @@ class Decoder:
 
     def __init__(
         self,
-        pretrained: Pretrained,
+        model: Transformer,
         *,
         batch: int,
         max_length: int,
-        sampling: Sampling = Sampling(),  # noqa: B008 - a frozen value
+        sampling: Callable[[Array, Array], Array] = Sampling(),  # noqa: B008 - a frozen value
         seed: int = 0,
         chunk: int | None = None,
         cache_dtype: str | None = None,
         max_rollback: int = 0,
         say: Callable[[str], None] = lambda line: None,
     ):
-        self._model, self._batch, self._chunk, self._say = pretrained.model, batch, chunk, say
-        self._sampling, self._seed = sampling, seed
-        self._graph, self._state = nnx.split(pretrained.model)
+        self._model, self._batch, self._chunk, self._say = model, batch, chunk, say
+        self._sampling, self._seed, self._sharding = sampling, seed, batch_sharding()
+        self._graph, self._state = nnx.split(model)
         self.max_length = -(-max_length // WIDEST) * WIDEST
         self._cache_settings = {"max_length": self.max_length, "max_rollback": max_rollback, "dtype": cache_dtype}
         self._steps: dict[tuple[int, bool], Any] = {}
@@ -76,11 +79,12 @@ class Decoder:
 
     def empty(self) -> None:
         """Removes all tokens of all sequences."""
-        self.caches = self._model.create_caches(self._batch, **self._cache_settings)
+        create = functools.partial(self._model.create_caches, self._batch, **self._cache_settings)
+        self.caches = create() if self._sharding is None else jax.jit(create)()  # made where they lie
         self.tokens: list[list[int]] = [[] for _ in range(self._batch)]
         # NaN would say that there is nothing to draw from, but JAX's debug_nans refuses them in results.
         self._fed = np.zeros(self._batch, bool)
-        self._logits = _no_logits(self._batch, self._model.config.vocab_size)
+        self._logits = self._put(np.zeros((self._batch, self._model.config.vocab_size), np.float32))
 
     @property
     def nbytes(self) -> int:
@@ -125,8 +129,8 @@ class Decoder:
         counts = np.array([len(row) for row in tokens], np.int32)
         padded = np.array([row + [0] * (width - len(row)) for row in tokens], np.int32)
         step = self._compiled(width, begin=begin)
-        on_device = jax.device_put((padded, counts))
-        self._logits, self.caches = step(self._state, on_device[0], self.caches, on_device[1], self._logits)
+        inputs = self._put((padded, counts))
+        self._logits, self.caches = step(self._state, inputs[0], self.caches, inputs[1], self._logits)
         for row, new in zip(self.tokens, tokens, strict=True):
             row += new
         self._fed |= counts > 0
@@ -151,7 +155,7 @@ class Decoder:
 
     def rollback(self, tokens: Sequence[int]) -> None:
         """Takes back the last tokens of every sequence. What follows must be fed before anything is drawn."""
-        counts = jax.device_put(np.asarray(tokens, np.int32))
+        counts = self._put(np.asarray(tokens, np.int32))
         self.caches = tuple(cache.rollback(counts) for cache in self.caches)
         for row, count in zip(self.tokens, tokens, strict=True):
             del row[len(row) - count :]
@@ -159,7 +163,7 @@ class Decoder:
 
     def reset(self, which: Sequence[bool]) -> None:
         """Empties some of the sequences, for others to take their places."""
-        emptied = jax.device_put(np.asarray(which, bool))
+        emptied = self._put(np.asarray(which, bool))
         self.caches = tuple(cache.reset(emptied) for cache in self.caches)
         self.tokens = [[] if gone else row for gone, row in zip(which, self.tokens, strict=True)]
         self._fed[np.asarray(which)] = False
@@ -214,24 +218,27 @@ class Decoder:
         if (width, begin) not in self._steps:
             if not self._steps:
                 self._say("compiling …")
-            arrays = self._state, self.caches, self._logits
-            state, caches, logits = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), arrays)
-            tokens = jax.ShapeDtypeStruct((self._batch, width), jnp.int32)
-            counts = jax.ShapeDtypeStruct((self._batch,), jnp.int32)
+            tokens = jax.ShapeDtypeStruct((self._batch, width), jnp.int32, sharding=self._sharding)
+            counts = jax.ShapeDtypeStruct((self._batch,), jnp.int32, sharding=self._sharding)
             step = jax.jit(self._on_tokens(begin), donate_argnums=2)
-            self._steps[width, begin] = step.lower(state, tokens, caches, counts, logits).compile()
+            self._steps[width, begin] = step.lower(self._state, tokens, self.caches, counts, self._logits).compile()
         return self._steps[width, begin]
+
+    def _put[T](self, arrays: T) -> T:
+        """Brings arrays [b, ...] to the devices."""
+        return jax.device_put(arrays, self._sharding)
 
     def _on_tokens(self, begin: bool):
         def step(state, tokens, caches, counts, logits: Array):
             model = nnx.merge(self._graph, state)
             last, caches = (model.prefill if begin else model.extend)(tokens, caches, counts=counts, last=True)
-            return jnp.where((counts > 0)[:, None], last[:, 0], logits), caches
+            last = resharded(last[:, 0], batch_spec(tokens))
+            return jnp.where((counts > 0)[:, None], last, logits), caches
 
         return step
 
 
-def _chooser(sampling: Sampling, seed: int, batch: int):
+def _chooser(sampling: Callable[[Array, Array], Array], seed: int, batch: int):
     """The function from logits [b, v] and the number of draws before to token ids [b]."""
 
     @jax.jit
@@ -240,14 +247,10 @@ def _chooser(sampling: Sampling, seed: int, batch: int):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), draws)
             return sampling(logits[None], key)[0]
 
+        logits = resharded(logits, PartitionSpec())  # every process draws all tokens
         return jax.vmap(one)(jnp.arange(batch, dtype=jnp.int32), logits)
 
     return choose
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _no_logits(batch: int, vocab_size: int) -> Array:
-    return jnp.zeros((batch, vocab_size), jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -86,8 +86,8 @@ def generate_batch(
     sampling = pretrained.own_sampling() if sampling is None else sampling
     longest = _check_prompts(pretrained, prompts, max_new_tokens, chunk)
     decoder = Decoder(
-        pretrained, batch=len(prompts), max_length=longest + max_new_tokens, sampling=sampling, seed=seed, chunk=chunk,
-        cache_dtype=cache_dtype, say=say,
+        pretrained.model, batch=len(prompts), max_length=longest + max_new_tokens, sampling=sampling, seed=seed,
+        chunk=chunk, cache_dtype=cache_dtype, say=say,
     )  # fmt: skip
     spent.prompt, spent.sequences = sum(map(len, prompts)), len(prompts)
     spent.cache_bytes, spent.full_bytes = decoder.nbytes, decoder.full_nbytes

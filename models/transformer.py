@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from models.config import TransformerConfig
+from models.sharding import batch_spec, cache_spec, left_to_xla
 from s2jax.cache import KVCache
 from s2jax.nnx import S2Attention
 from s2jax.rotary import rms_norm
@@ -38,7 +39,7 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t f"]:
         # By default JAX wraps a negative id around and clamps one that is too large: both would go unseen.
         rows = jnp.asarray(self.embedding[...]).at[tokens]
-        return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return rows.get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False, out_sharding=batch_spec(tokens))
 
     def logits(self, x: Float[Array, "b t f"]) -> Float[Array, "b t v"]:
         """Scores each token of the vocabulary, accumulated in float32."""
@@ -55,7 +56,7 @@ class SwiGLU(nnx.Module):
         self.down = nnx.Linear(config.d_ff, config.d_model, kernel_init=fan_in(config.num_layers), **linear)
 
     def __call__(self, x: Float[Array, "b t f"]) -> Float[Array, "b t f"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x), out_sharding=batch_spec(x))
 
 
 class DecoderLayer(nnx.Module):
@@ -76,7 +77,6 @@ class DecoderLayer(nnx.Module):
             rope_scaling=config.rope_scaling,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
-            query_spec=config.query_spec,
             head_axis=(),  # nothing else of the model is split within a shard_map either
             implementation=config.implementation,
             rngs=rngs,
@@ -158,21 +158,26 @@ class Transformer(nnx.Module):
             raise ValueError(
                 f"tokens must be integer ids of shape [batch, length], got {tokens.dtype} {list(tokens.shape)}"
             )
-        x = self._along_batch(self.embed(tokens).astype(self.config.dtype))
+        x = self.embed(tokens).astype(self.config.dtype)
         for layer in self.layers:
-            x = self._along_batch(run_layer(*nnx.split(layer), x, positions, segment_ids))
+            x = run_layer(*nnx.split(layer), x, positions, segment_ids)
         return self._logits(x)
 
     def create_caches(
         self, batch: int, *, max_length: int | None = None, max_rollback: int = 0, dtype: Any = None
     ) -> tuple[KVCache, ...]:
-        """Empty caches, one for each layer, sharded by `config.query_spec`; see `KVCache.create`.
+        """Empty caches, one for each layer; see `KVCache.create`.
+
+        Under a mesh they are split like the queries: sequences over "data" and "fsdp", heads like the parameters.
 
         Args:
             dtype: of what is stored, by default `config.dtype`.
         """
         settings = {"max_length": max_length, "max_rollback": max_rollback, "dtype": dtype}
-        return tuple(layer.attention.create_cache(batch, **settings) for layer in self.layers)
+        return tuple(
+            layer.attention.create_cache(batch, query_spec=cache_spec(layer.attention.query.kernel[...]), **settings)
+            for layer in self.layers
+        )
 
     def prefill(
         self,
@@ -210,19 +215,27 @@ class Transformer(nnx.Module):
 
         Arguments, results and errors are those of `prefill`.
         """
-        return self._cached(tokens, caches, counts, last, begin=False)
+        batch = batch_spec(tokens)
+        if batch is None:
+            return self._cached(tokens, caches, counts, last, begin=False)
+        graph, state = nnx.split(self)
+
+        def extended(state, tokens, caches, counts):
+            return nnx.merge(graph, state)._cached(tokens, caches, counts, last, begin=False)
+
+        # XLA chooses how activations are split: those of a few tokens are smaller than the weights.
+        logits = PartitionSpec(*batch, None, jax.typeof(self.embed.embedding[...]).sharding.spec[0])
+        out_specs = logits, jax.tree.map(lambda array: jax.typeof(array).sharding.spec, caches)
+        return left_to_xla(extended, out_specs)(state, tokens, caches, counts)
 
     def _cached(self, tokens, caches, counts, last: bool, *, begin: bool):
         if len(caches) != len(self.layers):
             raise ValueError(f"a model of {len(self.layers)} layers needs as many caches, got {len(caches)}")
-        # Of a few tokens XLA had rather gather activations: the weights, which this would have it gather, are larger.
-        along = self._along_batch if begin else lambda x: x
-        x, after = along(self.embed(tokens).astype(self.config.dtype)), []
+        x, after = self.embed(tokens).astype(self.config.dtype), []
         alike: dict[tuple, KVCache] = {}
         for layer, cache in zip(self.layers, caches, strict=True):
             cache = cache.share_lengths_with(alike.setdefault(cache.arrangement, cache))
             x, cache = run_cached_layer(begin, *nnx.split(layer), x, cache, counts)
-            x = along(x)
             after.append(cache)
         if last:
             end = jnp.full(len(x), x.shape[1], jnp.int32) if counts is None else counts
@@ -237,17 +250,6 @@ class Transformer(nnx.Module):
     def _logits(self, x: Float[Array, "b t f"]) -> Float[Array, "b t v"]:
         x = self.final_norm(x)
         return self.embed.logits(x) if self.lm_head is None else self.lm_head(x)
-
-    def _along_batch(self, x: Float[Array, "b t f"]) -> Float[Array, "b t f"]:
-        """Keeps the residual stream split along the batch, as the queries are.
-
-        Left to itself, XLA splits its features like those of the weights, and then gathers activations instead of
-        weights in each layer. The mesh is that of `jax.set_mesh`; without one there is nothing to say.
-        """
-        spec = self.config.query_spec
-        if spec is None or jax.sharding.get_abstract_mesh().empty:
-            return x
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec[:2]))
 
 
 @functools.partial(jax.jit, static_argnums=0)

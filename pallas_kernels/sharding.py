@@ -154,10 +154,11 @@ def find_sharding(query, kv_heads: int, query_spec: P | None) -> Sharding | None
         return None
     sizes = dict(mesh.shape)
     free = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is not AxisType.Manual]
-    if all(sizes[name] == 1 for name in free):
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    # An Explicit axis of one device is part of the arrays' types, too.
+    if all(sizes[name] == 1 and kinds[name] is not AxisType.Explicit for name in free):
         return None
     spec = query.sharding.spec if query_spec is None else query_spec
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     unknown = [name for name in free if kinds[name] is AxisType.Auto and sizes[name] > 1]
     if query_spec is None and unknown:
         raise ValueError(

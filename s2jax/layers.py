@@ -6,6 +6,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import BlockSelection
@@ -82,6 +83,17 @@ def sum_over(axes: Axes, out: Array, bias: typing.Callable[[], Array] | None) ->
         return jax.lax.psum(out, axes)
     shards = math.prod(map(jax.lax.axis_size, axes))
     return jax.lax.psum(out - bias() * (1 - 1 / shards), axes)
+
+
+def output_sharding(heads: Float[Array, "b t h d"]) -> PartitionSpec | None:
+    """The sharding of the output of all heads over Explicit axes; None where it follows from the operands.
+
+    Heads that are split in the array and in the weights are summed over: the output is split as the tokens are.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return None
+    batch, length, split_heads, _ = jax.typeof(heads).sharding.spec
+    return None if split_heads is None else PartitionSpec(batch, length)
 
 
 def head_counts(

@@ -22,6 +22,7 @@ from s2jax.layers import (
     check_layer,
     head_counts,
     next_positions,
+    output_sharding,
     refuse_key_arguments,
     sum_over,
 )
@@ -207,11 +208,18 @@ class S2Attention(nnx.Module):
 
     @explains_unknown_arguments
     def create_cache(
-        self, batch: int, *, max_length: int | None = None, max_rollback: int = 0, dtype: Dtype | None = None
+        self,
+        batch: int,
+        *,
+        max_length: int | None = None,
+        max_rollback: int = 0,
+        dtype: Dtype | None = None,
+        query_spec: PartitionSpec | None = None,
     ) -> KVCache:
-        """An empty cache for this layer's keys and values, sharded by its `query_spec`; see `KVCache.create`.
+        """An empty cache for this layer's keys and values; see `KVCache.create`.
 
         Args:
+            query_spec: by default the layer's.
             dtype: of what is stored, by default the layer's, else that of its parameters.
 
         Returns:
@@ -226,7 +234,7 @@ class S2Attention(nnx.Module):
             max_length=max_length,
             max_rollback=max_rollback,
             dtype=dtype or self.dtype or self._parameter_dtype(),
-            query_spec=self.query_spec,
+            query_spec=self.query_spec if query_spec is None else query_spec,
             head_axis=self.heads.axis or (),
         )
         stack = self._stack()
@@ -256,7 +264,7 @@ class S2Attention(nnx.Module):
     def _output(self, heads: Float[Array, "b t h d"], axes: tuple[str, ...]) -> Float[Array, "b t out_features"]:
         """The output projection, summed over the shards of the heads."""
         bias = (lambda: self.out(jnp.zeros_like(heads[:1, :1]))) if self.use_bias else None
-        return sum_over(axes, self.out(heads), bias)
+        return sum_over(axes, self.out(heads, out_sharding=output_sharding(heads)), bias)
 
     @explains_unknown_arguments
     def prefill(

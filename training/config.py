@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import models
 from models.checkpoints.pretrained import open_checkpoint
@@ -146,11 +146,8 @@ class ModelOptions:
         values["rope_scaling"] = None if config.rope_scaling is None else tuple(config.rope_scaling)
         return cls(**values | {"pattern": str(config.pattern), "implementation": config.implementation or "auto"})
 
-    def transformer(self, query_spec=None) -> models.TransformerConfig:
+    def transformer(self) -> models.TransformerConfig:
         """The model's config.
-
-        Args:
-            query_spec: PartitionSpec of the queries `[b, t, h, d]` on a mesh of several devices.
 
         Raises:
             ValueError: a value is out of range, or two do not fit together.
@@ -159,9 +156,10 @@ class ModelOptions:
             pattern = parse_pattern(self.pattern)
         except ValueError as error:
             raise ValueError(f"--pattern: {shown(error, 400)}") from error
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["implementation"] = None if self.implementation == "auto" else self.implementation
-        return models.TransformerConfig(**values | {"pattern": pattern, "query_spec": query_spec})
+        values["pattern"] = pattern
+        return models.TransformerConfig(**values)
 
 
 @dataclass(frozen=True)

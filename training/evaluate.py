@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import gzip
 import math
 from collections.abc import Callable, Iterator
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from models.decoder import Decoder
 from models.sampling import Sampling
 from training.corpus import BOUNDARY, Corpus, Document, content_bytes
 from training.data import Share, evaluation_batches, process_share, to_devices
-from training.mesh import batch_sharding, replicated
+from training.mesh import batch_sharding
 from training.packing import PackedRows, Row, empty_row
 from training.step import Trainer
 
@@ -171,49 +171,34 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def sample_text(trainer: Trainer, params: Any, *, prompt: str, length: int, temperature: float, seed: int) -> str:
-    """Goes on from `prompt` for up to `length` bytes, by a whole forward pass for each.
+    """A continuation of `prompt` by up to `length` bytes.
 
-    It stops where a document ends, or where the logits define no distribution.
+    The sample stops where a document ends, or where the logits define no distribution.
 
     Args:
         trainer: of a byte-level model.
         params: of the model.
-        prompt: what the sample begins with; the end of it, if it fills the context.
+        prompt: beginning of the sample; its end alone, if it fills the context.
         length: bytes to add; the context bounds prompt and sample together.
         temperature: 0 takes the likeliest byte each time.
         seed: of the draws.
     """
     context = trainer.config.input.seq_len
-    opening = np.array([BOUNDARY, *prompt.encode()[-(context // 2) :]], np.int32)
-    total = min(context, len(opening) + length)
-    padded = np.zeros(total, np.int32)
-    padded[: len(opening)] = opening
-    given = jax.device_put((padded, np.int32(len(opening)), np.uint32(seed % 2**32)), replicated(trainer.mesh))
-    stream = jax.device_get(_sampler(trainer, Sampling(temperature))(params, *given))[1:].tolist()
-    end = next((i for i in range(len(opening) - 1, len(stream)) if not 0 <= stream[i] < 256), len(stream))
-    return bytes(stream[:end]).decode(errors="replace")
-
-
-@functools.lru_cache(maxsize=1)
-def _sampler(trainer: Trainer, sampling: Sampling):
-    """A compiled function that fills tokens [n] from a position on: one program for all prompts and seeds of a length.
-
-    The parameters are an argument: on several processes a function may not close over arrays that span them.
-    """
-    rows = trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"]  # one row for each group of devices, all alike
-
-    def add_one(params, seed, i, tokens):
-        batch = {
-            "tokens": jax.lax.with_sharding_constraint(tokens, batch_sharding(trainer.mesh)),
-            "positions": jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape),
-            "segment_ids": jnp.zeros_like(tokens),
-        }
-        logits = trainer.logits(params, batch)[0, i - 1, : BOUNDARY + 1]
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        return tokens.at[:, i].set(sampling(logits[None], key)[0])
-
-    def sample(params, tokens, start, seed):
-        tokens = jnp.broadcast_to(tokens, (rows, len(tokens)))
-        return jax.lax.fori_loop(start, len(tokens[0]), lambda i, tokens: add_one(params, seed, i, tokens), tokens)[0]
-
-    return jax.jit(sample, out_shardings=replicated(trainer.mesh))
+    opening = [BOUNDARY, *prompt.encode()[-(context // 2) :]]
+    sampling, drawn = Sampling(temperature), []
+    rows = trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"]  # one for each group of devices; the first counts
+    with jax.set_mesh(trainer.mesh):
+        decoder = Decoder(
+            trainer.model(params),
+            batch=rows,
+            max_length=context,
+            sampling=lambda logits, key: sampling(logits[:, : BOUNDARY + 1], key),
+            seed=seed % 2**32,
+        )
+        decoder.feed([opening, *[[] for _ in range(rows - 1)]])
+        steps = decoder.decode(min(length, context - len(opening)), end_ids=(BOUNDARY,), ended=set(range(1, rows)))
+        with contextlib.suppress(FloatingPointError):
+            for step in steps:
+                drawn.append(step[0])
+    stream = [*opening[1:], *(token for token in drawn if token != BOUNDARY)]
+    return bytes(stream).decode(errors="replace")

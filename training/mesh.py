@@ -10,14 +10,14 @@ import math
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from models.sharding import BATCH_AXES
 from s2jax.messages import counted
 from training.config import IMPLEMENTATIONS, Config, require
 from training.output import show
 from training.rendezvous import meet
 
 AXES = ("data", "fsdp", "tensor")
-BATCH_SPEC = PartitionSpec(("data", "fsdp"))  # rows over both; each row whole
-QUERY_SPEC = PartitionSpec(("data", "fsdp"), None, "tensor", None)  # queries [b, t, h, d]
+BATCH_SPEC = PartitionSpec(BATCH_AXES)  # each row whole
 
 # A process that is gone is noticed after the first, in seconds; one that ends in an error takes the others with it
 # after the second. Shorter ones mistake a slow file system for a death.
@@ -91,7 +91,7 @@ def make_mesh(config: Config) -> Mesh:
     require(asked == devices, "--mesh", f"counts for {counted(devices, 'device')}", f"{shown} = {asked}")
     heads, tensor = config.model.num_kv_heads, sizes[2]
     require(heads % tensor == 0, "--mesh", f"a tensor axis that divides {counted(heads, 'KV head')}", tensor)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def with_batch_size(config: Config, mesh: Mesh) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 import models
+from models.sharding import left_to_xla
 from training.config import Config
-from training.mesh import QUERY_SPEC, replicated
+from training.mesh import BATCH_SPEC, replicated
 from training.optimizer import make_optimizer, warmup_cosine
 
 Batch = Mapping[str, Array]  # training.packing.Row, stacked to [b, t]
@@ -49,7 +51,7 @@ class Trainer:
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self.mesh = config, mesh
-        self.model_config = config.model.transformer(QUERY_SPEC if mesh.size > 1 else None)
+        self.model_config = config.model.transformer()
         self.optimizer = make_optimizer(config.optimizer, config.steps)
         shapes = nnx.eval_shape(lambda: models.Transformer(self.model_config, rngs=nnx.Rngs(0)))
         self._graph, self._param_shapes = nnx.split(shapes)
@@ -60,10 +62,20 @@ class Trainer:
             abstract,
             self.shardings,
         )
-        self.step = jax.jit(self._step, donate_argnums=0, out_shardings=(self.shardings, replicated(mesh)))
-        self.token_nll = jax.jit(self._token_nll, out_shardings=replicated(mesh))
-        self.logits = jax.jit(self._logits, out_shardings=replicated(mesh))
+        self.step = self._compiled(self._step, (self.shardings, replicated(mesh)), donate_argnums=0)
+        self.token_nll = self._compiled(self._token_nll, replicated(mesh))
+        self.logits = self._compiled(self._logits, replicated(mesh))
         self._finite = jax.jit(_finite, out_shardings=replicated(mesh))
+
+    def _compiled(self, function: Callable, out_shardings: Any, **settings: Any) -> Any:
+        """`jax.jit` of a function that is traced under the run's mesh, whose axes are Explicit."""
+
+        @functools.wraps(function)
+        def on_mesh(*args):
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return function(*args)
+
+        return jax.jit(on_mesh, out_shardings=out_shardings, **settings)
 
     def init(self, seed: int) -> TrainState:
         """Fresh weights, made where they lie; the same on every mesh."""
@@ -88,18 +100,22 @@ class Trainer:
     def _unmoved(self, params: Any) -> TrainState:
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
-    def _logits(self, params: Any, batch: Batch) -> Float[Array, "b t v"]:
+    def model(self, params: Any) -> models.Transformer:
+        """The model with these parameters."""
         state = jax.tree.map(lambda leaf: leaf, self._param_shapes)  # a copy: replacing works in place
         nnx.replace_by_pure_dict(state, params)
-        model = nnx.merge(self._graph, state, copy=True)  # without a copy, NNX refuses to merge within grad
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):  # the attention's shards are of this mesh
-            return model(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
+        return nnx.merge(self._graph, state, copy=True)  # without a copy, NNX refuses to merge within grad
+
+    def _logits(self, params: Any, batch: Batch) -> Float[Array, "b t v"]:
+        return self.model(params)(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
 
     def _token_nll(self, params: Any, batch: Batch) -> Float[Array, "b t"]:
         """Nats of each target, 0 where the pair does not count."""
         logits = self._logits(params, batch)
+        # The vocabulary is split over "tensor", and Optax looks targets up in it.
+        nll = left_to_xla(optax.softmax_cross_entropy_with_integer_labels, BATCH_SPEC)
         with jax.named_scope("loss"):
-            return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]) * batch["loss_mask"]
+            return nll(logits, batch["targets"]) * batch["loss_mask"]
 
     def _step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, grads = accumulated_gradient(
@@ -108,13 +124,18 @@ class Trainer:
             batch,
             self.config.optimizer.accumulate,
         )
+        # Muon multiplies split matrices; how the products are split is left to XLA.
+        update = left_to_xla(self._update, (self.shardings.params, self.shardings.opt_state))
         # Optax mixes dtypes, which a user's strict promotion would refuse.
         with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params, opt_state = update(grads, state.opt_state, state.params)
         share = warmup_cosine(self.config.optimizer, self.config.steps)(state.step)
         metrics = Metrics(loss, optax.tree.norm(grads), self.config.optimizer.matrix_rate * share)
         return TrainState(params, opt_state, state.step + 1), metrics
+
+    def _update(self, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+        updates, opt_state = self.optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
 
 
 def _finite(state: TrainState) -> Bool[Array, " leaves"]:

@@ -86,8 +86,8 @@ def config_from_huggingface(values: Mapping[str, Any], **settings: Any) -> Trans
 
     Args:
         values: the contents of config.json, of transformers 4 or 5.
-        settings: what a checkpoint does not decide: `pattern`, and any of `dense_layers`, `dtype`, `remat`,
-            `query_spec` and `implementation`.
+        settings: what a checkpoint does not decide: `pattern`, and any of `dense_layers`, `dtype`, `remat` and
+            `implementation`.
 
     Raises:
         ValueError: on an architecture, or a value of a key, that `Transformer` cannot follow; on a key that is missing.

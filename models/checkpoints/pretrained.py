@@ -204,7 +204,7 @@ def open_checkpoint(
             `save` recorded in config.json, or else dense attention in every layer.
         tokenizer: a tokenizer.json to take in place of the checkpoint's own tokenizer.
         settings: further fields of `TransformerConfig` that a checkpoint leaves open: `dense_layers`, `dtype`, `remat`,
-            `query_spec`, `implementation`.
+            `implementation`.
 
     Raises:
         ValueError: in one line, if a file is missing or torn; if the model is not one that `Transformer` computes

@@ -133,7 +133,7 @@ class TestModel:
 
     def test_a_decoder_takes_back_and_empties(self):
         ours, ids = pretrained(), prompt(40)
-        decoder = Decoder(ours, batch=2, max_length=100, max_rollback=8)
+        decoder = Decoder(ours.model, batch=2, max_length=100, max_rollback=8)
         decoder.feed([ids, ids[:20]])
         expected = decoder.draw()
         decoder.feed([[1, 2, 3], [4]])
@@ -155,7 +155,7 @@ class TestModel:
 
     def test_a_forked_decoder_goes_on_in_samples(self):
         ours, prompts = pretrained(), [prompt(40), prompt(23)]
-        decoder = Decoder(ours, batch=2, max_length=100)
+        decoder = Decoder(ours.model, batch=2, max_length=100)
         decoder.feed(prompts)
         decoder.fork(2, 6)
         found = [list(ids) for ids in decoder.tokens]

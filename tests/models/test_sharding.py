@@ -68,17 +68,14 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from models import Transformer, partition_specs, PRESETS
 
-mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-spec = P(("data", "fsdp"), None, "tensor", None)
+mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
 config = dataclasses.replace(PRESETS["tiny"], num_layers=2, d_ff=96)
 tokens = jax.random.randint(jax.random.key(0), (4, 64), 0, 272)
 graph, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
 expected = nnx.merge(graph, state)(tokens)
 
-graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(
-    dataclasses.replace(config, query_spec=spec), rngs=nnx.Rngs(0))))
 state = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), state, partition_specs(state))
-tokens = jax.device_put(tokens, NamedSharding(mesh, P(spec[0])))
+tokens = jax.device_put(tokens, NamedSharding(mesh, P(("data", "fsdp"))))
 with jax.set_mesh(mesh):
     run = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens)).lower(state, tokens).compile()
 np.testing.assert_allclose(run(state, tokens), expected, atol=1e-5)
@@ -97,20 +94,18 @@ def test_a_mesh_of_eight_gives_one_devices_logits_and_gathers_weights_not_activa
 
 
 def test_caches_on_a_mesh_give_one_devices_logits_and_stay_where_they_are():
-    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
-    plain = dataclasses.replace(CONFIG, num_layers=1, dense_layers=(), implementation="reference")
-    config = dataclasses.replace(plain, query_spec=P(("data", "fsdp"), None, "tensor", None))
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 3)
+    config = dataclasses.replace(CONFIG, num_layers=1, dense_layers=(), implementation="reference")
     tokens = jax.random.randint(jax.random.key(0), (4, 21), 0, 272)
-    graph, state = nnx.split(Transformer(plain, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
     expected = jax.jit(lambda state: nnx.merge(graph, state)(tokens))(state)
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
     def step(name, state, tokens, caches):
         return getattr(nnx.merge(graph, state), name)(tokens, caches, last=True)
 
-    graph, _ = nnx.split(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
     state = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), state, partition_specs(state))
-    tokens = jax.device_put(tokens, NamedSharding(mesh, P(config.query_spec[0])))
+    tokens = jax.device_put(tokens, NamedSharding(mesh, P(("data", "fsdp"))))
     with jax.set_mesh(mesh):
         caches = nnx.merge(graph, state).create_caches(4, max_length=64)
         kept = caches[0].buffers[0].key

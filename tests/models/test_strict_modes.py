@@ -40,7 +40,9 @@ def test_a_decoder(modes: list[str]):
     """One sequence has no token at first; what it holds then is no NaN that leaves a compiled function."""
     ours = pretrained(1, "bfloat16")
     with strict_modes.on(*modes):
-        decoder = Decoder(ours, batch=2, max_length=60, max_rollback=2, sampling=Sampling(0.8, top_k=9, top_p=0.9))
+        decoder = Decoder(
+            ours.model, batch=2, max_length=60, max_rollback=2, sampling=Sampling(0.8, top_k=9, top_p=0.9)
+        )
         decoder.feed([PROMPTS[0], []])
         decoder.draw([True, False])
         with pytest.raises(FloatingPointError, match="sequence 2: the model's logits for the token at position 0"):

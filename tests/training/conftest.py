@@ -60,7 +60,7 @@ def small_config(small_model) -> Config:
 @pytest.fixture(scope="session")
 def one_device() -> Mesh:
     """A mesh of the first device alone, whatever the number of devices."""
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 @pytest.fixture(scope="session")
