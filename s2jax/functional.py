@@ -70,35 +70,41 @@ def attention(
     Query head i reads KV head i // (h / k). Softmax and sums are in float32, or float64 for float64 inputs.
 
     Args:
-      query, key, value: one dtype, bfloat16, float16, float32 or float64.
-      pattern: who reads whom, such as `s2jax.LocalStride()`; or its text; or a function mask_mod(head, query_position,
-        key_position) -> bool, causal besides, as in `s2jax.MaskMod`; or a concrete bool array [h or 1, t, s], True
-        where the query reads the key; or a `BlockSelection`, made under `jit`.
-      scale: what the logits are multiplied with; d**-0.5 by default.
-      query_offset: position of the first query among the keys. Known at run time only, it may be a scalar array or one
-        position for each sequence, each between 0 and s; with a pattern, the result of others is NaN.
-      query_segment_ids, kv_segment_ids: queries see keys with an equal id only; no id is special. Both or neither.
-      logits_soft_cap: logits become cap · tanh(logits / cap); in "mosaic_gpu" by the GPU's approximate tanh.
-      sinks: one more logit per query head in the softmax's sum, neither scaled nor capped.
-      return_lse: gives back (out, lse).
-      query_spec: how the query is sharded over a mesh with Auto axes, as P(batch, None, heads, None). The mesh must be
-        set, with `jax.set_mesh`: of a mesh that is not, nothing can be known here, and XLA gathers what is sharded.
-      head_axis: axis of a caller's `shard_map`, `pmap` or named `vmap` over which heads are split, or several: each
-        shard then reads as its heads among all. () says that this call has all heads. Needed inside of such a region
-        where heads of the pattern read differently; a `BlockSelection` has its own heads.
-      heads: (first_head, num_heads) in its place, where the heads are split otherwise: the number of this call's first
-        query head, also known at run time only (the result for one that cannot be is NaN), and the count of all.
-      implementation: "mosaic_gpu", "xla" or "reference", or several names in order of preference; None picks one.
-      config: tile sizes of the one implementation asked for, such as `pallas_kernels.XlaConfig`.
+      query: [b, t, h, d]; bfloat16, float16, float32 or float64.
+      key: [b, s, k, d], of the query's dtype.
+      value: [b, s, k, e], of the query's dtype.
+      pattern: a pattern such as `s2jax.LocalStride()`, or its text; a function mask_mod(head, query_position,
+        key_position) -> bool, made causal as by `s2jax.MaskMod`; a concrete bool array [h or 1, t, s], True where the
+        query reads the key; or a `BlockSelection` made under `jit`.
+      scale: factor of the logits; d**-0.5 by default.
+      query_offset: position of the first query among the keys. Known at run time only, it may be a scalar array or [b],
+        each between 0 and s; with a pattern, the result for others is NaN.
+      query_segment_ids: integers [b, t]. Queries see the keys with an equal id only; no id is special. Goes together
+        with `kv_segment_ids`.
+      kv_segment_ids: integers [b, s].
+      logits_soft_cap: logits become cap · tanh(logits / cap). "mosaic_gpu" uses the GPU's approximate tanh.
+      sinks: [h], one more logit per query head in the softmax's sum, neither scaled nor capped.
+      return_lse: returns (out, lse) in place of out.
+      query_spec: sharding of the query over a mesh with Auto axes, such as P(batch, None, heads, None). The mesh must
+        be set with `jax.set_mesh`; without it, XLA gathers sharded arrays.
+      head_axis: axis of a caller's `shard_map`, `pmap` or named `vmap` over which heads are split, or several; each
+        shard then reads by its heads' numbers among all heads. () means that this call has all heads. Needed inside
+        of such a region if heads read differently; a `BlockSelection` has its own heads.
+      heads: (first_head, num_heads) in place of `head_axis`, for heads that are split otherwise: the number of this
+        call's first query head, and the count of all query heads. The first head may be an array; the result for an
+        impossible one is NaN.
+      implementation: "mosaic_gpu", "mosaic_tpu", "xla" or "reference", or several names in order of preference. None
+        picks by the platform that is lowered for, for each platform of an export.
+      config: tile sizes of the one implementation asked for: `HopperConfig`, `TpuConfig` or `XlaConfig`.
 
     Returns:
-      out [b, t, h, e] in the query's dtype; lse [b, h, t] in float32 (float64 for float64), the natural logarithm of
-      the sum of exp(logit) over what the row reads, sink included. A row that reads nothing gives zeros and the sink or
-      -inf.
+      out [b, t, h, e] in the query's dtype. With `return_lse` also lse [b, h, t] in float32 (float64 for float64): the
+      natural logarithm of the sum of exp(logit) over the keys that the row reads and its sink. A row that reads
+      nothing has zeros in out, and the sink or -inf as its lse.
 
     Raises:
       ValueError: an argument does not fit; the message says what was expected and what came.
-      NotImplementedError: none of the implementations asked for can do it, with each one's reason.
+      NotImplementedError: none of the implementations asked for supports the arguments; the message has each reason.
     """
     at_run_time = None
     if isinstance(pattern, BlockSelection):
