@@ -1,6 +1,5 @@
 """The public op."""
 
-import functools
 import typing
 
 import jax

@@ -1,4 +1,4 @@
-"""From a pattern and shapes to what the kernels walk."""
+"""Compiles a pattern, for given heads and lengths, into the schedule that the kernels read."""
 
 import functools
 import hashlib
@@ -12,15 +12,13 @@ from pallas_kernels.caching import bounded_cache
 from pallas_kernels.head_place import refuse_unknown_heads, unknown_heads
 from pallas_kernels.schedule import NOTHING, WHOLE, BlockLists, BlockSchedule, ListTable
 from s2jax.patterns import HeadGroups, Pattern, PatternLike, as_pattern, statistics
-from s2jax.patterns.agreement import check_agreement
+from s2jax.patterns.agreement import CACHED_BYTES, check_agreement
 from s2jax.patterns.bands import Band, with_period
+from s2jax.patterns.checks import check_length
 from s2jax.patterns.evaluation import outside_traces
 
-CACHED_BYTES = 1 << 28
-"""Bytes of schedules, and of the masks in their patterns, that are kept for later calls."""
-
 PAIRS_AT_ONCE = 1 << 22
-"""Pairs of blocks, or of tokens, looked at together where a pattern has no closed form."""
+"""Pairs of blocks, or of tokens, evaluated together if a pattern has no closed form."""
 
 
 class Entries(typing.NamedTuple):
@@ -37,28 +35,25 @@ def compile_schedule(
     """Compiles a pattern for given heads and lengths. Cached, so that all layers of a model share one schedule.
 
     Args:
-      pattern: who reads whom, or what `as_pattern` makes a pattern of.
-      query_length, kv_length: tokens.
+      pattern: a pattern, or what `as_pattern` makes a pattern of.
+      num_heads: count of query heads.
+      num_kv_heads: count of KV heads.
+      query_length: count of queries.
+      kv_length: count of keys.
       query_offset: absolute position of the first query among the keys.
 
     Returns:
-      A `BlockSchedule`; for patterns with a closed form (`Pattern.bands`) of O(length) memory per distinct head.
+      A `BlockSchedule`. It takes O(length) memory per distinct head if the pattern has a closed form (`Pattern.bands`).
 
     Raises:
       ValueError: the pattern does not fit these heads or lengths, or its closed form contradicts its rule.
     """
     heads = HeadGroups(num_heads, num_kv_heads)
-    for name, value, least in (
-        ("query_length", query_length, 1),
-        ("kv_length", kv_length, 1),
-        ("query_offset", query_offset, 0),
-    ):
-        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if value >= 1 << 30:  # positions are int32, and lengths are added
-            raise ValueError(f"{name} must be an integer below 2**30, got {value!r}")
+    check_length("query_length", query_length, at_least=1)
+    check_length("kv_length", kv_length, at_least=1)
+    check_length("query_offset", query_offset, at_least=0)
     pattern, lengths = as_pattern(pattern), (int(query_length), int(kv_length), int(query_offset))
-    pattern.check(heads, *lengths)  # of functions, that they are what they were when they were compiled
+    pattern.check(heads, *lengths)  # also that functions have not changed since the pattern was made
     return _compiled(pattern, heads, *lengths)
 
 
@@ -93,7 +88,7 @@ def _schedule(
                 parts.append(compiler.closed_form(bands))
             else:
                 entries = compiler.entries(pattern, heads, head)
-                # Heads that are found to read the same share a walker, too.
+                # Heads whose entries are equal share a unique head, too.
                 unique_heads[key] = unique_heads.setdefault(_digest(entries), len(parts))
                 if unique_heads[key] == len(parts):
                     parts.append(compiler.list_per_row(*entries))
@@ -105,7 +100,7 @@ def _schedule(
     )  # fmt: skip
 
 
-def refuse_unsaid_heads(
+def check_heads_known(
     pattern: Pattern,
     axes: dict[str, int],
     num_heads: int,
@@ -114,10 +109,11 @@ def refuse_unsaid_heads(
     kv_length: int,
     query_offset: int = 0,
 ) -> None:
-    """Raises ValueError where a caller may have split heads, and the pattern would then read otherwise.
+    """Raises ValueError if a caller may have split the heads without saying so, and the pattern would then differ.
 
     Args:
-      axes: over which heads may be split, see `possible_head_axes`.
+      pattern: the pattern, for which the other arguments are those of `compile_schedule`.
+      axes: the axes that heads may be split over, see `possible_head_axes`.
     """
     if not axes or num_kv_heads < 1 or num_heads % num_kv_heads:
         return
@@ -132,9 +128,9 @@ def refuse_unsaid_heads(
 def heads_differ(
     pattern: Pattern, heads: HeadGroups, query_length: int, kv_length: int, query_offset: int, shards: tuple[int, ...]
 ) -> bool:
-    """True if heads read differently, or would among so many times as many heads.
+    """True if heads read differently, or would if they were a part of as many heads times one of `shards`.
 
-    A pattern that fits this number of heads and no other, such as `PerHead`, is for just these.
+    A pattern that fits no other number of heads, such as `PerHead`, is compiled for exactly these.
     """
     keys = {pattern.head_key(heads, head) for head in range(heads.num_heads)}
     fits_more = False
@@ -158,7 +154,7 @@ def _digest(entries: list[Entries]) -> tuple[str, bytes]:
 
 
 class _Compiler:
-    """The lists, token masks and slices of one schedule while it grows."""
+    """Collects the lists, ranges and token masks of one schedule."""
 
     def __init__(self, block_size: int, query_start: int, query_stop: int, kv_stop: int):
         self.block_size, self.query_stop, self.kv_stop = block_size, query_stop, kv_stop
@@ -178,20 +174,20 @@ class _Compiler:
         return np.unpackbits(packed, axis=1, count=size * size).reshape(-1, size, size).astype(bool)
 
     def lists(self, parts: list[tuple[list, list]]) -> BlockLists:
-        """The slices of all walkers side by side; a walker with fewer parts gets empty ones."""
-        widths = [max(1, *(len(each[kind]) for each in parts)) for kind in (0, 1)]
+        """The ranges of all unique heads side by side; a head with fewer ranges gets empty ones."""
+        widths = [max(1, *(len(each[half]) for each in parts)) for half in (0, 1)]
         ranges = np.zeros((len(parts), len(self.rows), sum(widths), 2), np.int32)
         for unique_head, (full, partial) in enumerate(parts):
-            for index, part in enumerate(full):
-                ranges[unique_head, :, index] = part
-            for index, part in enumerate(partial):
-                ranges[unique_head, :, widths[0] + index] = part
+            for index, each in enumerate(full):
+                ranges[unique_head, :, index] = each
+            for index, each in enumerate(partial):
+                ranges[unique_head, :, widths[0] + index] = each
         return self._table.lists(ranges, widths[0])
 
-    # The closed form: cut the distances where any band begins or ends; in between, what is read is a set of columns.
+    # The closed form: distances are cut where any band begins or ends; in between, a head reads a set of columns.
 
     def closed_form(self, bands: tuple[Band, ...]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Full and partial parts, each int32 [rows, 2], of a head that reads the union of the bands."""
+        """Full and partial ranges, each int32 [rows, 2], of a head that reads the union of the bands."""
         full: list[tuple[int, int, np.ndarray]] = []  # distances from, to; columns
         partial = []
         for low, high in self._distances(bands):
@@ -204,11 +200,11 @@ class _Compiler:
             elif columns.any():
                 full.append((low, high, columns))
             if rest.any():
-                partial.append(self._slices(low, high, rest > 0, rest))
-        return [self._slices(*each) for each in full], partial
+                partial.append(self._ranges(low, high, rest > 0, rest))
+        return [self._ranges(*each) for each in full], partial
 
     def _some(self, band: Band) -> tuple[int, int]:
-        """Distances at which some pair of tokens satisfies the band's token interval."""
+        """The interval of distances at which some pair of tokens lies in the band's token interval."""
         size = self.block_size
         return (
             max(band.block_low, -(-(band.token_low - size + 1) // size)),
@@ -216,7 +212,7 @@ class _Compiler:
         )
 
     def _whole(self, band: Band) -> tuple[int, int]:
-        """Distances at which every pair of tokens does."""
+        """The interval of distances at which every pair of tokens lies in it."""
         size = self.block_size
         return max(band.block_low, -(-(band.token_low + size - 1) // size)), min(
             band.block_high, band.token_high // size
@@ -233,7 +229,7 @@ class _Compiler:
         return list(itertools.pairwise(ends))
 
     def _columns(self, active: list[Band], low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-        """Columns that are read whole: bool [period, blocks]; and a mask id for those read in part, else 0."""
+        """Columns that are read whole, bool [period, blocks], and the mask ids of partial columns, else 0."""
         period = math.lcm(*(band.period for band in active))
         limits = np.stack([with_period(band.columns, period) for band in active], -1)
         whole = np.array([_inside(self._whole(band), low, high) for band in active])
@@ -241,10 +237,10 @@ class _Compiler:
         rest = (limits > 0).any(-1) & ~full
         ids = np.zeros(full.shape, np.int32)
         if rest.any():
-            kinds, which = np.unique(limits[rest], axis=0, return_inverse=True)
+            distinct, which = np.unique(limits[rest], axis=0, return_inverse=True)
             distance = None if whole.all() else low
-            named = np.array([self.mask_id(self._token_mask(active, kind, distance)) for kind in kinds], np.int32)
-            ids[rest] = named[which.reshape(-1)]
+            masks = (self._token_mask(active, each, distance) for each in distinct)
+            ids[rest] = np.array([self.mask_id(mask) for mask in masks], np.int32)[which.reshape(-1)]
             full |= rest & (ids == WHOLE)  # bands that are whole only together
             ids[ids == NOTHING] = WHOLE
         return full, ids
@@ -260,8 +256,8 @@ class _Compiler:
             mask |= allowed
         return mask
 
-    def _slices(self, low: int, high: int, columns: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
-        """Every row's slice of the list of its columns, at distances from low to high: int32 [rows, 2]."""
+    def _ranges(self, low: int, high: int, columns: np.ndarray, ids: np.ndarray | None = None) -> np.ndarray:
+        """The range of every row in the list of its columns, at distances from low to high: int32 [rows, 2]."""
         ranges = np.zeros((len(self.rows), 2), np.int32)
         for phase in range(len(columns)):
             blocks = np.flatnonzero(columns[phase])
@@ -275,12 +271,12 @@ class _Compiler:
     # Everything else: one list per row.
 
     def entries(self, pattern: Pattern, heads: HeadGroups, head: int) -> list[Entries]:
-        """Blocks that a head reads whole and in part, computed from its block states and its rule alone."""
+        """Entries that a head reads whole and in part, from the pattern's block states and `mask_fn` alone."""
         groups = max(1, len(self.rows) * self.num_columns // PAIRS_AT_ONCE)
         found = [self._entries_of(pattern, heads, head, rows) for rows in np.array_split(self.rows, groups)]
         joined = [
-            Entries(*(np.concatenate(arrays) for arrays in zip(*kind, strict=True)))
-            for kind in zip(*found, strict=True)
+            Entries(*(np.concatenate(arrays) for arrays in zip(*half, strict=True)))
+            for half in zip(*found, strict=True)
         ]
         for rows, columns, _ in joined if pattern.causal else ():
             if (later := columns > rows).any():
@@ -294,11 +290,11 @@ class _Compiler:
     def _entries_of(self, pattern: Pattern, heads: HeadGroups, head: int, rows: np.ndarray) -> list[Entries]:
         states = pattern.block_states(heads, head, self.block_size, rows, self.num_columns)
         row, column = np.nonzero(states)
-        partly = np.flatnonzero(states[row, column] != 2)
+        partial = np.flatnonzero(states[row, column] != 2)
         row, ids = rows[row], np.zeros(len(row), np.int32)
         step = max(1, PAIRS_AT_ONCE // self.block_size**2)
-        for start in range(0, len(partly), step):
-            some = partly[start : start + step]
+        for start in range(0, len(partial), step):
+            some = partial[start : start + step]
             ids[some] = self._mask_ids(pattern, heads, head, row[some], column[some])
         return [Entries(row[each], column[each], ids[each]) for each in (ids == WHOLE, ids > NOTHING)]
 
@@ -310,13 +306,13 @@ class _Compiler:
         return np.array([self._masks.setdefault(mask.tobytes(), len(self._masks)) for mask in packed], np.int32)
 
     def list_per_row(self, *entries: Entries) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Full and partial parts, each int32 [rows, 2]."""
-        parts = []
+        """Full and partial ranges, each int32 [rows, 2]."""
+        ranges = []
         for rows, columns, ids in entries:
             ends = np.searchsorted(rows, np.append(self.rows, self.rows[-1] + 1))
             offset = self._table.add_many(columns, ids, np.diff(ends))
-            parts.append([offset + np.stack([ends[:-1], ends[1:]], -1)])
-        return parts[0], parts[1]
+            ranges.append([offset + np.stack([ends[:-1], ends[1:]], -1)])
+        return ranges[0], ranges[1]
 
 
 def _meets(interval: tuple[int, int], low: int, high: int) -> bool:

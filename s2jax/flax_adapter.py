@@ -24,20 +24,20 @@ def attention_fn(
     head_axis: HeadAxis = None,
     implementation: str | tuple[str, ...] | None = None,
 ) -> Callable[..., Array]:
-    """An `attention_fn` that lets each head read what `pattern` lets it read.
+    """Makes an `attention_fn` in which each head reads the keys that a pattern gives it.
 
         nnx.MultiHeadAttention(num_heads=8, in_features=512, attention_fn=s2jax.nnx.attention_fn(pattern), ...)
         nn.MultiHeadDotProductAttention(num_heads=8, attention_fn=s2jax.linen.attention_fn(pattern))
 
-    The pattern takes the place of the mask, causality included. Of what the two layers pass, these are refused
-    with a ValueError, because they cannot be honoured: a mask (decoding with Flax's own cache makes one), a bias,
-    active dropout, sown attention weights, a matmul precision, replaced einsums, `input_positions`, and
-    `is_causal=True` beside a pattern that is not causal. Softmax is in float32 always.
+    The pattern takes the place of the mask, causality included. Some arguments of the two layers raise ValueError,
+    because they cannot be honoured: a mask (decoding with Flax's own cache makes one), a bias, active dropout, sown
+    attention weights, a matmul precision, replaced einsums, `input_positions`, and `is_causal=True` with a pattern
+    that is not causal. Softmax is always in float32.
 
     Args:
-        pattern: as for `s2jax.attention`.
-        logits_soft_cap: as for `s2jax.attention`.
-        query_spec: `PartitionSpec` of the queries on a mesh with Auto axes, of shape [b, t, h, d].
+        pattern: see `s2jax.attention`.
+        logits_soft_cap: see `s2jax.attention`.
+        query_spec: `PartitionSpec` of the queries [b, t, h, d] on a mesh with Auto axes.
         head_axis: axis of a caller's `shard_map` over which heads are split, see `s2jax.attention`.
         implementation: backend or backends to use.
 
@@ -70,23 +70,25 @@ def attention_fn(
         qk_attn_weights_einsum: Callable[..., Array] | None = None,
         attn_weights_value_einsum: Callable[..., Array] | None = None,
     ) -> Float[Array, "*batch t h e"]:
-        del broadcast_dropout, dropout_rng  # mean nothing without dropout, which is refused
+        del broadcast_dropout, dropout_rng  # dropout itself is refused
         del force_fp32_for_softmax  # always so
-        _refuse(mask is not None, "a mask", "the pattern decides what is read (Flax's decode=True makes a mask, too)")
-        _refuse(bias is not None, "a bias", "leave it out")
-        _refuse(
+        _raise_if(mask is not None, "a mask", "the pattern decides what is read (Flax's decode=True makes a mask, too)")
+        _raise_if(bias is not None, "a bias", "leave it out")
+        _raise_if(
             dropout_rate > 0.0 and not deterministic,
             f"dropout_rate={dropout_rate} with deterministic=False",
             "set dropout_rate=0.0, and use dropout elsewhere in the model",
         )
-        _refuse(module is not None, "sow_weights=True", "the attention weights are never in memory as a whole")
-        _refuse(
+        _raise_if(module is not None, "sow_weights=True", "the attention weights are never in memory as a whole")
+        _raise_if(
             precision not in (None, "default", jax.lax.Precision.DEFAULT),
             f"precision={precision}",
             "products accumulate in float32; leave precision at None",
         )
-        _refuse(input_positions is not None, "input_positions", "use S2Attention(rope_theta=...) for rotary positions")
-        _refuse(
+        _raise_if(
+            input_positions is not None, "input_positions", "use S2Attention(rope_theta=...) for rotary positions"
+        )
+        _raise_if(
             is_causal and not pattern.causal,
             f"is_causal=True beside the bidirectional {pattern}",
             "make the pattern causal",
@@ -96,7 +98,7 @@ def attention_fn(
             ("qk_attn_weights_einsum", qk_attn_weights_einsum),
             ("attn_weights_value_einsum", attn_weights_value_einsum),
         ):
-            _refuse(einsum is not None, name, "the kernel has products of its own")
+            _raise_if(einsum is not None, name, "the kernel has products of its own")
 
         if dtype is None:
             dtype = jnp.result_type(query, key, value)
@@ -123,6 +125,6 @@ def attention_fn(
     return sparsely_sharded_attention
 
 
-def _refuse(refused: bool, what: str, instead: str) -> None:
-    if refused:
+def _raise_if(given: bool, what: str, instead: str) -> None:
+    if given:
         raise ValueError(f"sparsely-sharded attention cannot honour {what}: {instead}")

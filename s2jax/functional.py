@@ -11,7 +11,7 @@ from pallas_kernels import BlockSelection, block_sparse_attention, softmax
 from pallas_kernels.head_place import HeadAxis, HeadRange, all_heads, possible_head_axes
 from pallas_kernels.op import Options
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
-from s2jax.compiler import compile_schedule, refuse_unsaid_heads
+from s2jax.compiler import check_heads_known, compile_schedule
 from s2jax.patterns import Pattern, PatternLike, TokenMask, as_pattern
 
 
@@ -130,7 +130,7 @@ def attention(
             # Whatever position comes, its rows are there.
             query_length += kv_length
         if head_axis is None and heads is None:
-            refuse_unsaid_heads(static, possible_head_axes(query), *counts, query_length, kv_length, offset)
+            check_heads_known(static, possible_head_axes(query), *counts, query_length, kv_length, offset)
         schedule = compile_schedule(
             static,
             num_heads=num_heads,

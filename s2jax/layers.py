@@ -15,7 +15,7 @@ from pallas_kernels.head_place import HeadAxis, axis_names, possible_head_axes
 from pallas_kernels.sharding import Axes
 from s2jax.cache import KVCache
 from s2jax.cache.sharding import head_shards
-from s2jax.compiler import refuse_unsaid_heads
+from s2jax.compiler import check_heads_known
 from s2jax.messages import shown
 from s2jax.patterns import Pattern, PatternLike, as_pattern
 from s2jax.rotary import LARGEST_FLOAT
@@ -29,8 +29,9 @@ class LayerHeads:
     """Head counts of a layer, and the axes that a caller splits its heads over.
 
     Attributes:
-      query, kv, features: counts of all query and KV heads, and features of a head.
-      axis: names of axes; () where the layer always has all heads; None if nobody said it.
+      query, kv: counts of all query and KV heads.
+      features: features of a head.
+      axis: names of axes; () if the layer always has all heads; None if the caller did not say.
     """
 
     query: int
@@ -42,10 +43,13 @@ class LayerHeads:
         """The axes over which the heads of a projected query are split; () if it has all of them.
 
         Args:
-          parameters: pytree of the query projection's, whose arrays show whether shards have projections of their own.
+          query: the projected query.
+          pattern: the pattern or selection that is read.
+          parameters: parameters of the query projection; arrays that vary over an axis show that heads may be split.
 
         Raises:
-          ValueError: the query has other heads than the layer or a shard of it; or a shard's may be taken for all.
+          ValueError: the query has neither the heads of the layer nor those of a shard; or the caller may have split
+            them without saying so.
         """
         axes = None if self.axis is None else axis_names(self.axis)
         shards, here = head_shards(axes), query.shape[2]
@@ -59,11 +63,11 @@ class LayerHeads:
             )
         if axes is None and not isinstance(pattern, BlockSelection):
             possible = possible_head_axes(*jax.tree.leaves(parameters))
-            refuse_unsaid_heads(as_pattern(pattern), possible, self.query, self.kv, query.shape[1], query.shape[1])
+            check_heads_known(as_pattern(pattern), possible, self.query, self.kv, query.shape[1], query.shape[1])
         return ()
 
     def here(self) -> tuple[int, int]:
-        """Counts of query and KV heads that a layer declares where it runs: a shard's inside the region that splits."""
+        """Counts of query and KV heads where the layer runs: those of a shard inside the region that splits them."""
         axes = axis_names(self.axis)
         shards = head_shards(axes)
         if self.kv % shards:
@@ -72,10 +76,12 @@ class LayerHeads:
 
 
 def sum_over(axes: Axes, out: Array, bias: typing.Callable[[], Array] | None) -> Array:
-    """The output of all heads, from a shard's part of it.
+    """The output of all heads, summed over their shards.
 
     Args:
-      bias: gives what every shard added, which counts once; None if there is nothing.
+      axes: axes over which heads are split.
+      out: the output of a shard's heads.
+      bias: returns the bias that every shard added, which counts once; None if there is none.
     """
     if not axes:
         return out
@@ -105,14 +111,11 @@ def head_counts(
         `(num_kv_heads, head_dim)`: by default one KV head per query head, and `in_features / num_heads`.
 
     Raises:
-        ValueError: on a count that is no positive integer, on `num_heads` that `num_kv_heads` does not divide, on
-            `in_features` that `num_heads` does not divide while `head_dim` is not given, and on rotary positions
-            for an odd head_dim.
+        ValueError: a count is no positive integer, `num_heads` is no multiple of `num_kv_heads`, `in_features` is no
+            multiple of `num_heads` while `head_dim` is not given, or `head_dim` is odd under rotary positions.
     """
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads), ("in_features", in_features)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be a positive integer, got {count!r}")
         check_width(name, count)
     if num_heads % num_kv_heads:
         raise ValueError(
@@ -126,16 +129,17 @@ def head_counts(
                 f"got in_features={in_features}, num_heads={num_heads}"
             )
         head_dim = in_features // num_heads
-    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or head_dim < 1:
-        raise ValueError(f"head_dim must be a positive integer, got {head_dim!r}")
+    check_width("head_dim", head_dim)
     check_width("num_heads * head_dim", num_heads * head_dim)
     if rope_theta is not None and head_dim % 2:
         raise ValueError(f"rotary positions pair the features of a head: head_dim must be even, got {head_dim}")
     return num_kv_heads, head_dim
 
 
-def check_width(name: str, width: int) -> None:
-    """Raises ValueError if a width is beyond int32."""
+def check_width(name: str, width: int, expected: str = "a positive integer") -> None:
+    """Raises ValueError unless the width is a positive int32."""
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise ValueError(f"{name} must be {expected}, got {width!r}")
     if width > LARGEST_WIDTH:
         raise ValueError(f"{name} must be at most 2**31 - 1, got {shown(width)}")
 
@@ -149,12 +153,15 @@ def check_layer(
     norm_eps: float,
     out_features: int | None,
 ) -> None:
-    """Raises ValueError where a layer's argument is none of its kind.
+    """Raises ValueError if an argument of a layer has the wrong type or an impossible value.
 
     Args:
-        flags: that must be True or False, by name.
-        dtypes: by name; None is one.
-        head_axis, rope_theta, norm_eps, out_features: see `s2jax.nnx.S2Attention`.
+        flags: arguments that must be True or False, by name.
+        dtypes: arguments that must be dtypes of floats or None, by name.
+        head_axis: see `s2jax.nnx.S2Attention`, as for the others.
+        rope_theta: a positive number or None.
+        norm_eps: a number of at least 0.
+        out_features: a positive integer or None.
     """
     for name, value in flags.items():
         check_flag(name, value)
@@ -167,25 +174,23 @@ def check_layer(
         check_number("rope_theta", rope_theta, above=0, most=LARGEST_FLOAT)
     if check_number("norm_eps", norm_eps, most=LARGEST_FLOAT) < 0:
         raise ValueError(f"norm_eps must be at least 0, got {norm_eps!r}")
-    whole = isinstance(out_features, int) and not isinstance(out_features, bool)
-    if out_features is not None and (not whole or out_features < 1):
-        raise ValueError(f"out_features must be a positive integer or None, got {out_features!r}")
-    check_width("out_features", out_features or 1)
+    if out_features is not None:
+        check_width("out_features", out_features, "a positive integer or None")
 
 
 def as_layer_pattern(given: PatternLike | BlockSelection) -> Pattern | BlockSelection:
-    """The pattern of a layer: what `s2jax.as_pattern` makes of it, or a selection as it is.
+    """The pattern of a layer, by `s2jax.as_pattern`; a selection is returned unchanged.
 
     Raises:
-        ValueError: it makes no pattern.
+        ValueError: the argument is neither a pattern nor anything that makes one.
     """
     return given if isinstance(given, BlockSelection) else as_pattern(given)
 
 
-def next_positions(
+def cache_positions(
     cache: KVCache, pattern: typing.Any, length: int, rope_theta: float | None, *, begin: bool
 ) -> Int[Array, "b t"] | None:
-    """Rotary positions of tokens that come to a cache, which either begin its sequences or go on with them.
+    """Rotary positions of tokens that begin the sequences of a cache, or continue them.
 
     Raises:
         ValueError: the cache was made for another pattern.
@@ -201,8 +206,8 @@ def next_positions(
     return start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
 
 
-def refuse_key_arguments(kv_positions, kv_segment_ids, query_offset) -> None:
-    """Raises ValueError if an argument that means something only beside `kv` comes in self attention."""
+def check_self_attention(kv_positions, kv_segment_ids, query_offset) -> None:
+    """Raises ValueError if self attention is given an argument that only cross attention has."""
     for name, given, own in (
         ("kv_positions", kv_positions, "positions"),
         ("kv_segment_ids", kv_segment_ids, "segment_ids"),

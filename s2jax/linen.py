@@ -18,30 +18,30 @@ from s2jax.functional import attention
 from s2jax.layers import (
     LayerHeads,
     as_layer_pattern,
+    cache_positions,
     check_layer,
+    check_self_attention,
     head_counts,
-    next_positions,
-    refuse_key_arguments,
     sum_over,
 )
-from s2jax.rotary import RopeScaling, place
+from s2jax.rotary import RopeScaling, normalize_and_rotate
 
 __all__ = ["S2Attention", "attention_fn"]
 
 
 class S2Attention(nn.Module):
-    """Multi-head attention whose heads read what `pattern` lets them read.
+    """Multi-head attention in which each head reads the keys that a pattern gives it.
 
-    The Linen twin of `s2jax.nnx.S2Attention`, which explains the attributes: the same parameters with the same names
-    and shapes, so that the weights of either serve the other,
+    The Linen version of `s2jax.nnx.S2Attention`, whose docstring explains the attributes. Parameters have the same
+    names and shapes, so that the weights of either serve the other:
 
         params = nnx.to_pure_dict(nnx.state(nnx_layer, nnx.Param))   # linen_layer.apply({"params": params}, x)
         nnx.update(nnx_layer, params)                                # and back
 
-    The width of the input is that of the first input seen, which `out_features` follows.
+    The width of the input is that of the first input, which is the default of `out_features`.
 
     Raises:
-        ValueError: when called, on head counts, shapes or arguments that do not fit together.
+        ValueError: when called, if head counts, shapes or arguments do not fit together.
     """
 
     num_heads: int
@@ -99,9 +99,9 @@ class S2Attention(nn.Module):
         query_offset: int | Int[Array, ""] | Int[Array, "b"] = 0,
         pattern: Any = None,
     ) -> Float[Array, "b t out_features"]:
-        """Attends from `x` to itself, or to `kv` if that is given; the arguments are those of the NNX layer."""
+        """Attends from `x` to itself, or to `kv` if given; the arguments are those of `s2jax.nnx.S2Attention`."""
         if kv is None:
-            refuse_key_arguments(kv_positions, kv_segment_ids, query_offset)
+            check_self_attention(kv_positions, kv_segment_ids, query_offset)
             kv, kv_positions, kv_segment_ids = x, positions, segment_ids
         how = {
             "query_offset": query_offset,
@@ -128,11 +128,14 @@ class S2Attention(nn.Module):
         max_rollback: int = 0,
         dtype: Dtype | None = None,
     ) -> KVCache:
-        """An empty cache for this layer's keys and values, sharded by its `query_spec`; see `KVCache.create`.
+        """Creates an empty cache for this layer's keys and values, sharded by its `query_spec`.
 
         Args:
+            batch: count of sequences.
             in_features: width of the layer's input.
-            dtype: of what is stored, by default the layer's, else that of its parameters.
+            max_length: see `KVCache.create`.
+            max_rollback: see `KVCache.create`.
+            dtype: dtype of the stored keys and values, by default the layer's, else that of its parameters.
 
         For layers under `nn.scan` or `nn.vmap`, stack as many: `jax.tree.map(lambda x: jnp.stack([x] * n), cache)`.
         """
@@ -154,7 +157,7 @@ class S2Attention(nn.Module):
     def prefill(
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
-        """Self attention of a prompt, with which the cache begins anew; see `KVCache.prefill`.
+        """Attends from a prompt to itself, and begins the cache anew with it; see `KVCache.prefill`.
 
         `layer.apply({"params": params}, x, cache, method="prefill")`; `extend` likewise.
         """
@@ -165,11 +168,11 @@ class S2Attention(nn.Module):
     def extend(
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
-        """Self attention of the next tokens of every sequence, over all that the cache holds; see `KVCache.extend`."""
+        """Attends from the next tokens of every sequence to the cache and themselves; see `KVCache.extend`."""
         return self._cached(x, cache, functools.partial(cache.extend, counts=counts), begin=False)
 
     def _cached(self, x, cache, attend, *, begin: bool):
-        positions = next_positions(cache, self.pattern, x.shape[1], self.rope_theta, begin=begin)
+        positions = cache_positions(cache, self.pattern, x.shape[1], self.rope_theta, begin=begin)
 
         def of_shard(query, key, value, axes, **options):
             return attend(query, key, value, **options)  # the cache knows its axes
@@ -178,7 +181,7 @@ class S2Attention(nn.Module):
 
     @nn.compact
     def _attended(self, x, kv, positions, kv_positions, query_offset, pattern, attend):
-        """The layer with `attend(query, key, value, axes, **options)`, which gives the heads, and something besides."""
+        """The layer's output by `attend(query, key, value, axes, **options)`, and that function's second result."""
         in_features = x.shape[-1]
         num_kv_heads, head_dim = self._head_counts(in_features)
         layer = LayerHeads(self.num_heads, num_kv_heads, head_dim, self.head_axis)
@@ -194,8 +197,8 @@ class S2Attention(nn.Module):
         sinks = self.param("sinks", zeros, (num_heads,), self.param_dtype) if self.use_sinks else None
 
         heads, besides = attend(
-            self._placed(query, query_gain, positions, query_offset),
-            self._placed(key, key_gain, kv_positions, 0),
+            self._rotated(query, query_gain, positions, query_offset),
+            self._rotated(key, key_gain, kv_positions, 0),
             value,
             axes,
             scale=self.scale,
@@ -210,8 +213,8 @@ class S2Attention(nn.Module):
     def _head_counts(self, in_features: int) -> tuple[int, int]:
         return head_counts(self.num_heads, self.num_kv_heads, self.head_dim, in_features, self.rope_theta)
 
-    def _placed(self, heads, gain, positions, offset) -> Float[Array, "b t heads d"]:
-        return place(heads, gain, positions, offset, self.rope_theta, self.rope_scaling, self.norm_eps)
+    def _rotated(self, heads, gain, positions, offset) -> Float[Array, "b t heads d"]:
+        return normalize_and_rotate(heads, gain, positions, offset, self.rope_theta, self.rope_scaling, self.norm_eps)
 
     def _project(
         self, name: str, features: int | tuple[int, ...], axis: int | tuple[int, ...] = -1, kernel_init=None

@@ -19,62 +19,62 @@ from s2jax.functional import attention
 from s2jax.layers import (
     LayerHeads,
     as_layer_pattern,
+    cache_positions,
     check_layer,
+    check_self_attention,
     head_counts,
-    next_positions,
     output_sharding,
-    refuse_key_arguments,
     sum_over,
 )
-from s2jax.rotary import RopeScaling, place
+from s2jax.rotary import RopeScaling, normalize_and_rotate
 
 __all__ = ["S2Attention", "attention_fn"]
 
 
 class S2Attention(nnx.Module):
-    """Multi-head attention whose heads read what `pattern` lets them read.
+    """Multi-head attention in which each head reads the keys that a pattern gives it.
 
-    Projects to queries, keys and values, normalises and rotates queries and keys if asked to, attends, and projects
+    Projects to queries, keys and values, optionally normalises and rotates queries and keys, attends, and projects
     back. Parameters, named and shaped as in `nnx.MultiHeadAttention` and in `s2jax.linen.S2Attention`:
 
         query.kernel [f, h, d]   key.kernel [f, k, d]   value.kernel [f, k, d]   out.kernel [h, d, out_features]
         query.bias [h, d]        key.bias [k, d]        value.bias [k, d]        out.bias [out_features]   (use_bias)
         query_gain [d], key_gain [d] (qk_norm)          sinks [h] (use_sinks)
 
-    The layer keeps no state besides them: a KV cache is passed in and given back, see `create_cache`. Under `jax.jit`
-    over a mesh with Auto axes give `query_spec`.
+    The layer keeps no other state: a KV cache is passed in and returned, see `create_cache`. Under `jax.jit` over a
+    mesh with Auto axes, `query_spec` is needed.
 
     Args:
         in_features: width `f` of the input.
         num_heads: query heads `h`.
-        pattern: which head reads which key: `s2jax.LocalStride(...)`, another of `s2jax.patterns`, or what
+        pattern: the pattern by which heads read keys, such as `s2jax.LocalStride(...)`, or anything that
             `s2jax.as_pattern` takes: text, a function, a bool array [h or 1, t, s] as long as the longest input.
         num_kv_heads: KV heads `k`, a divisor of `h`; by default `h`.
         head_dim: `d`, by default `in_features / num_heads`.
         out_features: width of the output, by default `in_features`.
         use_bias: adds a bias to each of the four projections.
-        dtype: dtype of the computation, by default that which input and parameters promote to.
+        dtype: dtype of the computation, by default the promotion of those of input and parameters.
         param_dtype: dtype of the parameters.
-        precision: of the four projections, see `jax.lax.Precision`.
-        kernel_init: initialises the four kernels.
-        out_kernel_init: initialises the output kernel instead, if given.
+        precision: `jax.lax.Precision` of the four projections.
+        kernel_init: initializer of the four kernels.
+        out_kernel_init: initializer of the output kernel, by default `kernel_init`.
         rope_theta: base of the rotary positions; None leaves queries and keys unrotated.
-        rope_scaling: of the rotary frequencies, as in Llama 3.1.
-        qk_norm: RMS-normalises each head of q and k, with a learned gain (without one, the logits could not exceed
-            `d ** 0.5`, which costs quality).
+        rope_scaling: scaling of the rotary frequencies, as in Llama 3.1.
+        qk_norm: RMS-normalises each head of q and k, with a learned gain. (Without a gain the logits could not exceed
+            `d ** 0.5`, which costs quality.)
         norm_eps: added to the mean square under `qk_norm`.
-        use_sinks: one learned logit per query head joins each softmax and takes weight from no key in particular.
+        use_sinks: adds one learned logit per query head to each softmax; it has no value.
         scale: multiplies the logits, by default `head_dim ** -0.5`.
         logits_soft_cap: logits become `cap * tanh(logits / cap)`.
         query_spec: `PartitionSpec` of the queries [b, t, h, d] on a mesh with Auto axes.
         head_axis: axis of a caller's `shard_map`, `pmap` or named `vmap` over which the parameters are split by heads
-            (`out.kernel` too), or several. `num_heads` counts all heads; inside, the layer reads as the shard's heads,
-            and sums its output over the axis. () says that the parameters are always those of all heads.
+            (`out.kernel` too), or several. `num_heads` counts all heads; inside, the layer has the shard's heads and
+            sums its output over the axis. () means that the parameters are always those of all heads.
         implementation: backend or backends to use, see `s2jax.attention`.
         rngs: source of the initial parameters.
 
     Raises:
-        ValueError: on head counts that do not fit together.
+        ValueError: the head counts do not fit together, or an argument has an impossible value.
     """
 
     @explains_unknown_arguments
@@ -167,23 +167,23 @@ class S2Attention(nnx.Module):
         Args:
             x: input of the queries, and of keys and values too in self attention.
             kv: input of keys and values in cross attention, or the whole context of which `x` is a part.
-            positions: rotary positions of `x`, by default 0, 1, ... (from `query_offset` on). They do not move what
-                the pattern reads, which goes by place in the array.
+            positions: rotary positions of `x`, by default `query_offset`, `query_offset + 1`, ... The pattern ignores
+                them: it counts places in the array.
             kv_positions: rotary positions of `kv`, by default 0, 1, ...
             segment_ids: a token attends to tokens of its own segment only.
             kv_segment_ids: segments of `kv`.
             query_offset: place of `x[:, 0]` among the tokens of `kv`.
-            pattern: read instead of the layer's own, for instance a traced `s2jax.BlockSelection`.
+            pattern: replaces the layer's own for this call, for instance a traced `s2jax.BlockSelection`.
 
         Returns:
             The output, in the layer's dtype.
 
         Raises:
-            ValueError: on shapes or dtypes that do not fit, on positions without `rope_theta`, and on arguments
-                that mean nothing without `kv`.
+            ValueError: shapes or dtypes do not fit, positions are given without `rope_theta`, or arguments of cross
+                attention without `kv`.
         """
         if kv is None:
-            refuse_key_arguments(kv_positions, kv_segment_ids, query_offset)
+            check_self_attention(kv_positions, kv_segment_ids, query_offset)
             kv, kv_positions, kv_segment_ids = x, positions, segment_ids
         pattern = self.pattern if pattern is None else pattern
         query = self.queries(x, positions, query_offset=query_offset)
@@ -216,14 +216,17 @@ class S2Attention(nnx.Module):
         dtype: Dtype | None = None,
         query_spec: PartitionSpec | None = None,
     ) -> KVCache:
-        """An empty cache for this layer's keys and values; see `KVCache.create`.
+        """Creates an empty cache for this layer's keys and values.
 
         Args:
-            query_spec: by default the layer's.
-            dtype: of what is stored, by default the layer's, else that of its parameters.
+            batch: count of sequences.
+            max_length: see `KVCache.create`.
+            max_rollback: see `KVCache.create`.
+            dtype: dtype of the stored keys and values, by default the layer's, else that of its parameters.
+            query_spec: see `KVCache.create`; by default the layer's.
 
         Returns:
-            The cache; of layers stacked by `nnx.vmap` as many caches, stacked along the same axes.
+            The cache; for layers stacked by `nnx.vmap` as many caches, stacked along the same axes.
         """
         cache = KVCache.create(
             self.pattern,
@@ -241,14 +244,14 @@ class S2Attention(nnx.Module):
         return jax.tree.map(lambda array: jnp.broadcast_to(array, (*stack, *array.shape)), cache) if stack else cache
 
     def _parameter_dtype(self) -> Any:
-        """The dtype that keys and values have if only the parameters say so."""
+        """The dtype of keys and values if the layer has none: the promotion of the parameters' dtypes."""
         leaves = [leaf for name in ("key", "value") for leaf in self._parameters(name)]
         floats = [leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
         with jax.numpy_dtype_promotion("standard"):
             return functools.reduce(jnp.promote_types, floats) if floats else self.param_dtype
 
     def _stack(self) -> tuple[int, ...]:
-        """The leading axes of the parameters of layers that were stacked by `nnx.vmap`; () for a single one."""
+        """The leading axes of the parameters of layers stacked by `nnx.vmap`; () for a single layer."""
         kernel = self.in_features, self.heads.kv, self.heads.features
         shapes = [leaf.shape for leaf in self._parameters("key")]
         return next((shape[:-3] for shape in shapes if shape[-3:] == kernel), ())
@@ -258,7 +261,7 @@ class S2Attention(nnx.Module):
         return self.heads.split_over(query, pattern, self._parameters("query"))
 
     def _parameters(self, projection: str) -> list[Array]:
-        """The arrays of a projection, which may be wrapped, and need not be a module."""
+        """The arrays of a projection, which may be wrapped or replaced by something that is no module."""
         return [leaf for leaf in jax.tree.leaves(nnx.state(self).get(projection, {})) if hasattr(leaf, "dtype")]
 
     def _output(self, heads: Float[Array, "b t h d"], axes: tuple[str, ...]) -> Float[Array, "b t out_features"]:
@@ -270,7 +273,7 @@ class S2Attention(nnx.Module):
     def prefill(
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
-        """Self attention of a prompt, with which the cache begins anew; see `KVCache.prefill`."""
+        """Attends from a prompt to itself, and begins the cache anew with it; see `KVCache.prefill`."""
         arrays, options = self._for_cache(x, cache, begin=True)
         axes = self._split_over(arrays[0], self.pattern)
         heads, cache = cache.prefill(*arrays, counts=counts, implementation=self.implementation, **options)
@@ -280,7 +283,7 @@ class S2Attention(nnx.Module):
     def extend(
         self, x: Float[Array, "b t f"], cache: KVCache, *, counts: Int[Array, "b"] | None = None
     ) -> tuple[Float[Array, "b t out_features"], KVCache]:
-        """Self attention of the next tokens of every sequence, over all that the cache holds; see `KVCache.extend`."""
+        """Attends from the next tokens of every sequence to the cache and themselves; see `KVCache.extend`."""
         arrays, options = self._for_cache(x, cache, begin=False)
         axes = self._split_over(arrays[0], self.pattern)
         heads, cache = cache.extend(*arrays, counts=counts, **options)
@@ -289,8 +292,8 @@ class S2Attention(nnx.Module):
     def _for_cache(
         self, x: Float[Array, "b t f"], cache: KVCache, *, begin: bool
     ) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
-        """Query, key and value of the tokens, and how they attend."""
-        positions = next_positions(cache, self.pattern, x.shape[1], self.rope_theta, begin=begin)
+        """Query, key and value of the tokens, and options of attention."""
+        positions = cache_positions(cache, self.pattern, x.shape[1], self.rope_theta, begin=begin)
         key, value = self.keys_values(x, positions)
         options = {"scale": self.scale, "logits_soft_cap": self.logits_soft_cap, "sinks": _array(self.sinks)}
         return (self.queries(x, positions), key, value), options
@@ -302,9 +305,9 @@ class S2Attention(nnx.Module):
         *,
         query_offset: int | Int[Array, ""] | Int[Array, "b"] = 0,
     ) -> Float[Array, "b t h d"]:
-        """The queries of `x`, normalised and rotated as the layer is set up."""
-        return place(
-            _of_its_heads(self.query)(x),
+        """The queries of `x`, normalised and rotated according to the layer's settings."""
+        return normalize_and_rotate(
+            _with_heads_here(self.query)(x),
             _array(self.query_gain),
             positions,
             query_offset,
@@ -316,17 +319,17 @@ class S2Attention(nnx.Module):
     def keys_values(
         self, x: Float[Array, "b s f"], positions: Int[Array, "b s"] | Int[Array, "s"] | None = None
     ) -> tuple[Float[Array, "b s k d"], Float[Array, "b s k d"]]:
-        """The keys of `x`, normalised and rotated (as a cache holds them), and its values."""
-        key, value = _of_its_heads(self.key)(x), _of_its_heads(self.value)(x)
+        """The keys of `x`, normalised and rotated as a cache holds them, and its values."""
+        key, value = _with_heads_here(self.key)(x), _with_heads_here(self.value)(x)
         gain = _array(self.key_gain)
-        return place(key, gain, positions, 0, self.rope_theta, self.rope_scaling, self.norm_eps), value
+        return normalize_and_rotate(key, gain, positions, 0, self.rope_theta, self.rope_scaling, self.norm_eps), value
 
 
 def _array(parameter: nnx.Param | None) -> Array | None:
     return None if parameter is None else parameter[...]
 
 
-def _of_its_heads(projection: Any) -> Any:
+def _with_heads_here(projection: Any) -> Any:
     """The projection, which in a `shard_map` has fewer heads than it was made for: Flax lays the bias out by these."""
     if not isinstance(projection, nnx.LinearGeneral) or projection.bias is None:
         return projection

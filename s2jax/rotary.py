@@ -17,7 +17,7 @@ LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 class RopeScaling(typing.NamedTuple):
-    """Rotary frequencies of Llama 3.1 and later: the slow ones slower yet, so that a longer context turns no further.
+    """Scaling of the rotary frequencies as in Llama 3.1 and later: low frequencies are divided for longer contexts.
 
     A pair of features that turns at least `high_freq_factor` times within `original_length` tokens keeps its frequency;
     one that turns at most `low_freq_factor` times has it divided by `factor`; in between it is interpolated linearly.
@@ -32,7 +32,7 @@ class RopeScaling(typing.NamedTuple):
 
     @classmethod
     def of(cls, given) -> "RopeScaling":
-        """The scaling that four numbers make; raises ValueError unless they make one."""
+        """Builds the scaling from four numbers; raises ValueError unless they make one."""
         if not isinstance(given, tuple | list) or len(given) != len(cls._fields):
             raise ValueError(f"rope_scaling must be a RopeScaling or its four numbers, got {shown(given)}")
         pairs = zip(cls._fields, given, strict=True)
@@ -69,7 +69,7 @@ def rms_norm(x: Float[Array, "... d"], gain: Float[Array, "d"], epsilon: float =
     return (normalized * gain).astype(x.dtype)
 
 
-def rotary(
+def apply_rope(
     x: Float[Array, "b t h d"],
     positions: Int[Array, "b t"] | Int[Array, "t"],
     theta: float,
@@ -77,21 +77,21 @@ def rotary(
 ) -> Float[Array, "b t h d"]:
     """Rotates each head by its token's position, so that a query-key product depends on their distance only.
 
-    Convention ("rotate half", that of Llama weights in the Hugging Face format): feature `i` of the first half
-    and feature `i` of the second half form a pair, turned by `position * theta ** (-2 * i / d)` radians.
-    Meta's original Llama files pair neighbouring features instead and need their rows permuted.
+    The convention is "rotate half", that of Llama weights in the Hugging Face format. Feature `i` of the first half and
+    feature `i` of the second half form a pair, turned by `position * theta ** (-2 * i / d)` radians. Meta's original
+    Llama files pair neighbouring features instead and need their rows permuted.
 
     Args:
         x: queries or keys, `d` even.
         positions: integer positions, one row per batch entry or one row shared by all.
         theta: base of the wavelengths, commonly 1e4 to 1e6.
-        scaling: of the frequencies that follow from `theta`.
+        scaling: scaling of the frequencies that follow from `theta`.
 
     Returns:
         The rotated heads in the dtype of `x`; angles are computed in float32 (float64 for float64 input).
 
     Raises:
-        ValueError: if `d` is odd, if `positions` are no integers or do not fit `x`, or the scaling is none.
+        ValueError: `d` is odd, `positions` are no integers or do not fit `x`, or the scaling is invalid.
 
     Source: Su et al., RoFormer, arXiv 2104.09864, section 3.4.2.
     """
@@ -115,7 +115,7 @@ def rotary(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def place(
+def normalize_and_rotate(
     heads: Float[Array, "b t h d"],
     gain: Float[Array, "d"] | None,
     positions: Int[Array, "b t"] | Int[Array, "t"] | None,
@@ -124,12 +124,12 @@ def place(
     rope_scaling: RopeScaling | None,
     norm_eps: float,
 ) -> Float[Array, "b t h d"]:
-    """Queries or keys as the attention takes them: normalised if there is a gain, rotated if there is a theta.
+    """Queries or keys for the attention: normalised if there is a gain, rotated if there is a theta.
 
     Positions default to `offset, offset + 1, ...`.
 
     Raises:
-        ValueError: if positions or a scaling are given that nothing would use, or positions that do not fit.
+        ValueError: positions or a scaling are given without a theta, or positions do not fit.
     """
     if gain is not None:
         heads = rms_norm(heads, gain, float(norm_eps))
@@ -142,4 +142,4 @@ def place(
         steps = jnp.arange(heads.shape[1], dtype=jnp.int32)
         offset = jnp.asarray(offset, jnp.int32)
         positions = offset.reshape(-1, 1) + steps.reshape(1, -1) if offset.ndim else offset + steps
-    return rotary(heads, positions, float(rope_theta), rope_scaling)  # JAX takes no int beyond int32
+    return apply_rope(heads, positions, float(rope_theta), rope_scaling)  # JAX takes no int beyond int32

@@ -27,7 +27,7 @@ from s2jax.cache.sharding import (
     vary_by_heads,
 )
 from s2jax.cache.step import INVALID_LENGTH, Step, Tables, emptied, longer, same_counts
-from s2jax.compiler import refuse_unsaid_heads
+from s2jax.compiler import check_heads_known
 from s2jax.functional import ATTENTION_OPTIONS, attention
 from s2jax.patterns import PatternLike, as_pattern
 from s2jax.patterns.checks import check_counts
@@ -111,7 +111,7 @@ class KVCache:
         )
         pattern = as_pattern(pattern)
         if head_axis is None:
-            refuse_unsaid_heads(pattern, possible_head_axes(), num_heads, num_kv_heads, *[max_length or 1] * 2)
+            check_heads_known(pattern, possible_head_axes(), num_heads, num_kv_heads, *[max_length or 1] * 2)
         axes, sharding, shards = split_to_create(query_spec, head_axis, batch, num_kv_heads)
         layout = compile_cache(
             pattern, num_heads=num_heads, num_kv_heads=num_kv_heads, max_length=max_length, max_rollback=max_rollback,
@@ -305,7 +305,7 @@ class KVCache:
         counts = check_tokens(heads, self.buffers[0], len(self.lengths), query, key, value, counts)
         if self.head_axis is None:
             length = [self.layout.max_length or 1] * 2
-            refuse_unsaid_heads(self.layout.pattern, possible_head_axes(query), heads.query, heads.kv, *length)
+            check_heads_known(self.layout.pattern, possible_head_axes(query), heads.query, heads.kv, *length)
         return counts
 
     # These run on each shard: arrays, tokens and tables are the shard's. What does not change is no result, as a

@@ -10,13 +10,10 @@ from jaxtyping import Int32
 from pallas_kernels.caching import bounded_cache
 from pallas_kernels.schedule import BlockSchedule
 from s2jax.cache.slots import assign_slots, last_readers, reach_and_period
-from s2jax.compiler import CACHED_BYTES, compile_schedule
-from s2jax.messages import shown
+from s2jax.compiler import compile_schedule
 from s2jax.patterns import HeadGroups, Pattern, PatternLike, as_pattern
-from s2jax.patterns.checks import check_count, is_integer
-
-MOST_TOKENS = 1 << 30
-"""Lengths are int32, and are added."""
+from s2jax.patterns.agreement import CACHED_BYTES
+from s2jax.patterns.checks import check_length
 
 UNUSED_SLOTS = 16
 """KV heads share a buffer if each leaves at most one slot, or one in so many, unused: every buffer costs time."""
@@ -120,14 +117,9 @@ def compile_cache(
         raise ValueError(
             f"a cache needs a causal s2jax pattern, for nothing later than a token is there; got {pattern!r}"
         )
-    for name, number, least in (
-        ("max_length", 1 if max_length is None else max_length, 1),
-        ("max_rollback", max_rollback, 0),
-        ("shards", shards, 1),
-    ):
-        if is_integer(number) and number >= MOST_TOKENS:
-            raise ValueError(f"{name} must be an integer below 2**30, got {shown(number)}")
-        check_count(name, number, at_least=least)
+    check_length("max_length", 1 if max_length is None else max_length, at_least=1)
+    check_length("max_rollback", max_rollback, at_least=0)
+    check_length("shards", shards, at_least=1)
     heads = HeadGroups(num_heads, num_kv_heads)
     if num_kv_heads % shards:
         raise ValueError(

@@ -13,7 +13,7 @@ from s2jax.patterns.head_groups import HeadGroups
 from s2jax.patterns.rule import Rule
 
 CACHED_BYTES = 1 << 28
-"""Bytes of masks, in patterns that were checked, that are kept for later calls."""
+"""Bytes of patterns' masks, and of what is compiled from patterns, that each cache keeps for later calls."""
 
 EXHAUSTIVE = 1 << 16
 """Pairs of tokens up to which all are compared."""

@@ -8,6 +8,9 @@ from s2jax.patterns.bands import UNBOUNDED
 Window = int | tuple[int, int]
 """The extent of a window: one number, or (left, right)."""
 
+MOST_TOKENS = 1 << 30
+"""Positions are int32, and lengths are added."""
+
 LARGEST_BLOCK = 4096
 """A token mask has so many squared entries."""
 
@@ -22,6 +25,13 @@ def check_count(name: str, value, *, at_least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {shown(value)}")
     if value > UNBOUNDED:
         raise ValueError(f"{name} must be an integer of at most 2**40, got {shown(value)}")
+
+
+def check_length(name: str, value, *, at_least: int) -> None:
+    """Raises ValueError unless `value` is a number of tokens of at least `at_least` and below 2**30."""
+    if is_integer(value) and value >= MOST_TOKENS:
+        raise ValueError(f"{name} must be an integer below 2**30, got {shown(value)}")
+    check_count(name, value, at_least=at_least)
 
 
 def check_counts(**values) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from s2jax.layers import head_counts
-from s2jax.rotary import RopeScaling, rms_norm, rotary
+from s2jax.rotary import RopeScaling, apply_rope, rms_norm
 
 
 def heads(seed=0, batch=2, length=7, num_heads=3, head_dim=8, dtype=jnp.float32):
@@ -22,7 +22,7 @@ def test_rotary_is_a_rotation_by_position_times_frequency():
     frequencies = 10_000.0 ** (-2 * np.arange(4) / 8)
     turned = pairs * np.exp(1j * positions[:, None, None] * frequencies)
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
-    result = rotary(jnp.asarray(x, jnp.float32), jnp.asarray(positions), 10_000.0)
+    result = apply_rope(jnp.asarray(x, jnp.float32), jnp.asarray(positions), 10_000.0)
     np.testing.assert_allclose(result, expected, atol=2e-3)  # float32 angles: 4000 * 2**-24
     np.testing.assert_allclose(result[:, :4], expected[:, :4], atol=1e-5)
 
@@ -32,7 +32,7 @@ def test_rotary_products_depend_on_distance_only():
     positions = jnp.arange(7)
 
     def products(shift):
-        return jnp.einsum("bthd,bshd->bhts", *(rotary(x, positions + shift, 100.0) for x in (query, key)))
+        return jnp.einsum("bthd,bshd->bhts", *(apply_rope(x, positions + shift, 100.0) for x in (query, key)))
 
     np.testing.assert_allclose(products(0), products(37), atol=1e-4)
 
@@ -46,7 +46,7 @@ def test_slow_pairs_of_llama_3_turn_slower():
     between = (1 - share) * frequencies / 8 + share * frequencies
     expected = np.where(turns > 4, frequencies, np.where(turns < 1, frequencies / 8, between))
     x, positions = jnp.ones((1, 5, 1, 16)), jnp.array([0, 1, 7, 100, 300])
-    result = rotary(x, positions, theta, scaling)[0, :, 0]
+    result = apply_rope(x, positions, theta, scaling)[0, :, 0]
     angles = np.asarray(positions)[:, None] * expected
     turned = [np.cos(angles) - np.sin(angles), np.sin(angles) + np.cos(angles)]
     np.testing.assert_allclose(result, np.concatenate(turned, 1), atol=1e-4)
@@ -70,15 +70,15 @@ def test_numbers_that_make_no_scaling(numbers):
 )
 def test_what_is_no_scaling(given, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        rotary(heads(), jnp.arange(7), 1e4, given)
+        apply_rope(heads(), jnp.arange(7), 1e4, given)
 
 
 def test_rotary_positions_per_batch_entry():
     x = heads()
     shifted = jnp.stack([jnp.arange(7), jnp.arange(7) + 3])
-    result = rotary(x, shifted, 100.0)
-    np.testing.assert_array_equal(result[0], rotary(x, jnp.arange(7), 100.0)[0])
-    np.testing.assert_array_equal(result[1], rotary(x, jnp.arange(7) + 3, 100.0)[1])
+    result = apply_rope(x, shifted, 100.0)
+    np.testing.assert_array_equal(result[0], apply_rope(x, jnp.arange(7), 100.0)[0])
+    np.testing.assert_array_equal(result[1], apply_rope(x, jnp.arange(7) + 3, 100.0)[1])
 
 
 def test_rms_norm_is_computed_in_float32():
@@ -101,7 +101,7 @@ def test_rms_norm_is_computed_in_float32():
 )
 def test_positions_that_do_not_fit(positions, message):
     with pytest.raises(ValueError, match=message):
-        rotary(heads(), positions, 100.0)
+        apply_rope(heads(), positions, 100.0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from tests.faults.operators import begins, decides, drops_call, replaces, return
 FAULTS = [
     Fault(
         "Keys come into a cache rotated by their positions in the context",
-        "s2jax:next_positions",
+        "s2jax:cache_positions",
         decides(True, "begin"),
         "s2jax/test_layers.py::test_both_go_on_from_a_cache",
     ),

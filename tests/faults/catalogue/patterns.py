@@ -45,7 +45,7 @@ FAULTS = [
     ),
     Fault(
         "A list's last entry is read",
-        "s2jax:_Compiler._slices",
+        "s2jax:_Compiler._ranges",
         drops_operand("+", "1", about="low"),
         READS,
     ),
