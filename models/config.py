@@ -1,34 +1,65 @@
-"""What a decoder is made of: `TransformerConfig`, and which layers of a hybrid stay dense."""
+"""Shape and numerics of a decoder: `TransformerConfig`, its fields, and the dense layers of a hybrid."""
 
 import dataclasses
+from typing import Any, Literal, get_args
 
 from s2jax.patterns import Dense, Pattern, as_pattern
 from s2jax.rotary import RopeScaling
 
-REMAT_POLICIES = ("none", "attention", "full")
-COMPUTE_DTYPES = ("bfloat16", "float32")
+ComputeDtype = Literal["bfloat16", "float32"]
+RematPolicy = Literal["none", "attention", "full"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Shape and numerics of a Llama-style decoder with sparsely-sharded attention.
+class TransformerFields:
+    """The fields of `TransformerConfig`, as they are also the flags of train.py."""
+
+    vocab_size: int
+    """Token ids are 0 to this less 1; byte-level text needs 257."""
+    num_layers: int
+    """Decoder layers."""
+    d_model: int
+    """Width of the residual stream."""
+    num_heads: int
+    """Query heads of a layer."""
+    num_kv_heads: int
+    """KV heads of a layer, a divisor of the query heads."""
+    head_dim: int
+    """Width of a head."""
+    d_ff: int
+    """Inner width of the feed-forward."""
+    pattern: Any
+    """Who reads whom in the sparse layers, such as 'LocalStride(64, 16, 8) | FirstBlocks(1)'."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers whose attention is dense: their indices, the first layer being 0."""
+    tie_embeddings: bool = False
+    """Whether the output projection is the transposed embedding."""
+    qk_norm: bool = False
+    """Whether queries and keys are RMS-normalised, with a learned gain."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary positions."""
+    rope_scaling: tuple[float, float, float, int] | None = None
+    """Llama 3.1's: factor, low and high frequency factor, original length."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in every RMS norm."""
+    dtype: ComputeDtype = "bfloat16"
+    """Type that activations are computed in; the parameters are float32 always."""
+    remat: RematPolicy = "none"
+    """What the backward pass computes anew to save memory; attention's own output is always kept."""
+    implementation: Any = None
+    """Attention backend: auto picks by platform; xla or reference asks for just that one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(TransformerFields):
+    """Shape and numerics of a Llama-style decoder with sparsely-sharded attention; see `TransformerFields`.
+
+    Parameters, norms, softmax and logits are float32 always. On a mesh of several devices the model runs under
+    `jax.set_mesh`, with Explicit axes: see `models.sharding`.
 
     Attributes:
-        vocab_size: token ids are 0 to `vocab_size - 1`.
-        num_layers: decoder layers.
-        d_model: width of the residual stream.
-        num_heads: query heads per layer.
-        num_kv_heads: KV heads per layer, a divisor of `num_heads`.
-        head_dim: width of a head, even.
-        d_ff: inner width of the SwiGLU feed-forward.
         pattern: who reads whom in the sparse layers; causal.
-        dense_layers: indices of the layers whose attention is dense instead, see `hybrid_dense_layers`.
-        rope_theta: base of the rotary positions.
-        rope_scaling: of their frequencies, as in Llama 3.1; a `s2jax.RopeScaling` or its four numbers.
-        norm_eps: added to the mean square in every RMS norm.
-        tie_embeddings: the output projection is the transposed embedding.
-        qk_norm: RMS-normalised queries and keys with a learned gain.
-        dtype: of activations, "bfloat16" or "float32". Parameters, norms, softmax and logits are float32 always.
+        rope_scaling: a `s2jax.RopeScaling` or its four numbers.
         remat: what the backward pass recomputes: "none"; "attention", the norm, projections and rotation around
             each attention; "full", whole layers. The attention itself is never run again: its output and
             log-sum-exp are kept.
@@ -38,22 +69,8 @@ class TransformerConfig:
         ValueError: if a value is out of range or two do not fit together.
     """
 
-    vocab_size: int
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_ff: int
     pattern: Pattern
-    dense_layers: tuple[int, ...] = ()
-    rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
-    norm_eps: float = 1e-5
-    tie_embeddings: bool = False
-    qk_norm: bool = False
-    dtype: str = "bfloat16"
-    remat: str = "none"
     implementation: str | tuple[str, ...] | None = None
 
     def __post_init__(self):
@@ -78,7 +95,7 @@ class TransformerConfig:
         for name in ("rope_theta", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        for name, choices in (("dtype", COMPUTE_DTYPES), ("remat", REMAT_POLICIES)):
+        for name, choices in (("dtype", get_args(ComputeDtype)), ("remat", get_args(RematPolicy))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
 

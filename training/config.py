@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import models
 from models.checkpoints.pretrained import open_checkpoint
+from models.config import TransformerFields
 from s2jax.messages import counted
 from s2jax.patterns import parse_pattern
 from training.left_out import shown
@@ -87,44 +88,12 @@ class DataOptions:
             _require_counts(self, "end_token", least=0)
 
 
-@dataclass(frozen=True)
-class ModelOptions:
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(TransformerFields):
     """Size and numerics of the model; the defaults are the preset's."""
 
-    vocab_size: int
-    """Token ids are 0 to this less 1; byte-level text needs 257."""
-    num_layers: int
-    """Decoder layers."""
-    d_model: int
-    """Width of the residual stream."""
-    num_heads: int
-    """Query heads of a layer."""
-    num_kv_heads: int
-    """KV heads of a layer, a divisor of the query heads."""
-    head_dim: int
-    """Width of a head."""
-    d_ff: int
-    """Inner width of the feed-forward."""
     pattern: str
-    """Who reads whom in the sparse layers, such as 'LocalStride(64, 16, 8) | FirstBlocks(1)'."""
-    dense_layers: tuple[int, ...]
-    """Layers whose attention is dense: their indices, the first layer being 0."""
-    tie_embeddings: bool
-    """Whether the output projection is the transposed embedding."""
-    qk_norm: bool
-    """Whether queries and keys are RMS-normalised, with a learned gain."""
-    rope_theta: float
-    """Base of the rotary positions."""
-    rope_scaling: tuple[float, float, float, int] | None
-    """Llama 3.1's: factor, low and high frequency factor, original length."""
-    norm_eps: float
-    """Added to the mean square in every RMS norm."""
-    dtype: Literal["bfloat16", "float32"]
-    """Type that activations are computed in; the parameters are float32 always."""
-    remat: Literal["none", "attention", "full"]
-    """What the backward pass computes anew to save memory; attention's own output is always kept."""
     implementation: str = "auto"
-    """Attention backend: auto picks by platform; xla or reference asks for just that one."""
 
     def __post_init__(self):
         _require_counts(self, "num_layers", most=1000)
