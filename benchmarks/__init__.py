@@ -1,1 +1,1 @@
-"""Timings of the library, and the tables made of them; each module is a program, `python -m benchmarks.NAME`."""
+"""Timings of the library and their tables. Each module is a program: `python -m benchmarks.NAME`."""

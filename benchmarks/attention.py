@@ -32,7 +32,7 @@ from benchmarks.record import parser, save, table
 
 
 def timed(functions: dict, arguments, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each function, in turn."""
+    """Seconds of each call; the functions take turns."""
     for function in functions.values():
         jax.block_until_ready(function(*arguments))
     seconds = {name: [] for name in functions}
@@ -45,7 +45,7 @@ def timed(functions: dict, arguments, repeats: int) -> dict[str, list[float]]:
 
 
 def measure(case: Case, dtype: str, repeats: int) -> dict:
-    """The row of a case: seconds of each pass and implementation, speedups over the faster dense one, memory."""
+    """The row of a case: seconds by pass and implementation, speedups over the faster dense one, temporaries."""
     pattern, arrays = case.pattern(), make_arrays(case, dtype)
     attentions = {
         "sparse": functools.partial(s2jax.attention, pattern=pattern),
@@ -93,7 +93,7 @@ def on_gpu(chosen: argparse.Namespace) -> None:
 
     record = Record.resume(path, write) if chosen.resume else Record(write)
     machine.leave_alone()
-    # Whatever hangs, be it the end of this process, the system ends it. All rows are saved as they come.
+    # The system ends this process if it hangs. All rows are saved as they come.
     signal.alarm(int(options.budget_s) + 2 * GRACE_S)
     run(comparisons, options, record)
     print(f"written to {path}", flush=True)
@@ -106,13 +106,13 @@ def arguments(cpu: bool) -> argparse.ArgumentParser:
     which = options.add_mutually_exclusive_group()
     which.add_argument("--all", action="store_true", help="all cases, as without --cases")
     names = [case.name for case in (CPU_CASES if cpu else GPU_CASES)]
-    which.add_argument("--cases", nargs="+", choices=names, help="which cases; all by default")
+    which.add_argument("--cases", nargs="+", choices=names, help="cases to run; all by default")
     options.add_argument("--repeats", type=int, default=5, help="counted runs of each implementation")
     if cpu:
         options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the inputs")
         return options
     names = [each.name for each in ALL]
-    options.add_argument("--implementations", nargs="+", choices=names, default=names, help="which ones")
+    options.add_argument("--implementations", nargs="+", choices=names, default=names, help="implementations to time")
     options.add_argument("--budget-s", type=float, default=Options.budget_s, help="seconds; nothing is begun later")
     options.add_argument("--resume", action="store_true", help="measure what the results file in the folder lacks")
     return options

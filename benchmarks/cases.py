@@ -1,4 +1,4 @@
-"""The shapes and patterns that are measured."""
+"""Shapes and patterns of the benchmarks."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import s2jax
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One shape: batch, query and KV heads, head dim, tokens, and the pattern's window and stride in blocks of 64.
+    """A shape and its pattern, whose window and stride are counted in blocks of 64 tokens.
 
     Without a window and a stride, both 0, the pattern is dense.
     """
@@ -26,7 +26,7 @@ class Case:
         return not self.local_blocks
 
     def pattern(self, block_size: int = 64) -> s2jax.LocalStride | s2jax.Dense:
-        """The pattern at another block size, with as many tokens in its window; one block stays one block."""
+        """The pattern at another block size, with as many tokens in its window; a window of one block keeps one."""
         if self.is_dense:
             return s2jax.Dense()
         window = self.local_blocks * 64 // block_size if self.local_blocks > 1 else 1
@@ -48,11 +48,11 @@ DENSE_CASES = tuple(
     for tokens in (4 << 10, 16 << 10)
     for head_dim, heads in ((64, 32), (128, 16))
 )
-"""16k tokens in all, and heads · head dim = 2048: where the peers' own figures stand."""
+"""16k tokens in all, and heads · head dim = 2048: shapes for which peers publish figures."""
 
 CPU_CASES = (
     Case("cpu-8k", 1, 8, 8, 128, 8, 16, 8 << 10),
     Case("cpu-8k-gqa", 1, 8, 2, 128, 16, 8, 8 << 10),
     Case("cpu-8k-l1", 1, 16, 16, 64, 1, 16, 8 << 10),
 )
-"""dkernel's, Phi-3-small's and S2-Attention's patterns at a length that a CPU can do."""
+"""Patterns of DKernel, Phi-3-small and S2-Attention at a length that a CPU can compute."""

@@ -1,10 +1,10 @@
-"""What a decoded token costs over a cache of what will be read, against one that holds everything.
+"""Time of a decoded token over a sparse cache and over a dense one.
 
     python -m benchmarks.decode                # a CPU will do; about 3 minutes
 
-The attention of one layer, phi3's heads (32 query, 8 KV, head dim 128), float32: appending a token to every sequence of
-a batch and attending from it. Both sides are `KVCache.extend`, jitted, warm, caches donated, in turn; one holds the
-pattern, the other is dense. The share is that of slots, and what the time is to be compared with.
+The attention of one layer with Phi-3's heads (32 query, 8 KV, head dim 128) in float32: a token is appended to every
+sequence of a batch and attends. Both caches go through `KVCache.extend`, jitted, warm, donated and in turn. The ratio
+of the times is compared with the share, the sparse cache's number of slots over the dense one's.
 """
 
 import dataclasses
@@ -20,11 +20,11 @@ from s2jax import Dense, KVCache, Pattern
 
 PHI3 = next(case for case in CASES if case.name == "phi3-8k")
 NEW = 64
-"""Tokens that there is room for, and that are not all used."""
+"""Room for decoded tokens; not all of it is used."""
 
 
 def filled(pattern: Pattern, batch: int, tokens: int) -> KVCache:
-    """A cache after a prompt of so many tokens of noise, without the time that the prompt's attention takes."""
+    """A cache that holds a prompt of random keys and values; no attention is computed."""
     heads, kv_heads, head_dim = PHI3.num_heads, PHI3.num_kv_heads, PHI3.head_dim
     cache = KVCache.create(
         pattern, batch=batch, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, max_length=tokens + NEW,
@@ -63,7 +63,7 @@ def measure(batch: int, tokens: int, repeats: int) -> dict:
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--repeats", type=int, default=40, help="; the median counts")
+    arguments.add_argument("--repeats", type=int, default=40, help="decoded tokens; the median time counts")
     given = arguments.parse_args()
     rows = [measure(batch, tokens, given.repeats) for tokens in (8 << 10, 32 << 10) for batch in (1, 8)]
     print(table(rows, list(rows[0])))

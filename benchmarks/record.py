@@ -1,4 +1,4 @@
-"""Results files: rows of figures, with the device, the versions, the date and the commit that gave them."""
+"""Results files: rows of figures with device, versions, date and commit."""
 
 import argparse
 import datetime
@@ -15,7 +15,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def save(name: str, rows: list[dict], folder: pathlib.Path = RESULTS, **more) -> None:
-    """Writes FOLDER/NAME.json, with `more` before the rows; a reader never finds half a file."""
+    """Writes FOLDER/NAME.json atomically, with `more` before the rows."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "date": datetime.date.today().isoformat(),
@@ -39,14 +39,14 @@ def device() -> str:
 
 
 def table(rows: list[dict], columns: list[str]) -> str:
-    """Rows as a Markdown table."""
+    """A Markdown table of rows."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_shown(row.get(column, "")) for column in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser of a program's options that has `--folder`."""
+    """A command-line parser with the option `--folder`."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--folder", type=pathlib.Path, default=RESULTS, help="where the results go")
     return made
@@ -59,7 +59,7 @@ def _shown(value) -> str:
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     found = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    # A copy of the tree without its history is told from outside.
+    # A copy of the tree without its history takes the commit from the environment.
     return found.stdout.strip() or os.environ.get("S2JAX_COMMIT", "unknown")
 
 

@@ -13,7 +13,7 @@ PAGE = RESULTS.parent.parent / "docs" / "results.md"
 
 
 class Cells(dict):
-    """The entries of a row, for templates; those that it lacks are shown as a dash."""
+    """Entries of a row for templates; a missing entry is formatted as a dash."""
 
     def __missing__(self, key: str) -> "_Dash":
         return _Dash()
@@ -25,7 +25,7 @@ class _Dash:
 
 
 def table(columns: dict[str, str], rows: Iterable[dict]) -> str:
-    """A Markdown table: templates of cells by heading."""
+    """A Markdown table; `columns` maps headings to templates of cells."""
     lines = [f"| {' | '.join(columns)} |".replace("  ", " "), "|" + "---|" * len(columns)]
     for row in rows:
         lines.append("| " + " | ".join(template.format_map(Cells(row)) for template in columns.values()) + " |")
@@ -65,11 +65,11 @@ SIMPLE = {
         "time over share of dense's": "{time over share of dense:.2f}",
     },
 }
-"""Columns of the results whose rows are shown as they are."""
+"""Columns of results files whose rows need no computation."""
 
 
 def tpu_schedule(record: dict) -> str:
-    """Our bundles over others', and with blocks of 16 over those of 64."""
+    """Ratios of bundles: ours to the peers', and blocks of 16 to blocks of 64."""
     columns = {
         "chip": "{chip}",
         "pattern": "{case}",
@@ -147,7 +147,7 @@ STEP_COLUMNS = {
 
 
 def attention_gpu(record: dict) -> str:
-    """Forward and backward of each case, training steps, what is not shown correct, what is missing and why."""
+    """Tables of the cases and of training steps, and a list of wrong and missing measurements with the reasons."""
     cases: dict[str, dict] = {}
     problems: dict[str, list[str]] = {}
     for row in record["rows"]:

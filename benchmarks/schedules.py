@@ -1,9 +1,9 @@
-"""What patterns cost before any kernel runs: density, executed over ideal pairs, time and memory to compile.
+"""Costs of patterns before any kernel runs: density, executed over ideal pairs, time and memory to compile.
 
     python -m benchmarks.schedules
 
-Ideal pairs are the token pairs that the pattern lets through. Executed pairs are what a kernel multiplies, masks and
-rounding included, by the tiles that the Hopper kernels choose: forward, and backward the packs of keys.
+Ideal pairs are the token pairs that the pattern lets through. Executed pairs are those that the Hopper kernels multiply
+with their default configurations, masked and padded pairs included.
 """
 
 import math
@@ -29,7 +29,7 @@ from s2jax.compiler import forget_schedules
 
 
 def ideal_pairs(schedule: BlockSchedule) -> int:
-    """Token pairs that the pattern lets through, all heads together; lengths are whole blocks."""
+    """Token pairs that the pattern lets through, all heads together. Lengths must be whole blocks."""
     lists, sizes = schedule.lists, schedule.token_masks.sum((1, 2))
     entries = (lists.entries(unique_head)[1] for unique_head in range(lists.num_unique_heads))
     pairs = np.array([sizes[lists.mask_ids[positions]].sum() for positions in entries])
@@ -37,13 +37,16 @@ def ideal_pairs(schedule: BlockSchedule) -> int:
 
 
 def hopper_config(schedule: BlockSchedule, head_dim: int) -> HopperConfig:
-    """What the Hopper kernel takes."""
+    """The configuration that the Hopper kernels choose."""
     heads = allowed_heads_per_tile(schedule, schedule.num_heads, schedule.num_kv_heads)
     return choose_config(head_dim, head_dim, schedule.block_size, schedule.kv_length, heads[-1], heads)
 
 
 def forward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
-    """Of the Hopper kernel, all heads together. What is left of the steps without a mask joins the masked ones."""
+    """Executed over ideal pairs of the Hopper forward kernel, all heads together.
+
+    Full blocks that do not fill a step join the masked steps.
+    """
     config = hopper_config(schedule, head_dim)
     lists, size = schedule.lists, schedule.block_size
     rows = config.block_q // size
@@ -53,7 +56,7 @@ def forward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
 
 
 def backward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
-    """Of the packs of the Hopper kernel of the keys' gradients, all heads together."""
+    """Executed over ideal pairs of the Hopper dk/dv kernel, all heads together."""
     size, group = schedule.block_size, schedule.num_heads // schedule.num_kv_heads
     config = choose_kv_grad_config(head_dim, head_dim, size, schedule.query_length)
     tables = kv_tables(schedule, config.bits_per_word(size))
@@ -64,13 +67,13 @@ def backward_over_ideal(schedule: BlockSchedule, head_dim: int) -> float:
         for parts in (slice(0, tables.num_full_ranges), slice(tables.num_full_ranges, None))
     )
     slots = config.block_kv // min(size, config.block_kv)
-    # What does not fill a step without a mask joins the masked ones.
+    # Full blocks that do not fill a step join the masked steps.
     steps = full // slots + -(-(full % slots + masked) // slots)
     return float(steps.sum() * config.block_kv * ROWS / ideal_pairs(schedule))
 
 
 def compiled(pattern, **shapes) -> tuple[BlockSchedule, float, float]:
-    """The schedule, the processor's seconds to compile it, the least of five, and the megabytes it took at most."""
+    """The schedule, the least processor time of five compilations in seconds, and the peak memory in MB."""
     seconds = math.inf
     for _ in range(5):
         forget_schedules()

@@ -1,10 +1,10 @@
-"""What it costs to transpose blocks chosen at run time, which the gradients of keys and values need.
+"""Time to transpose blocks chosen at run time, as the gradients of keys and values require.
 
     python -m benchmarks.selection
 
-A schedule is transposed once, on the host. A selection is transposed on the device, in every backward pass: one sort of
-its entries by pack of keys and row of queries. It stands beside the forward pass over the same selection, by the
-backend of the platform.
+A schedule is transposed once, on the host. A selection is transposed on the device in every backward pass: one sort of
+its entries by KV tile and row of queries. The forward pass over the same selection, by the platform's backend, is timed
+for comparison.
 """
 
 import functools
@@ -22,7 +22,7 @@ HEADS, FEATURES, BLOCK, MOST = 8, 128, 64, 32
 
 
 def measure(tokens: int, repeats: int) -> dict:
-    """Every row reads `MOST` blocks of its past, at random; each head its own."""
+    """Times a selection in which every row and head reads `MOST` random blocks of its past."""
     rows, shape = tokens // BLOCK, (1, tokens, HEADS, FEATURES)
     *keys, of_scores = jax.random.split(jax.random.key(0), 4)
     query, key, value = (jax.random.normal(each, shape, "bfloat16") for each in keys)
@@ -36,17 +36,17 @@ def measure(tokens: int, repeats: int) -> dict:
     def forward(selection, query, key, value):
         return s2jax.attention(query, key, value, selection)
 
-    sides = {"transpose": jax.jit(transpose), "forward": jax.jit(forward)}
-    seconds = timed(sides, (selection, query, key, value), repeats)
+    functions = {"transpose": jax.jit(transpose), "forward": jax.jit(forward)}
+    seconds = timed(functions, (selection, query, key, value), repeats)
     row = {"tokens": tokens, "KV heads": HEADS, "entries": int(selection.counts.sum())}
-    row |= {f"{side} ms": statistics.median(each) * 1e3 for side, each in seconds.items()}
+    row |= {f"{name} ms": statistics.median(each) * 1e3 for name, each in seconds.items()}
     return row | {"share": row["transpose ms"] / row["forward ms"]}
 
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--tokens", type=int, nargs="+", default=[8 << 10, 32 << 10], help="lengths")
-    options.add_argument("--repeats", type=int, default=5, help="counted runs of each side")
+    options.add_argument("--repeats", type=int, default=5, help="counted runs of each function")
     chosen = options.parse_args()
     rows = list(map(functools.partial(measure, repeats=chosen.repeats), chosen.tokens))
     print(table(rows, list(rows[0])))

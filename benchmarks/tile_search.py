@@ -46,11 +46,11 @@ SEARCHED = tuple(
 
 BLOCK_KV = (32, 64, 128, 256)
 MARGIN = 0.98
-"""Configurations that are not faster than the default by this much are not taken: it may be noise."""
+"""A configuration must take less than this share of the default's time; smaller gains may be noise."""
 
 
 def key_of(case: Case, block: int) -> tuple[Key, tuple[int, ...]]:
-    """The kind of call, and the heads that a tile can have."""
+    """The kind of call, and the possible numbers of heads in a tile."""
     schedule = s2jax.compile_schedule(
         case.pattern(block), num_heads=case.num_heads, num_kv_heads=case.num_kv_heads,
         query_length=case.tokens, kv_length=case.tokens,
@@ -60,7 +60,7 @@ def key_of(case: Case, block: int) -> tuple[Key, tuple[int, ...]]:
 
 
 def fitting(key: Key, heads: tuple[int, ...]) -> Iterator[HopperConfig]:
-    """Configurations whose buffers fit; the compiler could not keep accumulators beyond 64 × 256 in registers."""
+    """Yields configurations whose buffers fit. Accumulators beyond 64 × 256 would not stay in registers."""
     head_dim, value_dim, block_size, _ = key
     for number, block_kv, stages in itertools.product(heads, BLOCK_KV, (2, 3, 4)):
         config = HopperConfig(number, block_kv, stages)
@@ -70,7 +70,7 @@ def fitting(key: Key, heads: tuple[int, ...]) -> Iterator[HopperConfig]:
 
 
 def candidates(case: Case, block: int) -> tuple[HopperConfig, ...]:
-    """The default configuration, and all others that fit."""
+    """The default configuration, then all others that fit."""
     key, heads = key_of(case, block)
     return tuple(dict.fromkeys((default_config(*key[:3], case.tokens, key[3]), *fitting(key, heads))))
 
@@ -82,7 +82,7 @@ def compare(case: Case, block: int) -> Comparison:
 
 
 def best_configs(rows: list[dict], searched: Iterable[tuple[Case, int]] = SEARCHED) -> list[dict]:
-    """Rows of tuned.json, for the kinds of call whose cases are all measured."""
+    """Rows of tuned.json for the kinds of call whose cases are all measured."""
     times = {(row["case"], row["implementation"]): row["ms"] for row in rows if row.get("correct") and "ms" in row}
     by_key: dict[Key, list[tuple[Case, int]]] = {}
     for case, block in searched:
@@ -115,7 +115,7 @@ def main() -> None:
     arguments.add_argument("--budget-s", type=float, default=240, help="seconds; nothing is begun later")
     given = arguments.parse_args()
     machine.leave_alone()
-    signal.alarm(int(given.budget_s) + 2 * GRACE_S)  # should the end of this process hang
+    signal.alarm(int(given.budget_s) + 2 * GRACE_S)  # in case this process hangs at its end
 
     def write(rows: list[dict], header: dict) -> None:
         save("tuned", best_configs(rows), given.folder, measured=rows, **header)

@@ -1,1 +1,1 @@
-"""Experiments that train models or evaluate their quality; each is a program, `python -m experiments.NAME`."""
+"""Experiments that train models or evaluate their quality. Each is a program: `python -m experiments.NAME`."""

@@ -1,11 +1,10 @@
-"""What brief fine-tuning wins back of what sparsity costs: SmolLM2-135M on novels, then on one it did not see.
+"""Perplexity that brief fine-tuning recovers after sparsification: SmolLM2-135M on novels.
 
     python -m experiments.fine_tuning                    # needs `make .venv/.test`; about an hour on two cores
 
-Every row is a run of train.py over the same 40 rows of 2,048 tokens of four of Jane Austen's novels (one more is held
-out by it), and then the perplexity of 8,192 tokens of the sixth, before and after. The dense row is there to tell what
-the text alone teaches: only what a sparse row gains beyond it is won back. Runs lie in runs/ and are gone on with when
-started again.
+Every row is a run of train.py over the same 40 rows of 2,048 tokens from four of Jane Austen's novels; train.py holds
+out a fifth. The perplexity of 8,192 tokens of the sixth is measured before and after. The dense row shows the gain from
+the text alone: only a sparse row's gain beyond it is recovered. Runs are kept in runs/ and resumed.
 """
 
 import pathlib
@@ -32,9 +31,9 @@ CASES = (
 
 
 def tuned(name: str, text: str, dense_layers: tuple[int, ...], folder: pathlib.Path) -> pathlib.Path:
-    """The directory of the fine-tuned model, by a run of train.py."""
+    """The directory of the model that a run of train.py fine-tuned."""
     run = folder / "".join(letter if letter.isalnum() else "-" for letter in name)
-    if not (run / "model" / "config.json").exists():  # which is written last of all
+    if not (run / "model" / "config.json").exists():  # written last
         command = [sys.executable, "train.py", "--pretrained", str(smollm2.fetch()), "--data", str(folder / "data")]
         command += ["--pattern", text, "--dtype", "float32", "--run-dir", str(run), "--log-every", "1"]
         command += ["--steps", str(STEPS), "--warmup-steps", "4", "--checkpoint-every", str(STEPS)]
@@ -46,7 +45,7 @@ def tuned(name: str, text: str, dense_layers: tuple[int, ...], folder: pathlib.P
 
 
 def write_data(folder: pathlib.Path) -> None:
-    """The novels to learn from, a file each."""
+    """Writes the training novels, a file each."""
     folder.mkdir(parents=True, exist_ok=True)
     for title, text in novels().items():
         if title != TITLE:

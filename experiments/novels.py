@@ -1,4 +1,4 @@
-"""Long real text: Jane Austen's novels, out of Debian's package r-cran-janeaustenr, fetched with apt-get.
+"""Jane Austen's novels as long real text, from Debian's package r-cran-janeaustenr, fetched with apt-get.
 
     python -m experiments.novels          # prints their titles and lengths
 
@@ -16,19 +16,19 @@ import zlib
 PACKAGE = "r-cran-janeaustenr"
 DATA = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 LINES, LINE = b"\0\0\0\x10", 0x09
-"""How R marks a vector of strings, and (in the lowest byte) a string."""
+"""R's marks of a vector of strings and, in the lowest byte, of a string."""
 
 
 @functools.cache
 def novels() -> dict[str, str]:
-    """The six novels by title, paragraphs as they are printed.
+    """The six novels by title, with the line breaks of the print.
 
     Raises:
         ConnectionError: apt-get cannot fetch the package, with its last line.
     """
     data, found = _fetched().read_bytes(), {}
     while data:
-        # Each entry: its length unpacked, in four bytes, and the entry, packed.
+        # An entry is its uncompressed length in four bytes, then its compressed data.
         unpacking = zlib.decompressobj()
         lines = _lines(unpacking.decompress(data[4:]))
         found[next(filter(None, lines)).title()] = "\n".join(lines)

@@ -1,11 +1,10 @@
-"""What a dense model loses when its attention is made sparse, and what it saves: SmolLM2-135M on a novel.
+"""Perplexity, time and cache of a dense model whose attention is made sparse: SmolLM2-135M on a novel.
 
     python -m experiments.perplexity                     # needs `make .venv/.test`; about 15 minutes on two cores
 
-No weight is changed: every row is the same model, read by another pattern. Perplexity is that of 8,192 tokens in one
-context, the model's longest, by where they stand in it. Times are those of one prefill, the logits of all tokens
-included, and of one decoded token at the end, compiled and warm; bytes those of all layers' caches. Everything is
-float32.
+No weight changes: every row is the same model with another pattern. Perplexity is that of 8,192 tokens in one context,
+the model's longest, by position. Times are those of one prefill, the logits of all tokens included, and of one decoded
+token at the end, compiled and warm. Bytes are those of all layers' caches. Everything is float32.
 """
 
 import functools
@@ -33,7 +32,7 @@ STEPS = 12
 SPARSE = "LocalStride(64, 4, 3) | FirstBlocks(1)"
 EVERY_FIFTH = (0, 1, 6, 11, 16, 21, 26)
 CALIBRATION, CALIBRATION_TOKENS = "Emma", 4096
-"""Where as many layers stay dense as lose most there, by models.convert, they are given as None."""
+"""The text on which models.convert ranks layers, for the case whose dense layers are None."""
 CASES = (
     ("dense", "Dense()", ()),
     ("window of 512", "Local(8)", ()),
@@ -93,7 +92,7 @@ def measure(
 
 
 def losing_most(tokenizer: Tokenizer, count: int) -> tuple[int, ...]:
-    """The layers that lose most by the pattern, on another novel."""
+    """The layers whose softmax loses most to the pattern, on another novel."""
     ids = tokenizer.encode(novels()[CALIBRATION]).ids[:CALIBRATION_TOKENS]
     lost = lost_mass(load(smollm2.fetch(), dtype="float32").model, parse_pattern(SPARSE), jnp.asarray([ids]))
     return tuple(sorted(np.argsort(-lost)[:count].tolist()))
@@ -105,12 +104,12 @@ def _bands(length: int) -> list[tuple[int, int]]:
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--tokens", type=int, default=BANDS[-1], help="of the context; default %(default)s")
+    arguments.add_argument("--tokens", type=int, default=BANDS[-1], help="tokens of the context")
     arguments.add_argument(
         "--rows",
         nargs="+",
         choices=[case[0] for case in CASES],
-        help="by default all; others stay as they are",
+        help="rows to measure; others keep their figures",
     )
     given = arguments.parse_args()
     tokenizer = load(smollm2.fetch()).tokenizer

@@ -1,4 +1,4 @@
-"""Keeps the results of a finished training run as benchmarks/results/train_tiny.json.
+"""Copies the results of a finished training run to benchmarks/results/train_tiny.json.
 
 make train ARGS="--run-dir runs/tiny"
 python -m experiments.train_tiny runs/tiny

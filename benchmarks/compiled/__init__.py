@@ -1,1 +1,1 @@
-"""What compilers make of the kernels, read without the chips: code, registers, spills, schedules."""
+"""Reports of compilers about the kernels: code, registers, spills and schedules. No chip is needed."""

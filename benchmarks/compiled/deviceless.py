@@ -1,15 +1,15 @@
-"""Compiles for chips that are not here, and reads what the compiler made of Mosaic GPU kernels.
+"""Compiles for absent chips, and reads the code of Mosaic GPU kernels.
 
-    from deviceless import compile_for, kernels_of
+    from benchmarks.compiled.deviceless import compile_for, kernels_of
 
     compile_for("v5e:2x2", function, shape).memory_analysis()
     (kernel,) = kernels_of("h100", function, shape)
     print(kernel.registers, kernel.spill_bytes, [loop.instructions["HGMMA"] for loop in kernel.inner_loops()])
 
-The real compilers run, and nothing is executed. They come with `make compilers`; `missing` says whether they are here.
-NVIDIA chips are those that `chips/` describes, several of them as "h100:4"; TPUs go by their topology ("v5e:2x2",
-"v5p:2x2x1", "v6e:2x2"). What is sharded over several is compiled under `jax.set_mesh` of a mesh of their `devices`,
-with Auto axes. Where there is no GPU, JAX_PLATFORMS=cpu must be set before jax starts, as `make` and the tests do.
+The real compilers run, and nothing is executed. `make compilers` installs them; `missing` says if one is absent. NVIDIA
+chips are those described in `chips/`, several of them as "h100:4". TPUs are named by topology ("v5e:2x2", "v5p:2x2x1",
+"v6e:2x2"). Sharded functions are compiled under `jax.set_mesh` of a mesh of the chip's `devices`, with Auto axes.
+Without a GPU, JAX_PLATFORMS=cpu must be set before jax starts, as `make` and the tests do.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ CHIPS = pathlib.Path(__file__).parent / "chips"
 
 
 def missing(chip: str) -> str | None:
-    """Why nothing can be compiled for `chip` here, in one line, or None where it can."""
+    """The reason why nothing can be compiled for `chip`, in one line, or None."""
     if _is_tpu(chip):
         lacking = [] if importlib.util.find_spec("libtpu") else ["libtpu"]
     else:
@@ -49,17 +49,17 @@ def missing(chip: str) -> str | None:
 
 
 def ptxas_version() -> tuple[int, ...]:
-    """Of the ptxas that compiles here, as (13, 5, 37). CUDA 12.8.0 to 12.9.0 miscompile masks on Hopper."""
+    """The version of ptxas, as (13, 5, 37). CUDA 12.8.0 to 12.9.0 miscompile masks on Hopper."""
     told = subprocess.run([str(_tool("ptxas")), "--version"], capture_output=True, text=True, check=True).stdout
     return tuple(int(part) for part in _groups(r"\bV(\d+)\.(\d+)\.(\d+)", told))
 
 
 def devices(chip: str) -> list:
-    """The devices of the chip or topology: nothing runs on them, but meshes and shardings can be made of them."""
+    """The devices of a chip or topology, for meshes and shardings; nothing runs on them."""
     if reason := missing(chip):
         raise RuntimeError(reason)
     if _is_tpu(chip):
-        # libtpu reads these when it is loaded: it is not to look for the TPU host that it is not on.
+        # libtpu reads these when it is loaded; without them it looks for a TPU host.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -81,10 +81,10 @@ def compile_for(chip: str, function: Callable, *shapes: typing.Any) -> jax.stage
     """
     first = jax.sharding.SingleDeviceSharding(devices(chip)[0])
     shapes = jax.tree.map(lambda shape: shape if shape.sharding else shape.update(sharding=first), shapes)
-    # XLA takes the first ptxas on the PATH, and stays with it: it is to be the one that came with the compilers.
+    # XLA takes the first ptxas on the PATH and keeps it; it must be the one of the installed compilers.
     path = os.pathsep.join([*_folders(), os.environ.get("PATH", "")])
     with _environment("PATH", path), _lowering_context(chip):
-        # A function of its own each time: jax would take a known one's kernel from its cache and dump nothing.
+        # A new function each time; otherwise jax would take the kernel from its cache and dump nothing.
         return jax.jit(lambda *arguments: function(*arguments)).lower(*shapes).compile()
 
 
@@ -93,9 +93,9 @@ class Loop:
     """One loop of the machine code.
 
     Attributes:
-        address: of its first instruction, in bytes.
-        instructions: how many of each opcode ("HGMMA", "LDL") stand in it and in the loops inside.
-        loops: those inside, waits on barriers among them.
+        address: offset of the first instruction in bytes.
+        instructions: counts by opcode ("HGMMA", "LDL"), inner loops included.
+        loops: inner loops, waits on barriers among them.
     """
 
     address: int
@@ -105,17 +105,17 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class KernelCode:
-    """What ptxas made of one Mosaic GPU kernel.
+    """Machine code of one Mosaic GPU kernel.
 
     Attributes:
-        name: of the kernel's function.
-        ptx_version: of the PTX, which is what the ptxas at hand wants: 9.5 for that of CUDA 13.5.
-        registers: that each thread is launched with; `set_max_registers` is honoured in the code and not shown here.
-        stack_bytes, spill_store_bytes, spill_load_bytes: of a thread, as ptxas counts them.
+        name: name of the kernel's function.
+        ptx_version: version of the PTX, which follows that of ptxas: 9.5 for CUDA 13.5.
+        registers: registers per thread at launch; `set_max_registers` takes effect later and is not shown.
+        stack_bytes, spill_store_bytes, spill_load_bytes: bytes per thread, as ptxas counts them.
         shared_bytes: dynamic shared memory of a thread block, barriers included.
-        instructions: how many of each opcode ("HGMMA", "UTMALDG", "LDL") there are, without what follows the first dot.
-        loops: the outermost ones.
-        sass: the machine code as text, for a look at it.
+        instructions: counts by opcode up to the first dot ("HGMMA", "UTMALDG", "LDL").
+        loops: the outermost loops.
+        sass: the disassembly.
     """
 
     name: str
@@ -134,14 +134,14 @@ class KernelCode:
         return self.spill_store_bytes + self.spill_load_bytes
 
     def inner_loops(self, opcode: str = "HGMMA") -> tuple[Loop, ...]:
-        """The loops that hold `opcode` while no loop inside them does: the steps of the walk over tiles."""
+        """The loops that hold `opcode` while none of their inner loops does: a kernel's steps."""
         return tuple(found for loop in self.loops for found in _innermost(loop, opcode))
 
 
 def kernels_of(chip: str, function: Callable, *shapes: typing.Any) -> tuple[KernelCode, ...]:
     """The Mosaic GPU kernels of `function` compiled for `chip`, in the order of their lowering.
 
-    A kernel that occurs twice with the same code and shapes may be compiled, and be told of, once.
+    A kernel that occurs twice with the same code and shapes may be listed once.
     """
     with tempfile.TemporaryDirectory() as folder, _environment("MOSAIC_GPU_DUMP_TO", folder):
         compile_for(chip, function, *shapes)
@@ -152,9 +152,8 @@ def kernels_of(chip: str, function: Callable, *shapes: typing.Any) -> tuple[Kern
 def loops_in(sass: str) -> tuple[Loop, ...]:
     """The outermost loops of a disassembly, as `nvdisasm -c` writes it, in the order of their addresses.
 
-    ptxas moves waits to the end of the code, from where they branch back, so a loop is not what a backward branch
-    spans: it is a set of basic blocks that all reach one another. Without the one that is entered,
-    those inside remain.
+    ptxas moves waits to the end of the code, from where they branch back, so a backward branch need not span a loop. A
+    loop is a set of basic blocks that all reach one another; without the block that is entered, its inner loops remain.
     """
     blocks = _blocks(sass)
     return _loops(blocks, _edges(blocks), np.ones(len(blocks), bool))
@@ -162,7 +161,7 @@ def loops_in(sass: str) -> tuple[Loop, ...]:
 
 @dataclasses.dataclass
 class _Block:
-    """Instructions of which all run or none; `labels` are the ways in, `targets` the labels branched to."""
+    """A basic block: `labels` lead into it, `targets` are the labels that it branches to."""
 
     labels: set[str]
     address: int = 0
@@ -198,7 +197,7 @@ def _blocks(sass: str) -> list[_Block]:
 
 
 def _edges(blocks: list[_Block]) -> np.ndarray:
-    """[edges, 2], from a block to one that may follow it."""
+    """Pairs of a block and a possible successor, [edges, 2]."""
     ways_in = {label: number for number, block in enumerate(blocks) for label in block.labels}
     edges = [(number, number + 1) for number, block in enumerate(blocks[:-1]) if block.falls_through]
     edges += [(number, ways_in[target]) for number, block in enumerate(blocks) for target in block.targets]
@@ -227,7 +226,7 @@ def _innermost(loop: Loop, opcode: str) -> list[Loop]:
 
 
 def _kernel(report: pathlib.Path) -> KernelCode:
-    """From what Mosaic GPU dumps of one kernel: NAME.ptxas, NAME.ptx, NAME.sass_ctrl and NAME.mlir-passes.log."""
+    """A kernel from Mosaic GPU's dumps: NAME.ptxas, NAME.ptx, NAME.sass_ctrl and NAME.mlir-passes.log."""
     told = report.read_text()
     entry = _groups(r"Compiling entry function '(\w+)'", told)[0]
     frame = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -248,7 +247,7 @@ def _kernel(report: pathlib.Path) -> KernelCode:
 
 
 def _shared_bytes(passes: pathlib.Path) -> int:
-    """The operand of the launch, which ptxas is not told; only the first of the passes is read."""
+    """The dynamic shared memory in the launch's operand, which ptxas does not see; read from the first pass."""
     constants = {}
     with passes.open() as lines:
         for line in lines:
@@ -260,7 +259,7 @@ def _shared_bytes(passes: pathlib.Path) -> int:
 
 
 def _lowering_context(chip: str) -> contextlib.AbstractContextManager:
-    """Pallas asks the abstract mesh what chip it lowers for; without a compute capability it takes any GPU for 9.0."""
+    """The abstract mesh by which Pallas knows the chip; without a compute capability it assumes 9.0."""
     if _is_tpu(chip):
         return contextlib.nullcontext()
     described = _description(chip)
@@ -286,12 +285,12 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 
 def _tool(name: str) -> str | None:
-    """One of CUDA's programs, from the wheels or else the PATH."""
+    """The path of a CUDA program, from the wheels or else the PATH."""
     return shutil.which(name, path=os.pathsep.join(_folders())) or shutil.which(name)
 
 
 def _folders() -> list[str]:
-    """Where the wheels put CUDA's programs."""
+    """The folders of CUDA's programs in the wheels."""
     packages = importlib.util.find_spec("nvidia")
     return [f"{folder}/cu13/bin" for folder in packages.submodule_search_locations or ()] if packages else []
 

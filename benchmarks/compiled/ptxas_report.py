@@ -1,9 +1,9 @@
-"""What the compiler makes of the Hopper kernels at real shapes: registers, spills, shared memory, instructions a step.
+"""Compiled Hopper kernels at real shapes: registers, spills, shared memory, instructions per step.
 
     python -m benchmarks.compiled.ptxas_report      # needs `make compilers`, no GPU
 
-Nothing is timed here. Steps are the inner loops of the warpgroups that compute: the first without a mask, the second
-with one; loads are those of the warpgroup that loads. What is spilled outside of them is spilled once a tile.
+Nothing is timed. Steps are the inner loops of the compute warpgroups, the first for full blocks and the second for
+partial ones; loads are the inner loops of the load warpgroup. Spills outside of these loops occur once per tile.
 """
 
 import dataclasses
@@ -76,7 +76,7 @@ CASES = (
 
 
 def compiled(case: Case) -> list[dict]:
-    """Rows of the table, one for each kernel: the forward pass, and those of the gradients."""
+    """Rows of the table, one per kernel: the forward pass, then the gradients."""
     batch, tokens, heads, kv_heads = case.batch, case.tokens, case.num_heads, case.num_kv_heads
     shape = jax.ShapeDtypeStruct
     inputs = (

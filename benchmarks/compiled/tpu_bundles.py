@@ -1,11 +1,11 @@
-"""Reads the schedules that the TPU compiler prints: the bundles of every region of a kernel, and the slots they use.
+"""Reads the TPU compiler's schedules: bundles and used slots of every region of a kernel.
 
     for kernel in kernels_in(folder):
         (body,) = kernel.innermost("MXU")
         print(kernel.name, body.bundles, body.slots["MXU"])
 
-A bundle is what a TensorCore does in a cycle, so that the bundles of a loop's body are its cycles, waits for copies
-aside. The compiler writes them where LIBTPU_INIT_ARGS says so, which is read when libtpu is loaded: see `DUMP`.
+A TensorCore executes one bundle per cycle, so the bundles of a loop's body are its cycles, waits for copies aside.
+LIBTPU_INIT_ARGS makes the compiler write them (see `DUMP`); libtpu reads it when it is loaded.
 """
 
 import collections
@@ -19,7 +19,7 @@ DUMP = " ".join([
     "--xla_jf_dump_to={folder}", "--xla_jf_dump_hlo_text=true", "--xla_jf_dump_llo_text=true",
     "--xla_jf_emit_annotations=true", "--xla_jf_debug_level=2",
 ])  # fmt: skip
-"""LIBTPU_INIT_ARGS that make it write."""
+"""LIBTPU_INIT_ARGS that make the compiler write its schedules to `folder`."""
 
 _FILE = re.compile(r"\d+-(?P<name>.+)-\d+-final_bundles\.txt")
 _BUNDLE = re.compile(r"^ *(?P<address>0x[0-9a-f]+|0) +(?:[A-Z]{2})? *:")
@@ -28,12 +28,12 @@ _REGION = re.compile(r"(Start|End) region (\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A part of a kernel that runs in order, without a branch but those around the regions inside.
+    """A part of a kernel without branches other than those around its inner regions.
 
     Attributes:
-      bundles: of all of it, the regions inside included.
-      slots: how many slots of each unit are used in them.
-      regions: those inside.
+      bundles: number of bundles, inner regions included.
+      slots: used slots of each unit in these bundles.
+      regions: the inner regions.
     """
 
     number: int
@@ -44,7 +44,7 @@ class Region:
 
 @dataclasses.dataclass(frozen=True)
 class TpuKernel:
-    """What the compiler made of one kernel, or of what XLA fused.
+    """The schedule of one kernel or XLA fusion.
 
     Attributes:
       capacity: slots of each unit in a bundle.
@@ -57,12 +57,12 @@ class TpuKernel:
     regions: tuple[Region, ...]
 
     def innermost(self, unit: str) -> tuple[Region, ...]:
-        """The regions that use a unit while no region inside them does."""
+        """The regions that use a unit while none of their inner regions does."""
         return tuple(found for region in self.regions for found in _innermost(region, unit))
 
 
 def kernels_in(folder: pathlib.Path) -> list[TpuKernel]:
-    """In the order of their compilation."""
+    """Kernels in the order of their compilation."""
     found = {path: _FILE.fullmatch(path.name) for path in sorted(folder.glob("*final_bundles.txt"))}
     return [
         _kernel(path, match["name"]) for path, match in found.items() if match and "schedule-analysis" not in path.name
@@ -86,7 +86,7 @@ def _kernel(path: pathlib.Path, name: str) -> TpuKernel:
 
 
 def _slots(bundles: pathlib.Path) -> tuple[dict[str, int], list[Counter[str]]]:
-    """Slots in a bundle, and those used in every bundle."""
+    """Slots of a bundle by unit, and the used slots of every bundle."""
     begins = glob.escape(re.sub(r"\d+-final_bundles\.txt$", "", bundles.name))
     (path,) = bundles.parent.glob(f"{begins}[0-9]*-final_hlo-static-per-bundle-utilization.txt")
     _, names, numbers, _, *rows = path.read_text().splitlines()
@@ -100,7 +100,7 @@ def _slots(bundles: pathlib.Path) -> tuple[dict[str, int], list[Counter[str]]]:
 def _nested(spans: list[tuple[int, int, int]], used: list[Counter[str]]) -> tuple[Region, ...]:
     """Regions from (first bundle, last bundle, number), by first bundle, the longer before the shorter.
 
-    Instructions move over the edges of regions, so that one may end a few bundles after the one that it is inside of.
+    Instructions move over the edges of regions, so an inner region may end a few bundles after its outer one.
     """
     regions = []
     while spans:

@@ -1,4 +1,4 @@
-"""The attention kernels for TPUs that ours are compared with: JAX's splash attention, and tokamax's."""
+"""Peers on TPUs: JAX's splash attention and tokamax's."""
 
 import dataclasses
 import importlib
@@ -13,12 +13,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from pallas_kernels.schedule import BlockSchedule
 
 TOKENS, HEADS, FEATURES = 4096, 4, 128
-"""Of the call that is compiled: its code does not depend on them, but on the features."""
+"""Sizes of the compiled call; only `FEATURES` changes the code."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Queries by keys of a step."""
+    """The queries and keys of a step."""
 
     queries: int
     keys: int
@@ -28,17 +28,17 @@ class Tile:
 
 
 TILES = (Tile(512, 512), Tile(512, 128))
-"""On v5e, 256×128 and 128×128 were best at no case."""
+"""Tile sizes that are tried; on v5e, 256×128 and 128×128 were best in no case."""
 
 KERNELS = {
     "splash": {"splash_mha_fwd": "forward", "splash_mha_dq": "dq", "splash_mha_dkv": "dk, dv"},
     "tokamax": {"splash_mha_fwd": "forward", "splash_mha_dkv": "dq, dk, dv"},
 }
-"""By the beginning of their kernels' names, which pass they are. Tokamax has one kernel for all gradients."""
+"""Passes by the prefix of the kernel's name. Tokamax has one kernel for all gradients."""
 
 
 def splash_function(tile: Tile):
-    """JAX's, causal, forward and backward."""
+    """JAX's splash attention, causal, with its gradient."""
     mask = masks.MultiHeadMask([masks.CausalMask((TOKENS, TOKENS))] * HEADS)
     names = [field.name for field in dataclasses.fields(splash.BlockSizes) if field.name.startswith("block_")]
     sizes = splash.BlockSizes(**{name: tile.queries if "block_q" in name else tile.keys for name in names})
@@ -46,7 +46,7 @@ def splash_function(tile: Tile):
 
 
 def tokamax_function(tile: Tile):
-    """Tokamax's, causal, forward and backward. It has one mask for all heads: no pattern of ours can be asked of it."""
+    """Tokamax's splash attention, causal, with its gradient. All heads share one mask, so no sparse pattern fits."""
     folder = "tokamax._src.ops.experimental.tpu.splash_attention.splash_attention_"
     kernel, mask = (importlib.import_module(folder + name) for name in ("kernel", "mask"))
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
@@ -63,7 +63,7 @@ def has_tokamax() -> bool:
 
 
 def gradients_of(name: str, tile: Tile):
-    """A function of queries, keys, values and douts, and the shapes that it is compiled for."""
+    """A peer's output and gradients as a function of query, key, value and dout, and the shapes to compile for."""
     kernel = FUNCTIONS[name](tile)
 
     def function(query, key, value, dout):
@@ -74,7 +74,7 @@ def gradients_of(name: str, tile: Tile):
 
 
 def tiles_read(schedule: BlockSchedule, tile: Tile) -> int:
-    """How many tiles hold something that is read, all heads together."""
+    """The number of tiles in which a token pair is read, all heads together."""
     rows, columns = tile.queries // schedule.block_size, tile.keys // schedule.block_size
     wide = -(-schedule.num_columns // columns)
     by_unique_head = []

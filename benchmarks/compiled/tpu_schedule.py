@@ -1,15 +1,15 @@
-"""What the TPU compiler schedules for attention kernels: bundles, which are cycles, of every step and of a whole call.
+"""Bundles (cycles) that the TPU compiler schedules for attention kernels, per step and per call.
 
     python -m benchmarks.compiled.tpu_schedule                       # needs `make compilers`, no TPU; about 20 minutes
     python -m benchmarks.compiled.tpu_schedule --chips v5e --cases dense
 
-Ours against JAX's splash attention, and tokamax's where it is installed: bfloat16, head dim 128, causal. Nothing is
-timed: no schedule knows how long copies are waited for. A tile is so many queries by so many keys of one step, and a
-step the innermost region that uses the matrix units; for ours half of it, where it is of two steps.
+Our kernels are compared with JAX's splash attention, and with tokamax's where it is installed: bfloat16, head dim 128,
+causal. Nothing is timed, and waits for copies are not counted. A step is the innermost region that uses the matrix
+units; it computes one tile of queries by keys. Our regions hold two steps, and half of a region counts.
 
-The total is that of one sequence, all heads. Ours counts every bundle of the kernel that is in no step once for every
-row of tiles. That of the others is that of their steps alone, for the tiles that hold something to read, at the best of
-several tile sizes: what they spend between steps, and on tiles that hold nothing, is left out.
+The total is for one sequence and all heads. Ours counts every bundle outside of the steps once per row of tiles. The
+peers' counts their steps alone, for the tiles in which something is read, at the best of several tile sizes. Bundles
+between their steps and on empty tiles are left out.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ BACKWARD = ("dq", "dk, dv", "dq, dk, dv")
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
-    """How many rows of tiles there are, and steps: by twos without a mask, by twos with one, and alone."""
+class StepCounts:
+    """Numbers of rows of tiles and of step groups: full pairs, masked pairs, and single steps."""
 
     rows: int
     plain: int
@@ -53,14 +53,14 @@ class Walk:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """One of our passes: its tile, and what is walked."""
+    """The tile and the step counts of one of our passes."""
 
     tile: Tile
-    walk: Walk
+    steps: StepCounts
 
 
 def compile_ours(chip: str, case: Case, block_size: int) -> None:
-    """Forward and backward, at the real length: how keys are packed depends on it."""
+    """Compiles our forward and backward passes at the real length, on which the KV tiles depend."""
     pattern = case.pattern(block_size)
 
     def function(query, key, value, dout):
@@ -81,7 +81,7 @@ def compile_peer(chip: str, name: str, tile: Tile) -> None:
 
 
 def scheduled(*arguments) -> list[TpuKernel]:
-    """Compiled in a process of its own, for libtpu reads where to write when it is loaded."""
+    """Kernels compiled in a process of their own, as libtpu reads its output folder when it is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "LIBTPU_INIT_ARGS": DUMP.format(folder=folder)}
         command = [sys.executable, "-m", "benchmarks.compiled.tpu_schedule", "--compile", *map(str, arguments)]
@@ -99,29 +99,25 @@ def schedule_of(case: Case, block_size: int) -> BlockSchedule:
 
 
 def our_passes(schedule: BlockSchedule) -> dict[str, Pass]:
-    """By the tables that the kernels walk."""
+    """Our passes, counted from the kernels' own tables."""
     size = schedule.block_size
     shapes = schedule, schedule.num_heads, schedule.num_kv_heads, schedule.query_length, schedule.kv_length
-    tiles, keys = choose_config(*shapes), choose_kv_grad_config(*shapes)
-    over_keys = _walk(q_tables(schedule, tiles), tiles.block_kv // min(size, tiles.block_kv), 1)
-    slots = keys.step_size // (keys.heads_per_step * min(size, keys.step_size // keys.heads_per_step))
-    rounds = schedule.num_heads // schedule.num_kv_heads // keys.heads_per_step if schedule.shares_groups else 1
-    over_queries = _walk(kv_tables(schedule, keys).queries, slots, rounds)
-    forward = Pass(Tile(tiles.rows, tiles.block_kv), over_keys)
-    return {"forward": forward, "dq": forward, "dk, dv": Pass(Tile(keys.step_size, keys.block_kv), over_queries)}
+    config, kv_config = choose_config(*shapes), choose_kv_grad_config(*shapes)
+    over_keys = _count_steps(q_tables(schedule, config), config.block_kv // min(size, config.block_kv), 1)
+    heads, queries = kv_config.heads_per_step, kv_config.step_size // kv_config.heads_per_step
+    head_passes = schedule.num_heads // schedule.num_kv_heads // heads if schedule.shares_groups else 1
+    over_queries = _count_steps(kv_tables(schedule, kv_config).queries, queries // min(size, queries), head_passes)
+    forward = Pass(Tile(config.rows, config.block_kv), over_keys)
+    backward = Pass(Tile(kv_config.step_size, kv_config.block_kv), over_queries)
+    return {"forward": forward, "dq": forward, "dk, dv": backward}
 
 
-def _walk(tables: EntryLists, slots: int, rounds: int) -> Walk:
+def _count_steps(tables: EntryLists, slots: int, head_passes: int) -> StepCounts:
     lengths = (tables.ranges[..., 1] - tables.ranges[..., 0]).astype(np.int64)
     full, total = lengths[..., : tables.num_full_ranges].sum(-1), lengths.sum(-1)
     steps, plain = np.maximum(-(-total // slots), 1), full // (STEPS_PER_GROUP * slots)
-    whole = steps // STEPS_PER_GROUP
-    return Walk(
-        *(
-            rounds * int(each)
-            for each in (full.size, plain.sum(), (whole - plain).sum(), (steps % STEPS_PER_GROUP).sum())
-        )
-    )
+    counts = full.size, plain.sum(), (steps // STEPS_PER_GROUP - plain).sum(), (steps % STEPS_PER_GROUP).sum()
+    return StepCounts(*(head_passes * int(each) for each in counts))
 
 
 def our_rows(chip: str, case: Case, block_size: int) -> list[dict]:
@@ -131,19 +127,21 @@ def our_rows(chip: str, case: Case, block_size: int) -> list[dict]:
         if way is None:
             continue
         steps = kernel.innermost("MXU")
-        # The compiler may write the second one twice, for one turn and for more.
+        # The compiler may emit the masked region twice, for one iteration and for several.
         plain, masked, alone = steps[0], steps[-2], steps[-1]
         if masked.bundles < 0.8 * plain.bundles:
-            print(f"{chip}, {case.name}, {way}: its steps are cut into several regions, which are not told apart here")
+            print(
+                f"{chip}, {case.name}, {way}: its steps are cut into several regions, which are not put together here"
+            )
             continue
         around = kernel.bundles - sum(step.bundles for step in steps)
-        tile, walk = passes[way].tile, passes[way].walk
-        total = walk.rows * around + walk.plain * plain.bundles + walk.masked * masked.bundles
+        tile, counts = passes[way].tile, passes[way].steps
+        total = counts.rows * around + counts.plain * plain.bundles + counts.masked * masked.bundles
         rows.append({
             "chip": chip, "case": case.name, "kernel": "ours" if block_size == 64 else f"ours, block {block_size}",
             "pass": way, "tile": str(tile), **_of_step(kernel, plain, STEPS_PER_GROUP),
             "partial tile": masked.bundles / STEPS_PER_GROUP, "alone": alone.bundles, "around a row": around,
-            "total M": (total + walk.alone * alone.bundles) / 1e6,
+            "total M": (total + counts.alone * alone.bundles) / 1e6,
         })  # fmt: skip
         rows[-1]["KB a tile"] = (tile.keys if way != "dk, dv" else tile.queries) * 2 * case.head_dim * 2 / 1024
     return rows
@@ -157,7 +155,7 @@ def _of_step(kernel: TpuKernel, step, number: int) -> dict:
 
 
 def peer_steps(chip: str, name: str) -> list[dict]:
-    """Bundles of the steps at all tile sizes."""
+    """Bundles of a peer's steps at all tile sizes."""
     rows = []
     for tile in TILES:
         for kernel in scheduled(chip, name, tile.queries, tile.keys):
@@ -173,7 +171,7 @@ def peer_steps(chip: str, name: str) -> list[dict]:
 
 
 def peer_rows(steps: list[dict], case: Case) -> list[dict]:
-    """Of every pass, the tile size that has the least total; 512×512 besides where the pattern is dense."""
+    """The row of each pass at the tile size with the least total; for a dense pattern also 512×512."""
     schedule, rows = schedule_of(case, 64), []
     for way in dict.fromkeys(step["pass"] for step in steps):
         mine = []
@@ -187,7 +185,7 @@ def peer_rows(steps: list[dict], case: Case) -> list[dict]:
 
 
 def ratios(rows: list[dict]) -> list[dict]:
-    """Our total over the best of each other, forward and backward."""
+    """Our total over each peer's best, forward and backward."""
     found = []
     for chip, case in dict.fromkeys((row["chip"], row["case"]) for row in rows):
         here = [row for row in rows if (row["chip"], row["case"]) == (chip, case)]

@@ -1,10 +1,10 @@
-"""Device time: how long the GPU is busy with a call, whichever library launches it.
+"""Device time: the time that the GPU is busy with a call, whichever library launches it.
 
 CUPTI sees every kernel of the process, JAX's and PyTorch's alike, by the GPU's own clock. Its weakness: copies and the
-gaps between kernels are missing, and kernels that run side by side count twice. The host's time stands beside it.
+gaps between kernels are missing, and kernels that run side by side count twice. The host's time is recorded too.
 
-Without a believable CUPTI the host's clock serves: calls are queued one behind the other, and the time that each
-further call takes is that of a call, as long as the GPU is slower than the host.
+Without a believable CUPTI the host's clock is taken: calls are queued, and each further call adds its device time, as
+long as the GPU is slower than the host.
 """
 
 import dataclasses
@@ -25,13 +25,13 @@ Call = Callable[[], typing.Any]
 Wait = Callable[[typing.Any], typing.Any]
 
 MAX_TFLOPS = 1000
-"""Above the bfloat16 rate of any Hopper GPU."""
+"""A rate above that of any Hopper GPU in bfloat16."""
 
 MAX_MS = 2000
 """Calls that take longer are not timed."""
 
 SAMPLE_MS = 30
-"""Calls of a sample take about so long together, twenty calls at most."""
+"""Target duration of a sample's calls, of which there are twenty at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def choose_clock(call: Call, wait: Wait, operations: float) -> tuple[Clock, dict
         try:
             clock, samples = make(), []
             for calls in (3, 5, 2):
-                wait(call())  # which a clock must not count
+                wait(call())  # a clock must not count this call
                 samples.append(clock.measure(call, wait, calls))
             rate = operations / statistics.median(sample.device_ms for sample in samples) / 1e9
             kernels = {sample.kernels for sample in samples}

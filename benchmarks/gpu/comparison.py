@@ -1,4 +1,4 @@
-"""One case: its implementations are compiled, checked, and timed in turn, pass by pass."""
+"""A case: its implementations are compiled, checked, and timed in turn, pass by pass."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from s2jax.patterns import Pattern
 
 Executables = dict[tuple[str, str], Executable]
 Rows = dict[tuple[str, str], dict]
-"""By implementation and pass."""
+"""Results rows by implementation and pass."""
 
 PAUSE_S = 0.03
 
@@ -45,7 +45,7 @@ class Options:
 
 
 class Session(typing.NamedTuple):
-    """The process in which cases are measured.
+    """State of the process in which cases are measured.
 
     Attributes:
       left_out: reasons why passes of implementations are not tried again.
@@ -71,7 +71,7 @@ class Comparison:
     passes: tuple[str, ...] = PASSES
 
     def make_rows(self) -> Rows:
-        """The results rows before anything runs; `pairs` are the token pairs that the pattern lets through."""
+        """Results rows with the known facts; `pairs` counts the token pairs that the pattern lets through."""
         case, rows = self.case, {}
         heads = {"num_heads": case.num_heads, "num_kv_heads": case.num_kv_heads}
         for each in self.implementations:
@@ -87,7 +87,7 @@ class Comparison:
         return make_arrays(self.case)
 
     def function(self, name: str) -> Callable:
-        """A pass, made of an attention, as a function of the inputs."""
+        """Makes a pass, a function of the inputs, from an attention."""
         return FUNCTIONS[name]
 
     def check(self, rows: Rows, executables: Executables, inputs: typing.Any, session: Session) -> None:
@@ -122,7 +122,7 @@ def check_pass(
 
 
 def measure(comparison: Comparison, session: Session) -> None:
-    """Keeps the rows after every step."""
+    """Measures a case, and keeps its rows after every step."""
     case, keep = comparison.case.name, session.reporter.keep
     session.doing(case, "", "inputs")
     rows, inputs = comparison.make_rows(), comparison.make_inputs()
@@ -138,7 +138,7 @@ def measure(comparison: Comparison, session: Session) -> None:
 
 
 def compile_all(comparison: Comparison, rows: Rows, inputs: typing.Any, session: Session) -> Executables:
-    """The passes that can run, JAX's compiled all at once."""
+    """The passes that compile; those of JAX are compiled in parallel."""
     executables: Executables = {}
     compiling: dict[Future, Job] = {}
     attempt, doing = session.reporter.attempt, session.reporter.doing
@@ -165,7 +165,7 @@ def compile_all(comparison: Comparison, rows: Rows, inputs: typing.Any, session:
 
 
 def time_in_turn(case: str, step: str, rows: Rows, executables: Executables, session: Session) -> None:
-    """Samples a pass of all implementations in turn; one that fails drops out. Out of time, one round is enough."""
+    """Samples a pass of all implementations in turn, one round at least. Implementations that fail drop out."""
     timings = {key: Timing(each.call, each.wait) for key, each in executables.items() if key[1] == step}
 
     def attempt(key: tuple[str, str], action: Callable[[], None]) -> None:

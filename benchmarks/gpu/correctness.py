@@ -1,9 +1,8 @@
 """Outputs and gradients at real sizes against float32, by FlashAttention's rule.
 
-No error may exceed twice that of the plain computation in the inputs' own precision, plus one rounding. A whole square
-of 128k tokens is out of reach, so rows are sampled: each needs its own keys only. The cotangent is zero outside of
-them, so dq is known there and zero elsewhere, and dk and dv are known whole. Samples are whole blocks, and single rows
-between them.
+No error may exceed twice that of the plain computation in the inputs' own precision, plus one rounding. The square of
+128k tokens does not fit, so rows are sampled: whole blocks, and single rows between them. The cotangent is zero outside
+of these rows, so dq is zero there, and dk and dv are known whole.
 
 The rule holds in each band of positions from a power of 4 to the next: the first rows read few keys and have large
 outputs and errors, and a block forgotten far down would be lost in their tolerance.
@@ -22,7 +21,7 @@ from benchmarks.gpu.implementations import RESULTS, Arrays
 from s2jax.patterns import HeadGroups, Pattern
 
 PAIRS = 1 << 26
-"""Logits of a head held at once, in float32."""
+"""Largest number of a head's logits, in float32."""
 
 BLOCK = 64
 """Tokens of the whole blocks among the sampled rows."""
@@ -31,7 +30,7 @@ NUM_BANDS = 16
 
 
 def sample_rows(length: int, kv_length: int, pairs: int = PAIRS, seed: int = 0) -> np.ndarray:
-    """Ascending rows: the first block, the last and some between, and one row in each of equal stretches."""
+    """Ascending rows: the first block, the last, some between, and one row in each of equal intervals."""
     number = max(1, min(length, pairs // kv_length))
     if number == length:
         return np.arange(length)
@@ -111,7 +110,7 @@ class Truth:
 
 @jax.jit
 def _errors(exact: Float[Array, "b t h d"], result: Float[Array, "b t h d"]) -> Float[Array, " t"]:
-    """The largest difference at each position; a NaN differs without bound."""
+    """The largest difference at each position; infinite for a NaN."""
     difference = jnp.abs(exact.astype(jnp.float32) - result.astype(jnp.float32))
     return jnp.where(jnp.isnan(difference), jnp.inf, difference).max((0, 2, 3))
 
@@ -143,7 +142,7 @@ def _by_band(values: Array, band: np.ndarray) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _float32_and_plain(pattern: Pattern, arrays: Arrays, rows: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Results in float32, and in the inputs' own precision; dk and dv are summed over a group in float32."""
+    """Results in float32 and in the inputs' precision; dk and dv are summed over a group in float32."""
     batch, kv_length, num_kv_heads, _ = arrays.key.shape
     heads = HeadGroups(arrays.query.shape[2], num_kv_heads)
     group = heads.num_heads // num_kv_heads

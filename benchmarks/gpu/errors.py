@@ -2,11 +2,11 @@
 
 
 class LeftOut(Exception):
-    """Reason why an implementation does not take part although nothing is wrong."""
+    """Raised for an implementation that does not take part although nothing is wrong."""
 
 
 class NoDeviceTime(RuntimeError):
-    """Reason why a measured time cannot be believed."""
+    """Raised for a measured time that cannot be right."""
 
 
 EXPECTED = (RuntimeError, ValueError, TypeError, ImportError, OSError)

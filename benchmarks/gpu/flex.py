@@ -18,7 +18,7 @@ from benchmarks.gpu.implementations import Arrays, Executable
 from s2jax.patterns import HeadGroups, LocalStride, Pattern
 
 MAX_TOKENS = 32 << 10
-"""Beyond, only one block size is compared: each has a compiled pass and a mask in memory."""
+"""Longest sequence for blocks of 128 keys; longer ones are compared at one block size to save memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Flex:
         return case.pattern()
 
     def prepare(self, case: Case, name: str, function: Callable, inputs: Arrays) -> Callable[[], Executable]:
-        """Compiles a pass in this thread, as PyTorch must; raises LeftOut."""
+        """Compiles a pass in this thread, as PyTorch requires; raises LeftOut."""
         if self.columns > 64 and case.tokens > MAX_TOKENS:
             raise LeftOut(f"beyond {MAX_TOKENS >> 10}k tokens only in blocks of 64 keys")
         import torch
@@ -83,7 +83,7 @@ def _forward_backward(attention: Callable, tensors: list) -> tuple:
 
 @functools.lru_cache(1)
 def block_mask(case: Case, sizes: tuple[int, int], device: typing.Any) -> typing.Any:
-    """A `BlockMask` of the case's pattern: blocks that are read, and the rule token by token within them."""
+    """A `BlockMask` of the case's pattern: the blocks that are read, and the rule for tokens within them."""
     import torch
     import torch.nn.attention.flex_attention as flex
 
@@ -117,7 +117,7 @@ def block_mask(case: Case, sizes: tuple[int, int], device: typing.Any) -> typing
 
 @functools.lru_cache(1)  # for both passes and both block sizes
 def to_tensors(arrays: Arrays) -> list:
-    """Query, key, value and dout of PyTorch, [b, h, t, d] in memory too: the order FlexAttention is written for."""
+    """Query, key, value and dout as PyTorch tensors, [b, h, t, d] in memory, as FlexAttention prefers."""
     import torch
 
     tensors = map(torch.from_dlpack, (arrays.query, arrays.key, arrays.value, arrays.dout))
@@ -125,5 +125,5 @@ def to_tensors(arrays: Arrays) -> list:
 
 
 def _to_jax(tensor) -> jax.Array:
-    """[b, h, t, d] of PyTorch -> [b, t, h, d] of JAX."""
+    """Converts [b, h, t, d] of PyTorch to [b, t, h, d] of JAX."""
     return jax.numpy.from_dlpack(tensor.detach().transpose(1, 2).contiguous())

@@ -1,6 +1,6 @@
-"""The attentions that are compared, compiled for a case and ready to be called.
+"""Implementations of attention, compiled for a case.
 
-An implementation computes the case's pattern, or dense causal attention, which the speedups are over.
+An implementation computes the case's pattern, or dense causal attention as the baseline of speedups.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ Attention = Callable[[Array, Array, Array], Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays:
-    """The inputs of a case, and the cotangent of its output; equal to itself alone."""
+    """The inputs of a case and the cotangent of its output, compared and hashed by identity."""
 
     query: Float[Array, "b t h d"]
     key: Float[Array, "b s k d"]
@@ -50,7 +50,7 @@ def forward(attention: Attention) -> Callable[[Arrays], tuple]:
 
 
 def forward_backward(attention: Attention) -> Callable[[Arrays], tuple]:
-    """The output is a result too, so that no implementation can leave its forward pass out."""
+    """The output and the gradients; the output prevents that the forward pass is optimized away."""
 
     def both(arrays: Arrays) -> tuple:
         out, pull = jax.vjp(attention, arrays.query, arrays.key, arrays.value)
@@ -60,7 +60,7 @@ def forward_backward(attention: Attention) -> Callable[[Arrays], tuple]:
 
 
 FUNCTIONS = {"forward": forward, "forward + backward": forward_backward}
-"""Functions of a case's inputs, made of an attention, by pass."""
+"""Makers of the passes, functions of a case's inputs, from an attention."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Executable:
 
     Attributes:
       call: the pass as it is timed.
-      results: the same executable's results for other inputs, as JAX arrays.
+      results: results of the same executable for other inputs, as JAX arrays.
       facts: entries of a results row.
     """
 
@@ -85,7 +85,7 @@ class Implementation:
 
     Attributes:
       make: the attention of a pattern.
-      dense: computes dense causal attention whatever the pattern.
+      dense: True if it computes dense causal attention for every pattern.
       block: tokens in a block of its pattern.
     """
 
@@ -98,10 +98,10 @@ class Implementation:
         return s2jax.Dense() if self.dense else case.pattern(self.block)
 
     def prepare(self, case: Case, name: str, function: Callable, inputs: typing.Any) -> Callable[[], Executable]:
-        """Traces a pass, and returns what compiles it in any thread.
+        """Traces a pass, and returns a function that compiles it in any thread.
 
         Args:
-          function: the pass, made of an attention.
+          function: makes the pass from an attention.
         """
         lowered = jax.jit(function(self.make(self.pattern(case)))).lower(inputs)
         return functools.partial(_compile, lowered, inputs)
@@ -145,4 +145,4 @@ IMPLEMENTATIONS = (
     Implementation("s2jax block 16", HOPPER, block=16),
     Implementation("xla", functools.partial(s2jax_attention, "xla")),
 )
-"""Those written in JAX; PyTorch's are in `benchmarks.gpu.flex`."""
+"""Implementations in JAX; those in PyTorch are in `benchmarks.gpu.flex`."""

@@ -21,13 +21,13 @@ ENVIRONMENT = {
 
 
 def set_environment() -> None:
-    """Sets what JAX reads when it starts; the caller's own values stand, and flags are added to."""
+    """Sets the environment that JAX reads when it starts; the caller's values are kept, and flags are added to."""
     flags = f"{ENVIRONMENT['XLA_FLAGS']} {os.environ.get('XLA_FLAGS', '')}".strip()
     os.environ.update(ENVIRONMENT | dict(os.environ) | {"XLA_FLAGS": flags})
 
 
 def leave_alone() -> None:
-    """Keeps this process off the GPU: others use it."""
+    """Keeps this process off the GPU, which other processes use."""
     jax.config.update("jax_platforms", "cpu")
 
 

@@ -1,7 +1,7 @@
 """A run: correctness at real sizes, then times, implementations in turn, case by case, saved after every step.
 
-An implementation's failure is an entry in its row; so is want of time. The measuring is done in another process: when
-that hangs or dies, its findings are kept, and a new one goes on without the implementation at fault.
+Failures and want of time are entries of a row. Another process measures: when it hangs or dies, its findings are kept,
+and a new process goes on without the implementation at fault.
 """
 
 import gc
@@ -23,17 +23,18 @@ from benchmarks.record import commit, device, table
 from pallas_kernels.mosaic_gpu.sm90.config import TUNED_PATH
 
 GRACE_S = 60
-"""A case begun before the budget is spent may take so much longer."""
+"""Seconds that a case may take beyond the budget if it began within."""
 
 COLUMNS = ["implementation", "pass", "correct", "ms", "useful TFLOP/s", "of ideal", "failed", "not run"]
 
 
 class Record:
-    """The findings so far, kept by the process that touches no GPU.
+    """Findings, kept by the process that does not touch the GPU.
 
     Args:
       write: saves all rows and the header; called after every change.
-      rows: those of an earlier call, and `done` the cases that it finished.
+      rows: rows of an earlier call.
+      done: cases that it finished.
     """
 
     def __init__(self, write: Callable[[list[dict], dict], None], rows: Iterable[dict] = (), done: Iterable[str] = ()):
@@ -42,7 +43,7 @@ class Record:
 
     @classmethod
     def resume(cls, path: pathlib.Path, write: Callable[[list[dict], dict], None]) -> "Record":
-        """The record in a results file of the same commit, whose last case may be unfinished."""
+        """The record of an unfinished run, from its results file; the commit must be the same."""
         known = json.loads(path.read_text())
         if known["commit"] != commit():
             raise SystemExit(f"{path} is of another commit, {known['commit']}: measure anew, without --resume")
@@ -55,7 +56,7 @@ class Record:
         return [row for name in names for row in with_speedups([r for r in self._rows.values() if r["case"] == name])]
 
     def keep(self, rows: Iterable[dict] = (), header: dict | None = None, done: str | None = None) -> None:
-        """Adds or replaces rows, though none that has a time by one without; adds to the header and finished cases."""
+        """Adds rows, entries of the header and a finished case. A row without a time replaces none that has one."""
         for row in rows:
             key = row["case"], row["implementation"], row["pass"]
             if "ms" in row or "ms" not in self._rows.get(key, {}):
@@ -70,7 +71,7 @@ class Record:
         return [each for each in comparisons if each.case.name not in self.header["done"]]
 
     def close(self, comparisons: Iterable[Comparison], outcome: str, reason: str) -> None:
-        """Notes the reason for whatever has no result yet; `outcome` is "not run" or "failed"."""
+        """Enters the reason in all rows without a result; `outcome` is "not run" or "failed"."""
         for comparison in comparisons:
             for key, row in comparison.make_rows().items():
                 row = self._rows.get((comparison.case.name, *key), row)
@@ -78,7 +79,7 @@ class Record:
                     self.keep([row | {outcome: reason}])
 
     def failures(self) -> list[str]:
-        """What is missing or wrong among our own implementations, a line each."""
+        """Missing and wrong results of our own implementations, a line each."""
         return [
             f"{row['implementation']} at {row['case']}, {row['pass']}: {row.get(key) or 'not correct'}"
             for row in self.rows if row["implementation"].startswith("s2jax")
@@ -87,7 +88,7 @@ class Record:
 
 
 def run(comparisons: Sequence[Comparison], options: Options, record: Record) -> None:
-    """Measures all that the record does not hold yet."""
+    """Measures the cases that the record has not finished."""
     stop = time.monotonic() + options.budget_s
     left_out: dict[tuple[str, str], str] = {}
     while left := record.left(comparisons):
@@ -101,14 +102,14 @@ def run(comparisons: Sequence[Comparison], options: Options, record: Record) -> 
         for job in guilty:
             left_out |= {(job.implementation, step): reason for step in lost_with(job.step)}
         if not guilty:
-            # What is no implementation's fault would happen again.
+            # Without an implementation at fault it would happen again.
             blamed = [each for each in left if not cases or each.case.name in cases]
             record.close(blamed, "failed", reason)
             record.header["done"] += [each.case.name for each in blamed]
 
 
 def lost_with(step: str) -> tuple[str, ...]:
-    """Passes that are not tried where this one hangs: itself, and those that contain it."""
+    """The passes to leave out when this one hangs: itself, and those that contain it."""
     return PASSES[PASSES.index(step) :] if step in PASSES else (step,)
 
 

@@ -1,7 +1,7 @@
 """A training step of one attention block: the pattern against dense attention, with the memory of each.
 
 RMS norm, projections, attention, projection, the residual; the mean of squares, its gradient, a step of SGD, all in
-bfloat16. Nothing else of a model is there, so the figures are the attention's share of a step.
+bfloat16. The rest of a model is left out, so the figures show the attention's share of a step.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ RATE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep(Comparison):
-    """A case whose block is as wide as its heads together."""
+    """A training step of a block that is as wide as its heads together."""
 
     implementations: tuple = (S2JAX, S2JAX_DENSE, CUDNN)
     passes: tuple[str, ...] = (NAME,)
@@ -41,7 +41,7 @@ class TrainStep(Comparison):
         return lambda attention: lambda inputs: step(nnx.graphdef(make_block(self.case, attention)), *inputs)
 
     def check(self, rows: Rows, executables: Executables, inputs: typing.Any, session: Session) -> None:
-        """Losses are finite, and those of dense attentions are equal."""
+        """Checks that losses are finite, and equal for dense attentions."""
 
         def loss(executable: Executable) -> float:
             value = float(executable.results(inputs)[0])

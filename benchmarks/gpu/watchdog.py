@@ -1,7 +1,7 @@
-"""A watchdog against kernels that hang or spoil the GPU's context: what runs on the GPU runs in a watched process.
+"""A watchdog against kernels that hang or spoil the GPU's context: a process of its own uses the GPU.
 
-A process that hangs in a driver cannot be relied on to end itself. So the one that watches has nothing to do with the
-GPU: it hears what goes on, keeps what was found, and ends the other process when that is silent for too long.
+A process that hangs in a driver cannot be relied on to end itself. So the watching process does not touch the GPU. It
+receives jobs and findings, and ends the other process when no message comes for too long.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from benchmarks.gpu.errors import EXPECTED, LeftOut, one_line
 
 START_S = 90
-"""A process reports within so many seconds: it imports JAX, finds the GPU and tries its clocks."""
+"""Seconds until a process reports first: it imports JAX, finds the GPU and tries the clocks."""
 
 HANGING_S, COMPILING_S = 60, 150
-"""A call that takes longer hangs; so does compiling."""
+"""Seconds after which a call, or compiling, counts as hanging."""
 
 
 class Job(typing.NamedTuple):
-    """What goes on: the case, the implementation and the pass or step; empty where there is none."""
+    """The case, the implementation and the pass or step at work; empty strings where there is none."""
 
     case: str = ""
     implementation: str = ""
@@ -47,18 +47,18 @@ class Reporter:
         self._send = send
 
     def doing(self, jobs: Iterable[Job], limit_s: float = HANGING_S) -> None:
-        """Begins these jobs, which ends those before."""
+        """Announces these jobs, which replace the ones before."""
         self._send(("doing", tuple(jobs), limit_s))
 
     def keep(self, rows: Iterable[dict] = (), **more: typing.Any) -> None:
-        """Hands over results rows and whatever more `watch` is to keep."""
+        """Sends results rows and other findings."""
         self._send(("keep", {"rows": list(rows), **more}))
 
     def attempt[Result](self, row: dict, action: Callable[[], Result], outcome: str = "failed") -> Result | None:
-        """The action's result, or None, and then the row says why, under `outcome` or "not run".
+        """The action's result, or None; the reason is then in the row, under `outcome` or "not run".
 
-        A failure that spoiled the GPU for all that follows ends the process. So does an unexpected error, and whoever
-        watches goes on without the implementation.
+        An unexpected error ends the process, and so does a failure that spoiled the GPU's context. The watchdog then
+        goes on without the implementation.
         """
         try:
             return action()
@@ -75,7 +75,7 @@ class Reporter:
 
 
 def lost_context() -> str | None:
-    """Why nothing more can run in this process, as after an illegal access; None where all is well."""
+    """The reason why nothing more can run in this process, such as an illegal access, or None."""
     try:
         jax.block_until_ready(jnp.ones(8) + 1)
     except EXPECTED as error:
@@ -85,7 +85,7 @@ def lost_context() -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """Why a process did not finish, its jobs then, and whether it ran out of time."""
+    """The reason why a process did not finish, its jobs at that time, and True if it ran out of time."""
 
     reason: str
     jobs: tuple[Job, ...]
@@ -96,10 +96,10 @@ class Ending:
 
 
 def watch(work: Callable, arguments: tuple, keep: Callable[..., None], deadline: float) -> Ending | None:
-    """Runs `work(Reporter, *arguments)` in a process of its own, and ends that when it hangs.
+    """Runs `work(Reporter, *arguments)` in a process of its own, and ends the process when it hangs.
 
     Args:
-      keep: called with what the process keeps, as it comes.
+      keep: called with the findings as they come.
       deadline: in `time.monotonic()`.
 
     Returns:

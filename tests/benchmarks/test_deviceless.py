@@ -1,4 +1,4 @@
-"""The compilers' reports are read right: kernels of which it is known what they compile to."""
+"""Readers of the compilers' reports, on kernels whose code is known."""
 
 from collections import Counter
 
@@ -20,7 +20,7 @@ def needs(chip: str):
 
 
 def matmul(columns: int, accumulators: int):
-    """[64, 512] times [512, columns], bfloat16, by one warpgroup; the product is summed up in several accumulators."""
+    """The product [64, 512] · [512, columns] in bfloat16 by one warpgroup, summed in several accumulators."""
 
     def product(a_ref, b_ref, out_ref, a_smem, b_smem, out_smem, barrier):
         def step(tile, _):
@@ -32,14 +32,14 @@ def matmul(columns: int, accumulators: int):
                 plgpu.wgmma(sums, a_smem, b_smem)
             plgpu.wgmma_wait(0)
 
-        def total(*sums):
+        def add_up(*sums):
             nonlocal all_sums
             all_sums = sums
             jax.lax.fori_loop(0, TILES, step, None)
             return sum(each[...] for each in sums)
 
         all_sums = ()
-        out = pl.run_scoped(total, *[plgpu.ACC((TILE_M, columns), jnp.float32)] * accumulators)
+        out = pl.run_scoped(add_up, *[plgpu.ACC((TILE_M, columns), jnp.float32)] * accumulators)
         out_smem[...] = out.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_ref)
@@ -64,7 +64,7 @@ def shapes(columns: int):
 
 @needs("h100")
 def test_a_kernel_without_spills():
-    # A second time too: neither jax nor Mosaic may take it from a cache.
+    # Twice, as neither jax nor Mosaic may take it from a cache.
     for _ in range(2):
         (kernel,) = deviceless.kernels_of("h100", matmul(128, accumulators=1), *shapes(128))
         assert kernel.name == "product"
@@ -164,7 +164,7 @@ SASS = """
 
 
 def test_loops_of_a_disassembly():
-    """A wait that was moved behind the end branches back and is no loop but for its own; loops nest."""
+    """A wait that was moved behind the end branches back and is only its own loop; loops nest."""
     (outer,) = deviceless.loops_in(SASS)
     (inner,) = outer.loops
     (wait,) = inner.loops

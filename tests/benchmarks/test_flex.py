@@ -1,4 +1,4 @@
-"""FlexAttention is given exactly our pattern. Runs where PyTorch is installed, which the project does not ask for."""
+"""FlexAttention gets exactly our pattern. These tests need PyTorch, which the project does not require."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from benchmarks.gpu.implementations import FUNCTIONS, forward_backward, make_arr
 
 CASE = Case("tiny", 1, 4, 2, 32, 3, 4, 1024)
 
-pytestmark = pytest.mark.filterwarnings("default")  # PyTorch's own, too many to name
+pytestmark = pytest.mark.filterwarnings("default")  # PyTorch's own warnings are too many to name
 
 
 def prepared(flex, step, arrays):
@@ -62,7 +62,7 @@ def test_it_gives_our_result(flex):
 
 
 def test_gradients_are_those_of_its_inputs(monkeypatch):
-    """With PyTorch's dense attention in its place, as FlexAttention has no backward pass on a CPU."""
+    """PyTorch's dense attention takes its place, as FlexAttention has no backward pass on a CPU."""
     torch = pytest.importorskip("torch")
     mask = torch.from_numpy(CASE.pattern().token_mask(4, 2, 1024, 1024))
 

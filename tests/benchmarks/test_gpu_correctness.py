@@ -1,4 +1,4 @@
-"""The check at real sizes, at small ones: right results pass, wrong ones do not."""
+"""The correctness check of the GPU benchmark, at small sizes: right results pass, wrong ones fail."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_rows_are_blocks_and_single_ones():
 
 def test_truth_is_that_of_the_token_mask(arrays):
     found = compute_truth(CASE.pattern(), arrays, PAIRS)
-    assert 200 < len(found.rows) <= 256  # where a block and a single row are the same, it counts once
+    assert 200 < len(found.rows) <= 256  # a row that is sampled twice counts once
     mask = jnp.asarray(CASE.pattern().token_mask(4, 2, 512, 512))
     query, key, value = (each.astype(jnp.float32) for each in (arrays.query, arrays.key, arrays.value))
 
@@ -93,7 +93,7 @@ def test_single_faults_fail(arrays):
 
 
 def test_one_forgotten_block_far_down_fails():
-    """Where thousands of keys are read, one block of them moves the output by less than the rounding of the first."""
+    """Among thousands of keys, one block moves the output by less than the rounding of the first rows."""
     arrays = make_arrays(Case("dense", 1, 1, 1, 64, 0, 0, 4096))
     inputs = arrays.query, arrays.key, arrays.value
     right = s2jax.attention(*inputs, s2jax.Dense(), implementation="xla")

@@ -17,7 +17,7 @@ from benchmarks import attention, record, report
 from benchmarks.cases import DENSE_CASES, Case
 from benchmarks.gpu import run, suite, train_step
 from benchmarks.gpu.clock import Sample
-from benchmarks.gpu.comparison import Comparison, Options
+from benchmarks.gpu.comparison import Comparison, Options, Session, measure
 from benchmarks.gpu.errors import NoDeviceTime
 from benchmarks.gpu.implementations import CUDNN, PASSES, S2JAX, Implementation, forward_backward, make_arrays
 from benchmarks.gpu.run import Record
@@ -238,6 +238,15 @@ def test_out_of_time_the_rows_say_so(monkeypatch):
     assert len(given) == 1
     assert {row["not run"] for row in found.rows} == {"400 s were spent"}
     assert found.failures() == []
+
+
+def test_after_the_budget_one_round_is_enough_and_no_case_begins():
+    found = recording()
+    reporter = Reporter(lambda message: found.keep(**message[1]) if message[0] == "keep" else None)
+    measure(Comparison(DENSE, FAKES[:1]), Session(options(repeats=3), reporter, Counting(), {}, stop=0.0))
+    assert [len(row["calls"]) for row in found.rows if row["pass"] in PASSES] == [1, 1]
+    run.measure_all(reporter, [Comparison(TINY, FAKES[:1])], options(), {}, stop=0.0)
+    assert {row["case"] for row in found.rows} == {"flat"}
 
 
 def test_a_second_process_replaces_failures_and_keeps_times():

@@ -1,4 +1,4 @@
-"""The Hopper kernels compiled for sm_90a: nothing spills, everything fits, the tensor cores are used as planned."""
+"""The Hopper kernels compiled for sm_90a: no spills, buffers that fit, the expected products."""
 
 import pytest
 
@@ -25,9 +25,9 @@ def test_code(case):
     for row in compiled(case):
         assert not any(row["spills a step"]), row
         assert row["shared KB"] * 1024 <= SHARED_BYTES
-        # There is a loop without masks and one with.
+        # One loop for full blocks and one for partial blocks.
         assert row["HGMMA"] == [products(case, row)] * (1 if case.selection else 2), row
-        # One number a token: copies that may begin at any 16 bytes of shared memory.
+        # Bulk copies bring one number a token; they may begin at any 16 bytes of shared memory.
         tma, bulk = row["TMA loads, bulk loads"]
         assert tma > 0
         assert (bulk > 0) == ("key" in row["kernel"] or "value" in row["kernel"] or case.segments or case.selection)
@@ -46,7 +46,7 @@ def tiles_of(case):
 
 
 def products(case, row) -> int:
-    """Of a step: over features 16 at a time, over tokens so too."""
+    """The number of HGMMA in a step; each sums over 16 features or tokens."""
     d, e, size = sizes(case)
     over_d, over_e = d // 16, e // 16
     if row["kernel"] == "attend":

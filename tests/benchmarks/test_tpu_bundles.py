@@ -1,4 +1,4 @@
-"""The parser of the TPU compiler's schedules: on a small one written by hand, and on what the compiler writes."""
+"""The parser of the TPU compiler's schedules, on a small one written by hand and on real ones."""
 
 import pytest
 
@@ -50,8 +50,8 @@ def test_regions_and_slots(tmp_path):
     assert [each.number for each in kernel.innermost("SALU")] == [5]
 
 
-def test_a_region_may_end_after_the_one_that_it_is_inside_of(tmp_path):
-    """As where the compiler moves an instruction over the edge: not two steps, but one."""
+def test_an_inner_region_may_end_after_its_outer_one(tmp_path):
+    """The compiler may move an instruction over the edge: this is one step, not two."""
     moved = BUNDLES.replace("} /* End region 4 :: End region 3 */", "} /* End region 3 */")
     moved = moved.replace("/* Start region 5 */", "/* End region 4 :: Start region 5 */")
     (tmp_path / "17-kernel.1-70-final_bundles.txt").write_text(moved)
@@ -68,19 +68,19 @@ def test_a_kernel_without_its_slots_is_an_error(tmp_path):
 
 
 def test_our_steps_are_counted_by_the_tables():
-    """Of a dense pattern: every second tile of queries has one more step of keys, and only the diagonal is masked."""
+    """In a dense pattern, every second tile of queries has one more step of keys, and only the diagonal is masked."""
     passes = our_passes(schedule_of(TPU_CASES["dense"], 64))
     rows = 32 * 1024 // 512
-    walk = passes["forward"].walk
-    assert walk.rows == 16 * rows
-    assert 2 * (walk.plain + walk.masked) + walk.alone == 16 * rows * (rows + 1) // 2
-    assert walk.plain == 16 * sum(row // 2 for row in range(rows))
+    steps = passes["forward"].steps
+    assert steps.rows == 16 * rows
+    assert 2 * (steps.plain + steps.masked) + steps.alone == 16 * rows * (rows + 1) // 2
+    assert steps.plain == 16 * sum(row // 2 for row in range(rows))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(missing("v5e:2x2") is not None, reason=str(missing("v5e:2x2")))
 def test_the_steps_of_our_kernels():
-    """Three for each kernel, of two steps and of one, which use the matrix units in nearly every bundle."""
+    """Each kernel has regions of two steps and one of a single step, full of matrix products."""
     found = {kernel.name.partition(".")[0]: kernel for kernel in scheduled("v5e", "ours", "dense", 64)}
     for name in ("s2jax_forward", "s2jax_query_gradient", "s2jax_key_gradients"):
         plain, *_, alone = found[name].innermost("MXU")
