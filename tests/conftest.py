@@ -20,6 +20,10 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from jax.experimental.compilation_cache import compilation_cache  # noqa: E402
 
+from tests import annotations  # noqa: E402
+
+annotations.install()
+
 # The same examples every time: a failure is to be seen by whoever runs the tests next. No deadlines, as compiling takes
 # seconds. `-m slow` and `-m ""` look further.
 SHARED = {"derandomize": True, "deadline": None, "database": None, "print_blob": False}
