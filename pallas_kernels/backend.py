@@ -94,7 +94,7 @@ class DifferentiableBackend(Backend, typing.Protocol):
         *,
         differentiable: bool = False,
     ) -> tuple[Array, Array, Array]:
-        """As in `Backend`; a differentiable pass may be slower."""
+        """dq, dk and dv, as in `Backend`; a differentiable pass may be slower."""
         ...
 
     def tangents(

@@ -1,4 +1,7 @@
-"""`vmap` of a pass: more sequences. Pallas' own way, one more axis of the grid, cannot leave an array where it is."""
+"""`vmap` of a pass as more sequences.
+
+Pallas would add an axis to the grid instead, which cannot leave an array in HBM.
+"""
 
 import dataclasses
 import typing
@@ -14,7 +17,7 @@ OF_SEQUENCES = ("query", "key", "value", "query_segment_ids", "kv_segment_ids", 
 def over_sequences(function: typing.Callable[..., tuple]) -> typing.Callable[..., tuple]:
     """`function(operands, *arrays)`, whose arrays and results begin with the batch; a mapped axis joins it.
 
-    What has no batch, sinks and tables, may not be mapped: one element is then computed after the other.
+    Sinks and tables have no batch. If they are mapped, the elements are computed one after the other.
     """
 
     @jax.custom_batching.custom_vmap

@@ -4,7 +4,7 @@ A function that is traced with its caller holds the kernels of every platform, b
 primitive need not: its lowering rule traces the one kernel that is needed. So tracing is quick, compiling for an absent
 device stays possible, and layers that call the same computation on the same shapes lower it once.
 
-`vmap` leaves a note on the primitive, a `Mapped`; the computation is mapped when it is traced.
+`vmap` adds a `Mapped` to the primitive's parameters; the computation is mapped when it is traced.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a computation is lowered for.
+    """The target of a lowering.
 
     Attributes:
       platform: as JAX names it: "cpu", "cuda", "rocm", "tpu".
-      device: one of the devices, None where they are not known, as in an export.
+      device: one of the devices; None if they are unknown, as in an export.
     """
 
     platform: str
@@ -41,8 +41,8 @@ class Mapped:
     """One `vmap` around a computation.
 
     Attributes:
-      axes: the mapped axis of every array; None for an array that is shared.
-      size: of the mapped axis.
+      axes: the mapped axis of every array; None for an array that all elements share.
+      size: size of the mapped axis.
       mesh_axes: mesh axes that the mapped axis is split over.
     """
 
@@ -53,7 +53,7 @@ class Mapped:
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """How a primitive's flat arrays are the arguments of its computation.
+    """The structure of a computation's arguments, which its primitive takes as flat arrays.
 
     Attributes:
       structure: pytree structure of the arguments.
@@ -67,14 +67,14 @@ class Signature:
         return jax.tree.unflatten(self.structure, leaves)
 
     def one(self, types) -> tuple:
-        """The arguments' types without the mapped axes, as a pytree."""
+        """The types of the arguments without the mapped axes, as a pytree."""
         types = list(types)
         for mapped in reversed(self.maps):
             types = [mapped_aval(mapped.size, axis, each) for axis, each in zip(mapped.axes, types, strict=True)]
         return self.unflatten(types)
 
     def all(self, types) -> list:
-        """Results' types with the mapped axes, which come first, the outermost before the others."""
+        """The types of the results with the mapped axes, which come first, the outermost before the others."""
         for mapped in self.maps:
             names = mapped.mesh_axes or None
             types = [unmapped_aval(mapped.size, 0, each, names) for each in types]
@@ -91,7 +91,7 @@ class Signature:
         return flat
 
     def again(self, function: typing.Callable) -> typing.Callable:
-        """As `mapped`, for a function that looks at the mesh: it learns over which mesh axes it is mapped."""
+        """`mapped`, for a function that looks at the mesh: its `vmap`s name the mesh axes of the mapped axes."""
 
         def flat(*leaves):
             return function(*self.unflatten(leaves))
@@ -103,7 +103,7 @@ class Signature:
         return flat
 
     def as_argument(self, result: jax.Array, place: int) -> jax.Array:
-        """A result that belongs to an argument, mapped as that is: summed where the argument is shared."""
+        """The result for an argument, with the argument's mapped axes: summed over those that share it."""
         depth = len(self.maps)
         for number, mapped in enumerate(self.maps, start=1):
             at, axis = depth - number, mapped.axes[place]
@@ -117,10 +117,10 @@ def _mesh_axes() -> tuple[tuple[str, ...], tuple[AxisType, ...]]:
 
 
 class Deferred:
-    """A primitive with its lowering, evaluation and batching; who makes it adds the derivative.
+    """A primitive with its lowering, evaluation and batching; its maker adds the derivative.
 
     Parameters of the primitive:
-      static: what the computation knows beside arrays; hashable.
+      static: hashable parameters of the computation.
       signature: a `Signature`.
     """
 

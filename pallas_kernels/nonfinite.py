@@ -27,13 +27,13 @@ def depends_on_arrays(problem: Problem, operands: Operands) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def reads_own_position(schedule: BlockSchedule) -> bool:
-    """Whether queries stand where the keys do, and each reads the key at its own position, for every head."""
+    """True if queries are at the keys' positions, and each reads the key at its own, for every head."""
     lists, size = schedule.lists, schedule.block_size
     if schedule.query_offset or schedule.query_length != schedule.kv_length:
         return False
     diagonals = np.diagonal(schedule.token_masks, axis1=1, axis2=2)
     whole = diagonals.all(-1)
-    # Of the last row, not all queries exist.
+    # The last row may have fewer queries.
     last = lists.num_rows - 1
     whole_at_end = diagonals[:, : schedule.query_length - last * size].all(-1)
     for unique_head in range(lists.num_unique_heads):
@@ -41,15 +41,15 @@ def reads_own_position(schedule: BlockSchedule) -> bool:
         kind = lists.mask_ids[position]
         reads = np.where(row == last, whole_at_end[kind], whole[kind]) & (lists.blocks[position] == row)
         others = np.setdiff1d(np.arange(lists.num_rows), row[reads])
-        if not _walks(lists, lists.ranges[unique_head, others, : lists.num_full_ranges], others[:, None]).any(-1).all():
+        if not _holds(lists, lists.ranges[unique_head, others, : lists.num_full_ranges], others[:, None]).any(-1).all():
             return False
     return True
 
 
-def _walks(lists: BlockLists, ranges: np.ndarray, block: np.ndarray) -> Bool[np.ndarray, "rows parts"]:
-    """Whether each slice holds the block."""
+def _holds(lists: BlockLists, ranges: np.ndarray, block: np.ndarray) -> Bool[np.ndarray, "rows ranges"]:
+    """True where a range holds the block of its row."""
     (low, high), last = (ranges[..., 0], ranges[..., 1]), len(lists.blocks) - 1
-    # Blocks ascend within a slice: the first one that is not before it.
+    # Blocks ascend within a range: a binary search for the first one that is not before it.
     for _ in range(len(lists.blocks).bit_length()):
         middle = (low + high) // 2
         before = (low < high) & (lists.blocks[np.minimum(middle, last)] < block)
@@ -97,7 +97,7 @@ def _zeroed(arrays: dict[str, Array], read: Bool[Array, "#b s k"] | None) -> dic
 
 @functools.lru_cache(maxsize=64)
 def unread_keys(schedule: BlockSchedule) -> Bool[np.ndarray, "k s"] | None:
-    """Keys that no query of a KV head's group reads, though their block is read; None where there are none."""
+    """Keys that no query of a KV head's group reads, though their block is read; None if there are none."""
     by_unique_head = np.stack(
         [_read_by(schedule, unique_head) for unique_head in range(schedule.lists.num_unique_heads)]
     )
@@ -112,7 +112,7 @@ def unread_keys(schedule: BlockSchedule) -> Bool[np.ndarray, "k s"] | None:
 def _read_by(schedule: BlockSchedule, unique_head: int) -> Bool[np.ndarray, "columns block_size"]:
     """The keys that some query of a distinct head reads."""
     lists, size = schedule.lists, schedule.block_size
-    # Blocks without a mask, in time that grows with the slices: where in the lists some slice is open.
+    # Full entries, in time proportional to the ranges: positions of the lists within some range.
     ranges = lists.ranges[unique_head, :, : lists.num_full_ranges].reshape(-1, 2)
     ranges = ranges[ranges[:, 1] > ranges[:, 0]]
     opened = np.zeros(len(lists.blocks) + 1, np.int64)
@@ -122,7 +122,7 @@ def _read_by(schedule: BlockSchedule, unique_head: int) -> Bool[np.ndarray, "col
     read[lists.blocks[np.cumsum(opened)[:-1] > 0]] = True
     row, position = lists.entries(unique_head, slice(lists.num_full_ranges, None))
     block, mask = lists.blocks[position], lists.mask_ids[position]
-    # Of the first and the last row, not all queries exist.
+    # The first and the last row may have fewer queries.
     first = schedule.query_offset - schedule.first_row * size
     last = first + schedule.query_length - (lists.num_rows - 1) * size
     edge = (row == 0) | (row == lists.num_rows - 1)

@@ -1,4 +1,4 @@
-"""What every kernel walks: rows of blocks that read slices of shared lists of blocks."""
+"""Compiled patterns: rows of query blocks, each of which reads ranges of shared lists of key blocks."""
 
 import dataclasses
 import functools
@@ -14,23 +14,23 @@ WHOLE, NOTHING = 0, 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockLists:
-    """Rows, each of which walks a few slices of shared lists, one after the other.
+    """Rows, each of which reads a few ranges of shared lists.
 
-    In a strided pattern row i reads a prefix of its head's list of stripes, and a slice of the list of all blocks that
-    is its window. So the lists are O(n) for every head, where one list per row would be O(n² · density).
+    In a strided pattern row i reads a prefix of its head's list of stripes, and its window, a range of the list of all
+    blocks. So the lists are O(n) for every head, where one list per row would be O(n² · density).
 
     Attributes:
       blocks: int32 [entries], the lists, concatenated; ascending inside a list.
       mask_ids: int32 [entries], which token mask applies to the entry; 0 = none, all tokens are read.
-      ranges: int32 [unique_heads, rows, ranges, 2], start and stop in `blocks`. The parts of a row share no block.
+      ranges: int32 [unique_heads, rows, ranges, 2], start and stop in `blocks`. The ranges of a row are disjoint.
       offsets: int32 [lists + 1], where in `blocks` each list begins and the last one ends.
-      num_full: the first so many parts of every row hold entries without a mask only.
+      num_full_ranges: the first `num_full_ranges` of every row hold full entries, which have no mask.
     """
 
     blocks: Int32[np.ndarray, " entries"]
     mask_ids: Int32[np.ndarray, " entries"]
     offsets: Int32[np.ndarray, " lists+1"]
-    ranges: Int32[np.ndarray, "unique_heads rows parts 2"]
+    ranges: Int32[np.ndarray, "unique_heads rows ranges 2"]
     num_full_ranges: int
 
     @property
@@ -46,13 +46,13 @@ class BlockLists:
         return sum(array.nbytes for array in (self.blocks, self.mask_ids, self.offsets, self.ranges))
 
     def counts(self) -> Int32[np.ndarray, "unique_heads rows 2"]:
-        """How many entries without and with a mask every row walks."""
+        """Numbers of full and of partial entries of every row."""
         lengths = self.ranges[..., 1] - self.ranges[..., 0]
         full, partial = lengths[..., : self.num_full_ranges], lengths[..., self.num_full_ranges :]
         return np.stack([full.sum(-1), partial.sum(-1)], -1).astype(np.int32)
 
     def entries(self, unique_head: int, part: slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-        """All (row, position in the lists) pairs of a walker, rows ascending."""
+        """All (row, position in the lists) pairs of a unique head, rows ascending."""
         starts, stops = self.ranges[unique_head, :, part, 0], self.ranges[unique_head, :, part, 1]
         rows = np.broadcast_to(np.arange(self.num_rows)[:, None], starts.shape)
         return expand(rows.reshape(-1), starts.reshape(-1), stops.reshape(-1))
@@ -76,7 +76,7 @@ class ListTable:
         self._total = 0
 
     def add(self, blocks: np.ndarray, mask_ids: np.ndarray | None = None) -> int:
-        """Where the list begins."""
+        """Adds a list; returns the position of its first entry."""
         blocks = np.asarray(blocks, np.int32)
         mask_ids = np.zeros(len(blocks), np.int32) if mask_ids is None else np.asarray(mask_ids, np.int32)
         key = (blocks.tobytes(), mask_ids.tobytes())
@@ -85,14 +85,14 @@ class ListTable:
         return self._offsets[key]
 
     def add_many(self, blocks: np.ndarray, mask_ids: np.ndarray, lengths: np.ndarray) -> int:
-        """Where the first of several lists begins, which stand one after the other and are shared with nobody."""
+        """Adds several lists, which are not shared; returns the position of the first entry."""
         self._pieces.append((blocks.astype(np.int32), mask_ids.astype(np.int32)))
         self._lengths.append(lengths)
         offset, self._total = self._total, self._total + len(blocks)
         return offset
 
     def lists(self, ranges: np.ndarray, num_full_ranges: int) -> BlockLists:
-        """The lists, walked by the given slices."""
+        """The lists, read by the given ranges."""
         blocks, mask_ids = (np.concatenate(arrays) for arrays in zip(*self._pieces, strict=True))
         offsets = np.append(0, np.cumsum(np.concatenate(self._lengths))).astype(np.int32)
         return BlockLists(blocks, mask_ids, offsets, ranges.astype(np.int32, copy=False), num_full_ranges)
@@ -103,12 +103,12 @@ class ListTable:
 class BlockSchedule:
     """A pattern for given heads and lengths, compiled; free of any kernel's tiles.
 
-    Row r of `lists` is the query block `first_row + r`, in absolute positions: where `query_offset` is no multiple of
-    the block size, the first row holds fewer queries. `first_row` is 0 where the offset is only known at run time.
+    Row r of `lists` is the query block `first_row + r`, in absolute positions. If `query_offset` is no multiple of the
+    block size, the first row holds fewer queries. If the offset is only known at run time, `first_row` is 0.
 
     Attributes:
-      lists: what the rows of every distinct head read; a walker is a distinct head.
-      head_index: int32 [heads], the walker of every query head.
+      lists: the blocks that the rows of every unique head read. Heads that read the same blocks are one unique head.
+      head_index: int32 [heads], the unique head of every query head.
       token_masks: bool [masks, block_size, block_size], query by key, each mask once; the first two are all and none.
       differ_among: `differ_among(shards)` is True if heads of the pattern read differently, also among so many times as
         many heads; None where there is no pattern.
@@ -126,7 +126,7 @@ class BlockSchedule:
     differ_among: Callable[[tuple[int, ...]], bool] | None = dataclasses.field(default=None, repr=False)
 
     def heads_differ(self, shards: tuple[int, ...]) -> bool:
-        """True if a part of the heads must know which it is: heads differ, here or among so many times as many."""
+        """True if a shard of the heads must know its place: heads differ, here or among so many times as many."""
         if self.differ_among is not None:
             return self.differ_among(shards)
         return bool((self.head_index != self.head_index[:1]).any())
@@ -150,13 +150,13 @@ class BlockSchedule:
 
     @property
     def shares_groups(self) -> bool:
-        """Whether the query heads of every group read the same blocks."""
+        """True if the query heads of every group read the same blocks."""
         groups = self.head_index.reshape(self.num_kv_heads, -1)
         return bool((groups == groups[:, :1]).all())
 
     @functools.cached_property
     def transposed(self) -> BlockLists:
-        """The same reading seen from the keys: a row is a key block, its entries are the rows that read it."""
+        """The transposed lists: a row is a key block, its entries are the rows of queries that read it."""
         return transpose(self.lists, self.num_columns)
 
     def token_mask(self) -> Bool[np.ndarray, "h t s"]:
@@ -172,11 +172,11 @@ class BlockSchedule:
 
 
 def transpose(lists: BlockLists, num_columns: int) -> BlockLists:
-    """Turns lists of what rows read into lists of who reads the columns.
+    """Lists of the rows that read each column.
 
-    Where the rows that share a list enter and leave its positions in order, as they do in strided patterns, the readers
-    of a position are an interval of them: so a column needs a slice of a list of rows and stays O(1). Everything else,
-    and all masked entries, is written out.
+    In strided patterns the rows that share a list enter and leave its positions in order, so the readers of a position
+    are an interval: a column needs one range of a list of rows and stays O(1). Everything else, and all partial
+    entries, is written out.
     """
     table = ListTable()
     intervals = np.zeros((lists.num_unique_heads, num_columns, lists.num_full_ranges, 2), np.int32)
@@ -193,7 +193,7 @@ def transpose(lists: BlockLists, num_columns: int) -> BlockLists:
 
 
 def _column_intervals(lists: BlockLists, unique_head: int, part: int, table: ListTable, intervals: np.ndarray):
-    """Fills in the intervals of readers where readers come in order; gives back the entries where they do not."""
+    """Fills in the intervals of readers that come in order; returns the entries of the others."""
     starts, stops = lists.ranges[unique_head, :, part].T
     rows = np.flatnonzero(stops > starts)
     which = np.searchsorted(lists.offsets, starts[rows], side="right") - 1
@@ -216,7 +216,7 @@ def _column_intervals(lists: BlockLists, unique_head: int, part: int, table: Lis
 
 
 def _flat_columns(table: ListTable, lists: BlockLists, written, num_columns: int, full: bool) -> np.ndarray:
-    """One part more for every column: the entries that were written out, sorted by column, masked or not."""
+    """One more range for every column: the entries that were written out, full or partial, sorted by column."""
     ranges = np.zeros((lists.num_unique_heads, num_columns, 1, 2), np.int32)
     for unique_head, (rows, positions) in enumerate(written):
         chosen = (lists.mask_ids[positions] == WHOLE) == full

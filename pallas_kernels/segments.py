@@ -1,4 +1,4 @@
-"""Documents packed into a sequence: tiles skip the blocks of other documents, and need no mask inside their own."""
+"""Ranges of documents packed into a sequence: tiles skip blocks of other documents, and need no mask in their own."""
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +10,21 @@ from pallas_kernels.sharding import varying_like
 def narrow(
     blocks: Array, ranges: Array, num_full_ranges: int, query_ids: Array, kv_ids: Array, block_size: int
 ) -> Array:
-    """The slices without the blocks that share no segment with the tile.
+    """The ranges without the blocks that share no segment with the tile.
 
-    Every slice without a mask becomes three: the blocks that lie in the one segment of all the tile's queries, which
-    still need no mask, and those before and after, which do. What is skipped is exact for documents that stand one
-    after the other with ascending ids, and too little rather than too much for all others.
+    Every full range becomes three: the blocks within the one segment of all the tile's queries, which still need no
+    mask, and the blocks before and after, which do. If documents follow one another with ascending ids, exactly the
+    unshared blocks are skipped; otherwise fewer.
 
     Args:
-      blocks: int32 [entries], ascending within a slice.
+      blocks: int32 [entries], ascending within a range.
       ranges: int32 [b|1, heads, tiles, ranges, 2].
-      num_full: the first so many parts need no mask.
+      num_full_ranges: the first `num_full_ranges` need no mask.
       query_ids: int32 [b, tiles, queries].
       kv_ids: int32 [b, s], s a multiple of block_size.
 
     Returns:
-      int32 [b, heads, tiles, parts + 2 · num_full, 2], of which the first `num_full_ranges` need no mask.
+      int32 [b, heads, tiles, ranges + 2 · num_full_ranges, 2], of which the first `num_full_ranges` need no mask.
     """
     least, most = query_ids.min(-1)[..., None], query_ids.max(-1)[..., None]
     by_block = kv_ids.reshape(kv_ids.shape[0], -1, block_size)
@@ -40,16 +40,16 @@ def narrow(
 def narrow_kv_tiles(
     blocks: Array, ranges: Array, num_full_ranges: int, query_ids: Array, kv_ids: Array, first_row
 ) -> Array:
-    """The slices without the rows of queries that share no segment with a pack of keys.
+    """The ranges without the query rows that share no segment with a KV tile.
 
-    As in `narrow`, but what is skipped, and what needs no mask, is exact for ids that ascend only. For others all rows
-    are masked, and those that lie between what is shared are walked too.
+    If ids ascend, exactly the unshared rows are skipped and exactly the rows within one segment need no mask. Otherwise
+    all rows are masked, and rows between shared ones are read too.
 
     Args:
-      blocks: int32 [entries], rows, ascending within a slice.
+      blocks: int32 [entries], rows, ascending within a range.
       ranges: int32 [b|1, k, kv_tiles, head_passes, ranges, 2].
       query_ids: int32 [b, rows, queries].
-      kv_ids: int32 [b, k, packs, keys].
+      kv_ids: int32 [b, k, kv_tiles, keys].
       first_row: int, or int32 [b, 1, 1], which row of the lists the first one is.
     """
     least, most, first, last = query_ids.min(-1), query_ids.max(-1), kv_ids.min(-1), kv_ids.max(-1)
@@ -63,17 +63,17 @@ def narrow_kv_tiles(
 
 
 def _place(rows: Array, ids: Array, side: str) -> Array:
-    """Where among rows' ids, int32 [b, rows], others, [b, ...], would stand: int32 [b, ...]."""
+    """Insertion points of `ids` [b, ...] in the ascending ids of rows [b, rows]: int32 [b, ...]."""
     return jax.vmap(lambda rows, ids: jnp.searchsorted(rows, ids, side=side))(rows, ids).astype(jnp.int32)
 
 
 def _cut(
     blocks: Array, ranges: Array, num_full_ranges: int, low: Array, own_low: Array, own_high: Array, high: Array
 ) -> Array:
-    """The slices without the blocks before `low` and from `high` on; only those of `own` need no mask still.
+    """The ranges without the blocks before `low` and from `high` on; those from `own_low` to `own_high` stay full.
 
     Returns:
-      int32 [b, ..., parts + 2 · num_full, 2], of which the first `num_full_ranges` need no mask.
+      int32 [b, ..., ranges + 2 · num_full_ranges, 2], of which the first `num_full_ranges` need no mask.
     """
     cuts = [find(blocks, ranges, edge) for edge in (low, own_low, own_high, high)]
 
@@ -85,10 +85,11 @@ def _cut(
 
 
 def _first_run(condition: Array, *, whole: bool) -> tuple[Array, Array]:
-    """First, and one past the last, of those for which it holds, or of their first run: int32 [...], 0 and 0 if none.
+    """First index where the condition holds, and one past the last: int32 [...], 0 and 0 if there is none.
 
     Args:
       condition: bool [..., n].
+      whole: takes the last index of all, instead of the last of the first run.
     """
     count = condition.shape[-1]
     first = jnp.argmax(condition, -1).astype(jnp.int32)
@@ -102,10 +103,10 @@ def _first_run(condition: Array, *, whole: bool) -> tuple[Array, Array]:
 
 
 def find(blocks: Int32[Array, " entries"], ranges: Array, block: Array) -> Array:
-    """In every slice [..., 2], the position of the first entry that is at least `block`: int32 [...]."""
+    """The position in every range [..., 2] of the first entry that is at least `block`: int32 [...]."""
     low, high = ranges[..., 0], jnp.maximum(ranges[..., 1], ranges[..., 0])
     low, high = (jnp.broadcast_to(edge, jnp.broadcast_shapes(edge.shape, block.shape)) for edge in (low, high))
-    # Over a mesh, slices differ from head to head and what is looked for from sequence to sequence.
+    # Over a mesh, ranges vary over heads and `block` over sequences.
     low, high = (varying_like(varying_like(edge, block), ranges) for edge in (low, high))
 
     def halve(_, edges):

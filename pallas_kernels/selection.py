@@ -1,4 +1,4 @@
-"""A choice of blocks made under `jit`, by a gate or a router."""
+"""Blocks chosen under `jit`, by a gate or a router."""
 
 import dataclasses
 
@@ -10,18 +10,18 @@ from jaxtyping import Array, Float, Int, Int32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockSelection:
-    """Which key blocks every block of queries reads; given in a pattern's place.
+    """The key blocks that every block of queries reads; given in a pattern's place.
 
-    Row r stands for the queries r · query_block to (r + 1) · query_block - 1 of the call, wherever among the keys they
-    stand. A row reads the first `counts` of its `kv_blocks`, which are distinct and in any order; with `causal`, no key
-    after the query's own position. Blocks beyond the keys are read as empty.
+    Row r holds the queries r · query_block to (r + 1) · query_block - 1 of the call, whatever their positions. A row
+    reads the first `counts` of its `kv_blocks`, which are distinct and in any order; with `causal`, no key after the
+    query's own position. Blocks beyond the keys are empty.
 
     Attributes:
       kv_blocks: int32 [b|1, h|k|1, rows, max_blocks].
       counts: int32 [b|1, h|k|1, rows], at most max_blocks.
       block_size: tokens in a key block.
       query_block: queries in a row.
-      causal: whether a query reads no key after its own position.
+      causal: True if a query reads no key after its own position.
     """
 
     kv_blocks: Int32[Array, "#b #h rows max_blocks"]
@@ -41,7 +41,7 @@ class BlockSelection:
         causal: bool = True,
         query_offset: Int[Array, ""] | int = 0,
     ) -> "BlockSelection":
-        """The `k` key blocks with the highest scores for every row; -inf never.
+        """The `k` key blocks with the highest scores for every row; a block with score -inf is never chosen.
 
         Args:
           scores: of every key block for every row. With `causal`, blocks that begin after a row's last query are left

@@ -135,10 +135,10 @@ def operand_specs(sharding: Sharding, operands: Operands) -> typing.Any:
 
 
 def find_sharding(query, kv_heads: int, query_spec: P | None) -> Sharding | None:
-    """How the query is split over the mesh that is set; None where there is none, or one device.
+    """The split of the query over the mesh that is set; None without a mesh, or on one device.
 
     Args:
-      query: its type, as `jax.typeof` tells it.
+      query: its type, as from `jax.typeof`.
 
     Raises:
       ValueError: the sharding cannot be known, or is one that cannot be computed without communication.
@@ -191,7 +191,7 @@ def equally_varying[T](operands: T) -> T:
 
 
 def varying_like(array: Array, example: Array) -> Array:
-    """The array, varying over the axes that the example varies over: of a kernel's results JAX cannot know it."""
+    """The array, varying over the axes that the example varies over, which JAX cannot infer for a kernel's results."""
     return _vary_over(array, _varying(example))
 
 

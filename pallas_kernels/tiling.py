@@ -51,9 +51,9 @@ def group_consecutive_rows(num_unique_heads: int, num_rows: int, size: int) -> n
 def group_similar_rows(lists: BlockLists, size: int) -> np.ndarray:
     """Groups of rows that read the same lists: int32 [unique_heads, tiles, size].
 
-    Seen from the keys, a stripe is read by every later query and its neighbour by a window of them. Grouped by which
-    parts they have, stripes stand with stripes and window blocks with window blocks, and the union of what a group
-    walks is little more than each one's own. Rows that walk nothing are in no group.
+    Every later query reads a key block in a stripe, and only a window of them reads its neighbour. A group has stripes
+    or window blocks only, so that its rows together read little more than each row alone. Rows without entries are in
+    no group.
     """
     lengths = lists.ranges[..., 1] - lists.ranges[..., 0]
     found = []
@@ -75,10 +75,10 @@ def group_similar_rows(lists: BlockLists, size: int) -> np.ndarray:
 
 
 def merge(lists: BlockLists, members: np.ndarray) -> Tiles:
-    """What groups of rows read together.
+    """Tiles of groups of rows.
 
-    The slices of one list that the rows of a group share stay a slice, walked without a mask. What only some of the
-    rows read is written out once, with the token mask of every row.
+    A range of a list that all rows of a group share stays a range of full entries. Blocks that only some of the rows
+    read are written out once, with the token mask of every row.
 
     Args:
       members: int32 [unique_heads, tiles, rows], -1 for no row.
@@ -102,7 +102,7 @@ def merge(lists: BlockLists, members: np.ndarray) -> Tiles:
 def _cores(ranges: np.ndarray, absent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The part of every range that all rows share, int [tiles, ranges, 2], and the rest, [tiles, rows, ranges, 2, 2].
 
-    Slices of different lists stand apart in memory, so that whatever overlaps is of one list.
+    Lists do not overlap in memory, so overlapping ranges are of one list.
     """
     low = np.where(absent[..., None], -1, ranges[..., 0]).max(1)
     high = np.where(absent[..., None], np.iinfo(np.int32).max, ranges[..., 1]).min(1)
@@ -115,7 +115,7 @@ def _cores(ranges: np.ndarray, absent: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _margins(lists: BlockLists, rest: np.ndarray, partial: np.ndarray, absent: np.ndarray):
-    """What not all rows of a tile read whole: tile, block, and the token mask of every row, one entry each."""
+    """The blocks that not all rows of a tile read whole: tile, block, and the token mask of every row, by entry."""
     tiles, size = absent.shape
     partial = np.where(absent[..., None, None], 0, partial)
     ranges = np.concatenate([rest.reshape(tiles, size, -1, 2), partial], 2)
@@ -130,7 +130,7 @@ def _margins(lists: BlockLists, rest: np.ndarray, partial: np.ndarray, absent: n
 
 
 def _written_out(loose, ids: np.ndarray):
-    """The entries with their ids, apart for each walker."""
+    """The entries of each unique head, with their mask ids."""
     ends = np.cumsum([len(tile) for tile, _, _ in loose])
     return [(tile, block, part) for (tile, block, _), part in zip(loose, np.split(ids, ends[:-1]), strict=True)]
 
@@ -201,20 +201,20 @@ def make_q_tiles(schedule: BlockSchedule, block_q: int) -> QTiles:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KVTiles:
-    """Packs that walk lists of rows of queries, in one round for all heads of a group, or in one for each.
+    """KV tiles and the lists of query rows that read them, in one pass for all heads of a group or one for each.
 
     Attributes:
-      blocks, mask_ids: the lists, rows of queries and the kinds of their masks.
+      blocks, mask_ids: the lists, query rows and their masks.
       ranges: [groups, kv_tiles, head_passes, ranges, 2]; the first `num_full_ranges` hold full entries. The
         longest tiles come first.
-      members: the blocks of keys in every pack; -1 for none.
-      group_of: which of the distinct groups every KV head has.
-      seen: which queries of a row see each key of a pack, of every kind.
+      members: the key blocks of every KV tile; -1 for none.
+      group_of: the unique group of every KV head.
+      seen: the queries of a row that see each key of a KV tile, by mask id.
     """
 
     blocks: Int32[np.ndarray, " entries"]
     mask_ids: Int32[np.ndarray, " entries"]
-    ranges: Int32[np.ndarray, "groups kv_tiles head_passes parts 2"]
+    ranges: Int32[np.ndarray, "groups kv_tiles head_passes ranges 2"]
     members: Int32[np.ndarray, "groups kv_tiles blocks"]
     group_of: Int32[np.ndarray, " k"]
     seen: Bool[np.ndarray, "masks keys queries"]
@@ -223,7 +223,7 @@ class KVTiles:
 
 @functools.lru_cache(maxsize=64)
 def make_kv_tiles(schedule: BlockSchedule, rows: int) -> KVTiles:
-    """Packs of so many keys."""
+    """KV tiles of `rows` keys."""
     head_passes = 1 if schedule.shares_groups else schedule.num_heads // schedule.num_kv_heads
     heads = schedule.head_index.reshape(schedule.num_kv_heads, -1)[:, :head_passes]
     groups, group_of = np.unique(heads, axis=0, return_inverse=True)
@@ -242,10 +242,10 @@ def make_kv_tiles(schedule: BlockSchedule, rows: int) -> KVTiles:
 def _group_blocks(lists: BlockLists, groups: np.ndarray, size: int) -> np.ndarray:
     """Blocks of keys that the heads of a group read alike: int32 [groups, kv_tiles, size].
 
-    Every block is in a pack, also those that nobody reads: their gradients are zero.
+    Every block is in a KV tile, unread ones too: their gradients are zero.
 
     Args:
-      groups: int [groups, head_passes], walkers.
+      groups: int [groups, head_passes], unique heads.
     """
     full, partial = (
         np.concatenate([lists.ranges[groups[:, each]][:, :, parts] for each in range(groups.shape[1])], 2)
@@ -266,11 +266,11 @@ def _group_blocks(lists: BlockLists, groups: np.ndarray, size: int) -> np.ndarra
 def transpose_selection(
     selection: BlockSelection, num_blocks: int, kv_tiles: int, size: int
 ) -> tuple[Array, Array, Array]:
-    """The rows that read each pack.
+    """The rows that read each KV tile of consecutive blocks.
 
     Returns:
-      int32 [entries], rows; int32 [entries], which blocks of the pack they read, in bits; and where the rows of every
-      pack begin, and those of the last one end, int32 [b|1, h|k|1, packs + 1].
+      int32 [entries], rows; int32 [entries], one bit for each block of the tile that the row reads; and int32
+      [b|1, h|k|1, kv_tiles + 1], where the rows of every KV tile begin, and those of the last one end.
     """
     batch, heads, rows, most = selection.kv_blocks.shape
     used = jnp.arange(most, dtype=jnp.int32) < selection.counts[..., None]
@@ -297,7 +297,7 @@ def transpose_selection(
 
 
 def sort_entries(kv_tile: Array, row: Array, place: Array, most: tuple[int, int, int]) -> list[Array]:
-    """Sorted along the last axis by all three, which are below `most`; as one number, where they fit into one."""
+    """All three, sorted along the last axis in this order; as one number, if the bounds `most` allow it."""
     if math.prod(most) > np.iinfo(np.int32).max:
         return list(jax.lax.sort([kv_tile, row, place], num_keys=3))
     _, rows, places = most
@@ -306,5 +306,5 @@ def sort_entries(kv_tile: Array, row: Array, place: Array, most: tuple[int, int,
 
 
 def _as_before(array: Array) -> Array:
-    """Whether each is what the one before it along the last axis is; the first is not."""
+    """True where an element equals the one before it along the last axis; False for the first."""
     return (array == jnp.roll(array, 1, -1)) & (np.arange(array.shape[-1]) > 0)

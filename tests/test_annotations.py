@@ -8,7 +8,7 @@ from pallas_kernels import softmax
 from pallas_kernels.padding import QueryGrid
 from tests.annotations import AnnotationError, decorated
 
-SOURCE = '''
+SOURCE = """
 from jax import Array
 from jaxtyping import Float, Int32
 import typing
@@ -21,7 +21,7 @@ def transposed(query: Float[Array, "b t"]) -> tuple[Float[Array, "t b"], int]:
 
 def without(query: typing.Any, number: int) -> int:
     return number
-'''
+"""
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_what_is_annotated_passes(module):
     ids=["rank", "dtype", "axes"],
 )
 def test_planted_arguments_are_caught(module, arguments):
-    with pytest.raises(AnnotationError, match="summed: (query|ids|return) must be"):
+    with pytest.raises(AnnotationError, match=r"summed: (query|ids|return) must be"):
         module["summed"](*arguments)
 
 

@@ -110,7 +110,7 @@ class XlaBackend:
     def backward(
         self, problem: Problem, operands: Operands, dout: Array, lse: Array, delta: Array, *, differentiable=False
     ) -> tuple[Array, Array, Array]:
-        """As in `Backend`; differentiable costs as many steps for every tile as the longest needs."""
+        """dq, dk and dv; if `differentiable`, every tile takes as many steps as the longest."""
         # A row that reads nothing has no weights: exp(logit - inf) is zero.
         lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse).swapaxes(1, 2)
         of_rows = dout, lse, delta.swapaxes(1, 2)

@@ -13,7 +13,7 @@ from pallas_kernels.xla.block_lists import TileLists, along
 
 
 class Tokens(typing.NamedTuple):
-    """Some tokens: whether they exist, their positions among the keys, and their segments, if there are any."""
+    """Some tokens: a mask of those that exist, their positions among the keys, and their segments, if any."""
 
     exists: Array
     position: Array
@@ -169,7 +169,7 @@ class Layout:
         return self.operands.query_segment_ids is not None or isinstance(self.operands.schedule, BlockSelection)
 
     def pairs(self, query: Tokens, key: Tokens) -> Array:
-        """Which queries may see which keys, by existence, segments and a selection's causality; broadcasts."""
+        """True for pairs that may see each other by existence, segments and a selection's causality; broadcasts."""
         allowed = query.exists & key.exists
         if query.segment is not None:
             allowed &= query.segment == key.segment
@@ -179,7 +179,7 @@ class Layout:
         return allowed
 
     def full(self, shape: tuple[int, ...], value: float = 0) -> Array:
-        """A constant to start a loop with; inside a `shard_map` it varies over whatever the operands vary over."""
+        """A constant to start a loop with; inside a `shard_map` it varies over the axes that the operands vary over."""
         array = jnp.full(shape, value, self.accumulate)
         axes = frozenset().union(
             *(jax.typeof(leaf).manual_axis_type.varying for leaf in jax.tree.leaves(self.operands))
