@@ -217,7 +217,7 @@ def _shared(lists: Lists, ranges: np.ndarray, chunk_bits: int) -> tuple[np.ndarr
     return lists.chunks[used] | lists.mask_ids[used] << chunk_bits, moved
 
 
-def pack_rows(seen: Bool[np.ndarray, "masks rows columns"]) -> Int32[np.ndarray, "masks words columns"]:
+def pack_rows(seen: Bool[np.ndarray, "masks rows columns"]) -> Int32[np.ndarray, "masks words lanes"]:
     """Rows packed into words of as many bits as there are rows, at most WORD_BITS."""
     masks, rows, columns = seen.shape
     width = min(rows, WORD_BITS)
