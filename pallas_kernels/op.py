@@ -5,7 +5,7 @@ import typing
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Integer
 
 from pallas_kernels.backend import choose
 from pallas_kernels.caching import bounded_jit
@@ -73,9 +73,9 @@ def block_sparse_attention(
     schedule: BlockSchedule | BlockSelection,
     *,
     scale: float | None = None,
-    query_offset: int | Int32[Array, "#b"] | None = None,
-    query_segment_ids: Int32[Array, "b t"] | None = None,
-    kv_segment_ids: Int32[Array, "b s"] | None = None,
+    query_offset: int | Integer[Array, ""] | Integer[Array, " b"] | None = None,
+    query_segment_ids: Integer[Array, "b t"] | None = None,
+    kv_segment_ids: Integer[Array, "b s"] | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " h"] | None = None,
     return_lse: bool = False,

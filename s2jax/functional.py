@@ -5,7 +5,7 @@ import typing
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Integer
 
 from pallas_kernels import BlockSelection, block_sparse_attention, softmax
 from pallas_kernels.head_place import HeadAxis, HeadRange, all_heads, possible_head_axes
@@ -53,9 +53,9 @@ def attention(
     pattern: PatternLike | BlockSelection,
     *,
     scale: float | None = None,
-    query_offset: int | Int32[Array, "#b"] = 0,
-    query_segment_ids: Int32[Array, "b t"] | None = None,
-    kv_segment_ids: Int32[Array, "b s"] | None = None,
+    query_offset: int | Integer[Array, ""] | Integer[Array, " b"] = 0,
+    query_segment_ids: Integer[Array, "b t"] | None = None,
+    kv_segment_ids: Integer[Array, "b s"] | None = None,
     logits_soft_cap: float | None = None,
     sinks: Float[Array, " h"] | None = None,
     return_lse: bool = False,

@@ -7,7 +7,7 @@ import typing
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from pallas_kernels.checks import check_flag, check_sinks
 from pallas_kernels.head_place import HeadAxis, possible_head_axes
@@ -140,7 +140,7 @@ class KVCache:
         key: Float[Array, "b t k d"],
         value: Float[Array, "b t k e"],
         *,
-        counts: Int32[Array, " b"] | None = None,
+        counts: Integer[Array, " b"] | None = None,
         **options: typing.Any,
     ) -> tuple[typing.Any, "KVCache"]:
         """Begins every sequence anew with a prompt; attends by the op, in time and memory of what the pattern reads.
@@ -171,7 +171,7 @@ class KVCache:
         key: Float[Array, "b t k d"],
         value: Float[Array, "b t k e"],
         *,
-        counts: Int32[Array, " b"] | None = None,
+        counts: Integer[Array, " b"] | None = None,
         scale: float | None = None,
         logits_soft_cap: float | None = None,
         sinks: Float[Array, " h"] | None = None,
@@ -203,7 +203,7 @@ class KVCache:
         )
         return (tuple(found) if return_lse else found[0]), dataclasses.replace(cache, prefix=self.prefix)
 
-    def rollback(self, tokens: int | Int32[Array, "#b"]) -> "KVCache":
+    def rollback(self, tokens: int | Integer[Array, ""] | Integer[Array, " b"]) -> "KVCache":
         """Removes the last tokens of every sequence, as when a draft was refused.
 
         Raises:
