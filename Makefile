@@ -17,7 +17,7 @@ export JAX_PLATFORMS ALLOW_MULTIPLE_LIBTPU_LOAD
 endif
 endif
 
-.PHONY: help train generate chat test test-all lint format bench docs compilers clean
+.PHONY: help train generate chat test test-all lint format bench docs docs-site compilers clean
 .NOTPARALLEL: # two pips at once would spoil .venv
 .DEFAULT_GOAL := help
 
@@ -53,14 +53,18 @@ bench: .venv/.train ## the benchmarks into benchmarks/results/, and their tables
 	$(PY) -m benchmarks.attention $(ARGS)
 	@$(PY) -m benchmarks.report
 
-docs: .venv/.train ## what is generated: pictures, the tables of docs/results.md
+docs: .venv/.train ## what is generated: pictures, the tables of docs/results.md and the README
 	@$(PY) -m s2jax.plotting
 	@$(PY) -m benchmarks.report
+
+docs-site: .venv/.docs ## the docs site with the API reference, into site/
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "wrote site/index.html"
 
 compilers: .venv/.compilers ## the compilers for TPU and NVIDIA, to compile kernels with no device (1.5 GB)
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build dist site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The interpreter is a link: where it dangles, make takes it for missing and makes .venv anew, and

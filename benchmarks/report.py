@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md from benchmarks/results/*.json, between its `results` marks.
+"""Writes the tables of docs/results.md and of the README from benchmarks/results/*.json, between `results` marks.
 
 python -m benchmarks.report
 """
@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable
 
+from benchmarks import headlines
 from benchmarks.record import RESULTS
 
 PAGE = RESULTS.parent.parent / "docs" / "results.md"
@@ -194,6 +195,7 @@ def main() -> None:
             if not found:
                 raise SystemExit(f"docs/results.md has no place for {path.name}: expected `<!-- results: {name} -->`")
     PAGE.write_text(text)
+    headlines.main()
 
 
 if __name__ == "__main__":
