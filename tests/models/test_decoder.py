@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from models import TransformerConfig
+from models import Transformer, TransformerConfig
 from models.checkpoints.pretrained import Pretrained
 from models.decoder import Decoder, padded_width
 from models.generation import Spent, generate, generate_batch
@@ -74,6 +75,18 @@ class TestModel:
             list(generate(ours, prompt(20), 10, sampling=sampling, seed=seed)) for seed in (0, 0, 1)
         )
         assert first == second != third
+
+    def test_lengths_and_draws_compile_nothing_again(self, monkeypatch):
+        """A prompt's step and a token's are traced once each, the choice of tokens too."""
+        chex.clear_trace_counter()
+        monkeypatch.setattr(Transformer, "_cached", chex.assert_max_traces(Transformer._cached, 2))
+        chosen = chex.assert_max_traces(lambda logits, key: Sampling(1.0)(logits, key), 1)
+        decoder = Decoder(pretrained().model, batch=2, max_length=100, sampling=chosen)
+        decoder.feed([prompt(20), prompt(31)])
+        assert len(list(decoder.decode(12))) == 12
+        decoder.empty()
+        decoder.feed([prompt(17), prompt(32)])
+        assert len(list(decoder.decode(5))) == 5
 
     def test_a_text_ends(self):
         ours = pretrained()

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +104,7 @@ def test_remat_changes_no_gradient(remat, dtype):
     expected = jax.jit(jax.grad(loss), static_argnums=1)(state, graph, tokens())
     result = jax.jit(jax.grad(loss), static_argnums=1)(same_state, recomputing, tokens())
     tolerance = 1e-6 if dtype == "float32" else 5e-3  # XLA rounds to bfloat16 in other places
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), result, expected)
+    chex.assert_trees_all_close(result, expected, rtol=1e-7, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_default_implementation_agrees_with_the_reference():
     result, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(state, graph, tokens())
     expected, expected_grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(state, of_reference, tokens())
     np.testing.assert_allclose(result, expected, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, expected_grads)
+    chex.assert_trees_all_close(grads, expected_grads, rtol=1e-7, atol=1e-5)
 
 
 def test_bfloat16_is_close_to_float32():

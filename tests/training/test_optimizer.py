@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,8 +79,7 @@ def test_gradients_are_clipped_by_their_global_norm(params):
     norm = optax.tree.norm(grads)
     update = jax.jit(rule.update)
     states = [update(jax.tree.map(lambda g, s=s: g * s, grads), rule.init(params), params)[1] for s in (1, 100)]
-    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+    chex.assert_trees_all_close(*states, rtol=1e-5)
     moments = optax.tree.get_all_with_path(states[0], "mu")
     clipped = sum(float(optax.tree.norm(mu)) ** 2 for _, mu in moments) ** 0.5
     np.testing.assert_allclose(clipped, 0.1 * min(1, 1 / norm) * norm, rtol=1e-5)

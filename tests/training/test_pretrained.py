@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def test_weights_lie_over_the_mesh_and_are_gathered(checkpoint, tmp_path):
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
     export(config, source.with_parameters, state.params)
     exported, original = (nnx.state(load(path).model) for path in (tmp_path / "model", checkpoint))
-    jax.tree.map(np.testing.assert_array_equal, exported, original)
+    chex.assert_trees_all_equal(exported, original, strict=True)
 
 
 @pytest.mark.parametrize(

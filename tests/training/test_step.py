@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,11 +81,25 @@ def test_the_state_lies_split_over_the_mesh(small_config, eight_devices, optimiz
         assert array.sharding.is_equivalent_to(sharding, array.ndim)
 
 
+def test_steps_and_scores_are_traced_once(small_config, one_device, batches, monkeypatch):
+    """Neither the step count, a restored state nor other weights compile anything again."""
+    chex.clear_trace_counter()
+    for name in ("_step", "_token_nll"):  # the loss is traced in the step, too
+        monkeypatch.setattr(Trainer, name, chex.assert_max_traces(getattr(Trainer, name), 1 + (name == "_token_nll")))
+    trainer = Trainer(changed(small_config, optimizer="adamw"), one_device)
+    state = trainer.init(0)
+    for batch in batches:
+        on_device = to_devices(batch, batch_sharding(one_device), 8)
+        trainer.token_nll(state.params, on_device)
+        state, _ = trainer.step(state, on_device)
+        state = jax.device_put(jax.device_get(state), trainer.shardings)
+    assert int(state.step) == len(batches)
+
+
 @pytest.mark.slow
 def test_initial_weights_do_not_depend_on_the_mesh(small_config, one_device, eight_devices):
     single, sharded = (Trainer(small_config, mesh).init(7).params for mesh in (one_device, eight_devices))
-    for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(sharded), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
+    chex.assert_trees_all_close(single, sharded, rtol=1e-6)
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
@@ -118,7 +133,7 @@ def test_bfloat16_computes_on_float32_parameters(small_config, one_device, rando
     model = dataclasses.replace(small_config.model, dtype="bfloat16")
     trainer = Trainer(dataclasses.replace(small_config, model=model), one_device)
     state = trainer.init(0)
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(state.params)} == {"float32"}
+    chex.assert_type(jax.tree.leaves(state.params), jnp.float32)
     batch = to_devices(random_batch(0), batch_sharding(one_device), 8)
     exact = Trainer(small_config, one_device).token_nll(state.params, batch)
     rounded = trainer.token_nll(state.params, batch)

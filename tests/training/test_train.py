@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_a_run_from_scratch_leaves_a_model_that_knows_its_pattern(straight, one_
     state = checkpoints.restore(trainer.abstract_state._asdict()).state
     checkpoints.close()
     saved = nnx.to_pure_dict(nnx.state(model.model, nnx.Param))
-    jax.tree.map(np.testing.assert_array_equal, saved, jax.device_get(state["params"]))
+    chex.assert_trees_all_equal(saved, jax.device_get(state["params"]), strict=True)
 
 
 def test_held_out_scores_are_recorded_while_it_trains(straight):

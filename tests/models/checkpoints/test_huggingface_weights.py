@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,7 +111,4 @@ def test_safetensors_round_trip(tmp_path):
     tensors["narrow"] = tensors["model.norm.weight"].astype(jnp.bfloat16)
     save_safetensors(tmp_path / "model.safetensors", tensors)
     loaded = ShardedTensors(tmp_path)
-    assert loaded.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert loaded[name].dtype == tensor.dtype
-        np.testing.assert_array_equal(loaded[name], tensor)
+    chex.assert_trees_all_equal(dict(loaded), tensors, strict=True)
