@@ -1,4 +1,4 @@
-"""Talks with a pretrained chat model: a line is what the user says, and the answer comes as it is drawn.
+r"""Talks with a pretrained chat model: a line is what the user says, and the answer comes as it is drawn.
 
     python -m models.chat
     python -m models.chat --model my-model/ --pattern "LocalStride(64, 4, 3) | FirstBlocks(1)" --temperature 0.7

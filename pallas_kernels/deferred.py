@@ -125,10 +125,12 @@ class Deferred:
     """
 
     def __init__(self, name: str, compute: typing.Callable, result_types: typing.Callable):
-        """Args:
-        name: of the primitive, as it stands in a jaxpr.
-        compute: `compute(static, signature, target, *arrays)`, traced when it is lowered.
-        result_types: `result_types(static, *argument types)`, without mapped axes.
+        """Registers a primitive.
+
+        Args:
+          name: name of the primitive in a jaxpr.
+          compute: `compute(static, signature, target, *arrays)`, traced when it is lowered.
+          result_types: `result_types(static, *argument types)`, without mapped axes.
         """
         self.compute, self.result_types = compute, result_types
         self.primitive = primitive = Primitive(name)

@@ -127,7 +127,6 @@ class MosaicBackend(abc.ABC):
 
     def table_specs(self, tables: typing.Any, sharding: Sharding) -> typing.Any:
         """Ranges are split with their heads; the lists that heads share are not split."""
-
         if isinstance(tables, BackwardTables):
             return BackwardTables(self.table_specs(tables.queries, sharding), self._specs(tables.kernel, sharding))
         if not isinstance(tables, ForwardTables):

@@ -56,5 +56,6 @@ class Operands:
 
 
 def accumulation_dtype(dtype) -> np.dtype:
-    """float32, or float64 for float64. (Not by jax's promotion of dtypes, which may be set to refuse.)"""
+    """float32, or float64 for float64."""
+    # JAX's own promotion of dtypes may be set to refuse.
     return np.promote_types(dtype, np.float32)

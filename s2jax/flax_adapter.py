@@ -45,7 +45,6 @@ def attention_fn(
         A function of query [..., t, h, d], key [..., s, k, d] and value [..., s, k, e], with any leading batch
         axes or none, to [..., t, h, e].
     """
-
     pattern = as_layer_pattern(pattern)
 
     @explains_unknown_arguments  # which keeps the signature that Linen inspects

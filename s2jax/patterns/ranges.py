@@ -17,8 +17,9 @@ Range = tuple[int | None, int]
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Ranges(Striped):
-    """A stride for each range of distances: `Ranges(((2, 1), (None, 3)))` reads every block at distances i - j below 2,
-    and one in three beyond.
+    """A stride for each range of distances.
+
+    `Ranges(((2, 1), (None, 3)))` reads every block at distances i - j below 2, and one in three beyond.
 
     Within the range (bound, V), whose distances lie from the bound before to below its own, a head reads the blocks
     with (j + r(κ)) mod V = 0. What lies beyond the last bound is not read. If each stride divides the next, a block

@@ -109,8 +109,7 @@ def test_entries_are_sorted_as_one_number_or_as_three():
 
 @hypothesis.given(st.integers(0, 1 << 20), st.booleans(), st.integers(0, 3))
 def test_packs_and_segments(seed: int, ascending: bool, first_row: int):
-    """Nothing that shares a segment is lost or walked twice, and nothing else goes without a mask; of ids that ascend,
-    nothing else is left."""
+    """Rows that share a segment are read once, and no others without a mask; if ids ascend, no others are read."""
     random, kv_tiles, rows = np.random.default_rng(seed), 6, 12
     query_ids, kv_ids = (random.integers(0, 4, count * 2).repeat(random.choice([2, 4])) for count in (rows, kv_tiles))
     if ascending:

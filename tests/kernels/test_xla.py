@@ -30,7 +30,8 @@ class TestXla(AttentionContract):
 
     @pytest.fixture
     def two_passes(self, monkeypatch):
-        """The backward pass of platforms other than a CPU, on a CPU. (What was traced before has the other one.)"""
+        """The backward pass of platforms other than a CPU, on a CPU."""
+        # Programs traced before have the other one.
         monkeypatch.setattr(xla, "ONE_PASS", ())
         jax.clear_caches()
         yield

@@ -65,8 +65,10 @@ def unread(mask: np.ndarray, num_kv_heads: int) -> np.ndarray:
 
 
 def attention(case: Case, given: Arrays, mask: np.ndarray) -> tuple[Results, Results, Results]:
-    """The truth, and two magnitudes of every result: its sums if no two terms cancelled, and how far such a sum moves
-    when all logits do by their own size (a logit's rounding is a factor of its weight).
+    """The truth, and two magnitudes of every result.
+
+    These are its sums if no two terms cancelled, and the change of such a sum when all logits change by their own size
+    (a logit's rounding is a factor of its weight).
 
     float64 inputs are computed in what longer type the machine has, for the truth to be better than what is tested.
     """

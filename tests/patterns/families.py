@@ -107,7 +107,7 @@ HEADS = st.sampled_from([p.HeadGroups(1, 1), p.HeadGroups(2, 1), p.HeadGroups(4,
 
 @st.composite
 def cases(draw, of=compositions, longest: int = 400):
-    """(pattern, heads, query length, kv length, query offset)"""
+    """Draws (pattern, heads, query length, kv length, query offset)."""
     heads = draw(HEADS)
     query_length, kv_length, offset = (
         draw(st.integers(1, longest)),
