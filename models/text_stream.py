@@ -59,7 +59,7 @@ class TextStream:
         return of_tokenizers(lambda: self._tokenizer.decode(ids), "the tokenizer cannot decode its tokens")
 
     def _released(self, piece: str, *, last: bool) -> str:
-        """What can be given out: not the beginning of a stop string, nor anything after one."""
+        """The text that can be given out: without a stop string, its beginning at the end, or anything after it."""
         text = "" if self.stopped else self._held + piece
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:  # the first that is complete, however many characters come at once

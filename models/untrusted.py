@@ -18,7 +18,7 @@ _short = reprlib.Repr(
 
 
 def quoted(value: object) -> str:
-    """What stands for a value in a message: its `repr` on one line, cut where it is long."""
+    """The `repr` of a value for a message, on one line and cut if it is long."""
     return shortened(_short.repr(value))
 
 

@@ -46,7 +46,7 @@ def read_values(path: Path) -> dict[str, Any]:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What `read_values` returns; its errors say in a few words what there is instead."""
+    """The values of `read_values`; its errors say in a few words what the file holds instead."""
     try:
         if not path.is_file():
             raise ValueError("no such file" if not path.exists() else "no regular file")

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.jsonl, a line of progress, speed against the device's peak, the loss plot."""
+"""Metrics of a run while it goes: metrics.jsonl, a line of progress, speed against the device's peak, the loss plot."""
 
 from __future__ import annotations
 

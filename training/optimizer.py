@@ -49,7 +49,7 @@ def schedule_change(before: Config, now: Config, step: int) -> str | None:
 
 
 def matrix_axes(params: Any) -> Any:
-    """For each parameter of the model: the axes of the matrix that it is, or None for all that is no weight matrix.
+    """The axes of the matrix that each parameter of the model is, None for a parameter that is no weight matrix.
 
     Kernels within layers are matrices: query, key and value `[f, h, d]` map f to h·d, the output `[h, d, f]` maps h·d
     to f. Embedding and output projection are not counted among them, as is usual under Muon: their rows belong to

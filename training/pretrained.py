@@ -60,7 +60,7 @@ def checkpoint_of(config: Config) -> Checkpoint:
 
 
 def exported(config: Config) -> Path:
-    """Where a run leaves the tuned model."""
+    """The directory of a run's tuned model."""
     return Path(config.run_dir or "", "model")
 
 

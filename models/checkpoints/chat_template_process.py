@@ -63,12 +63,12 @@ def _as_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As it stands in a text; Jinja's own filter is for HTML."""
+    """JSON as plain text; Jinja's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _refuse(reason: str) -> NoReturn:
-    """What templates call for conversations that the model was not trained on."""
+    """Raises the error that templates ask for on conversations that the model was not trained on."""
     raise jinja2.TemplateError(reason)
 
 

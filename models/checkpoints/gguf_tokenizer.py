@@ -165,7 +165,7 @@ def gguf_chat_template(metadata: Mapping[str, Any]) -> str | None:
 
 
 def sampling_of_gguf(metadata: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
-    """How the file wants tokens to be chosen, and what it asks for that `Sampling` cannot do.
+    """The sampling that the file asks for, and its settings that `Sampling` does not support.
 
     Raises:
         ValueError: a value is of another type, or out of range.

@@ -58,7 +58,7 @@ _WITHOUT_EFFECT = {
 
 
 def sampling_from(values: Mapping[str, Any]) -> tuple[Sampling, dict[str, Any]]:
-    """How transformers' `generate` chooses tokens by default under a generation_config.json.
+    """The sampling of transformers' `generate` under a generation_config.json.
 
     Returns:
         What `Sampling` can do of it, and the settings that it cannot, with their values.

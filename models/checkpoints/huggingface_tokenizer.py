@@ -24,7 +24,7 @@ _ADDED_TOKEN_FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """What a directory says of its tokens.
+    """The files of a directory that describe its tokens.
 
     Attributes:
         tokenizer: None if there is none.
@@ -60,7 +60,7 @@ def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def _growth(part: Any) -> float:
-    """How much longer a text may become by the replacements in a part of a tokenizer.json, one after the other."""
+    """The factor by which the replacements in a part of a tokenizer.json, one after the other, may lengthen a text."""
     growth, left = 1.0, [part]
     while left:
         step = left.pop()
@@ -80,7 +80,7 @@ def _growth(part: Any) -> float:
 
 
 def of_tokenizers[T](action: Callable[[], T], message: str) -> T:
-    """What an action of the package tokenizers gives; its errors, whose class is none of theirs, as a ValueError."""
+    """Runs an action of the package tokenizers, whose errors become ValueErrors."""
     try:
         with _unreported_panics():
             return action()

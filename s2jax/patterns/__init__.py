@@ -1,4 +1,4 @@
-"""Who reads whom: patterns, written as rules and composed with `|` and `&`."""
+"""Patterns of attention, written as rules and composed with `|` and `&`."""
 
 from s2jax.patterns.base import BlockPattern, Intersection, Pattern, Union
 from s2jax.patterns.block_mask import BlockMask

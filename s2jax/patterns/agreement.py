@@ -108,7 +108,7 @@ def _said_by_bands(bands: tuple[Band, ...], size: int, q: np.ndarray, k: np.ndar
 
 
 def _said_by_blocks(pattern, heads, head, size, query_stop, kv_stop, q, k) -> tuple[np.ndarray, np.ndarray]:
-    """What block states and tiles say, and where something was looked up: at some pairs of blocks."""
+    """The reads that block states and tiles give for some pairs of blocks, and the pairs that were looked up."""
     columns = -(-kv_stop // size)
     pairs, which = np.unique(q // size * columns + k // size, return_inverse=True)
     chosen = pairs[np.linspace(0, len(pairs) - 1, min(TILES, len(pairs))).astype(int)]

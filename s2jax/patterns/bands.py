@@ -20,7 +20,7 @@ MAX_PERIOD = 4096
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Band:
-    """What one head reads at some distances.
+    """The blocks that one head reads at some distances.
 
     Query block i, token q, reads key block j, token k, where
 
@@ -89,7 +89,7 @@ def refine(band: Band, ratio: int, block_size: int, num_columns: int) -> tuple[B
 
 
 def is_empty(band: Band, block_size: int) -> bool:
-    """Whether the intervals of the band leave nothing to read, or it has no columns."""
+    """True if the band has no columns, or its intervals leave nothing to read."""
     nearest, farthest = band.block_low * block_size - block_size + 1, band.block_high * block_size - 1
     reachable = nearest < band.token_high and farthest >= band.token_low
     return band.block_low >= band.block_high or not reachable or not band.columns.any()
@@ -114,7 +114,7 @@ def _same_period(*bands: Band) -> list[np.ndarray]:
 
 
 def intersect_all(first: tuple[Band, ...], second: tuple[Band, ...]) -> tuple[Band, ...] | None:
-    """What both unions of bands read; None where the period would grow beyond bounds."""
+    """The blocks that both unions of bands read; None if the period would exceed its bound."""
     met = []
     for a in first:
         for b in second:
@@ -127,7 +127,7 @@ def intersect_all(first: tuple[Band, ...], second: tuple[Band, ...]) -> tuple[Ba
 
 
 def block_states(bands: tuple[Band, ...], block_size: int, rows: np.ndarray, num_columns: int) -> np.ndarray:
-    """How much of each pair of blocks the bands read.
+    """The state of each pair of blocks: all, some or none of it is read.
 
     Args:
       rows: int [rows], absolute query blocks.

@@ -1,4 +1,4 @@
-"""What a pattern is: a rule who reads whom, its algebra, and what follows from it."""
+"""The base class of patterns: a rule for each pair of positions, its algebra, and the properties that follow."""
 
 import abc
 import dataclasses
@@ -23,7 +23,7 @@ OPTIONS = {"head_step", "head_offset", "homo_head", "num_dense_heads", "residues
 
 
 class Pattern(abc.ABC):
-    """Who reads whom. A small frozen, hashable value.
+    """A rule for the keys that each query reads: a small frozen, hashable value.
 
     `mask_fn` is the definition, token by token. `bands` says the same in closed form, from which everything fast is
     compiled; where it gives None, the rule is asked for every token. A closed form that differs from the rule raises
@@ -64,7 +64,7 @@ class Pattern(abc.ABC):
         return head
 
     def is_strided(self) -> bool:
-        """Whether heads share out the context by stripes, and so may together miss some of it."""
+        """True if heads share out the context by stripes, and so may together miss some of it."""
         return False
 
     def check(self, heads: HeadGroups, query_length: int, kv_length: int, query_offset: int) -> None:  # noqa: B027 (most fit all)
@@ -73,7 +73,7 @@ class Pattern(abc.ABC):
     def block_states(
         self, heads: HeadGroups, head: int, block_size: int, rows: np.ndarray, num_columns: int
     ) -> np.ndarray:
-        """What is known of pairs of blocks without asking the rule, at any block size that divides the pattern's own.
+        """The states of pairs of blocks that need not ask the rule, at any block size that divides the pattern's own.
 
         Args:
           rows: int [rows], absolute query blocks of `block_size` tokens.
@@ -122,7 +122,7 @@ class Pattern(abc.ABC):
 
     @outside_traces
     def block_mask(self, num_heads: int, num_kv_heads: int, length: int) -> Bool[np.ndarray, "h n n"]:
-        """Which blocks are read: bool [h, n, n], n = ⌈length / block size⌉; a block is read if any token of it is."""
+        """The blocks that are read: bool [h, n, n], n = ⌈length / block size⌉; one token read is enough."""
         return statistics.block_mask(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     @outside_traces
@@ -142,7 +142,7 @@ class Pattern(abc.ABC):
 
     @outside_traces
     def is_kv_efficient(self, num_heads: int, num_kv_heads: int, length: int) -> bool:
-        """Whether a block once dropped is never read again: no KV head need keep a block that its heads do not read.
+        """True if a block once dropped is never read again: no KV head keeps a block that its heads do not read.
 
         True if for every KV head and key block, the query blocks that read it through any head of the group are
         without a gap and, if causal, begin with the block's own.
@@ -276,7 +276,7 @@ class _Composition(Pattern):
 
 
 class Union(_Composition):
-    """What any of the parts reads; written `a | b`."""
+    """The keys that any of the parts reads; written `a | b`."""
 
     symbol = "|"
 
@@ -302,7 +302,7 @@ class Union(_Composition):
 
 
 class Intersection(_Composition):
-    """What all of the parts read; written `a & b`."""
+    """The keys that all of the parts read; written `a & b`."""
 
     symbol = "&"
 

@@ -1,4 +1,4 @@
-"""Where and how the rules of patterns are evaluated: apart from whatever JAX is tracing, and in 64-bit integers."""
+"""Evaluation of the rules of patterns, apart from whatever JAX is tracing, and in 64-bit integers."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""What a function computes by, as a hashable value: its code, and the values that it captures.
+"""A hashable value for a function: its code, and the values that it captures.
 
 A lambda that is written in a loop is another object in every round; by its key it is the same function, as long as
 what it captures is the same.

@@ -1,4 +1,4 @@
-"""How many heads there are, and which share their keys and values."""
+"""Numbers of heads, and the groups that share keys and values."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from s2jax.patterns.checks import check_count
 
 @dataclasses.dataclass(frozen=True)
 class HeadGroups:
-    """How many query heads share how many KV heads; query head i reads KV head `i // group`."""
+    """Numbers of query heads and of KV heads; query head i reads KV head `i // group`."""
 
     num_heads: int
     num_kv_heads: int

@@ -94,7 +94,7 @@ class MaskEvaluator:
     def tiles(
         self, head: int, size: int, rows: np.ndarray, columns: np.ndarray, query_stop: int, kv_stop: int, causal: bool
     ) -> Bool[np.ndarray, "n size size"]:
-        """What pairs of blocks read, token by token."""
+        """The token masks of pairs of blocks."""
         step = max(1, (TILE_PAIRS if self._traces else NUMPY_PAIRS) // size**2)
         found = np.empty((len(rows), size, size), bool)
         for start in range(0, len(rows), step):
@@ -112,7 +112,7 @@ class MaskEvaluator:
         return found
 
     def pairs(self, head: int, query: np.ndarray, key: np.ndarray) -> np.ndarray:
-        """What positions that broadcast read of each other."""
+        """True for pairs of positions, which broadcast, where the query reads the key."""
         shape = np.broadcast_shapes(query.shape, key.shape)
         found = np.empty(int(np.prod(shape)), bool)
         query, key = (np.broadcast_to(each, shape) for each in (query, key))
@@ -167,7 +167,7 @@ class MaskEvaluator:
 
 
 class _WrongResult(Exception):
-    """What a function returned is no mask."""
+    """An error for a function whose result is no mask."""
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""What follows from a pattern at one length: density, coverage, what a KV cache must keep.
+"""Statistics of a pattern at one length: density, coverage, the blocks that a KV cache keeps.
 
 All of it is read off the *profile* of a head: intervals of the distance i - j, and for each the key blocks that are
 read there. With bands this takes O(n) time and memory per distinct head, so that a million tokens are no trouble.
@@ -45,12 +45,12 @@ class Slice(typing.NamedTuple):
     read: np.ndarray  # bool [m, n]
 
     def occurs(self) -> np.ndarray:
-        """Whether some query block below n reads key block j at these distances: bool [m, n]."""
+        """True if some query block below n reads key block j at these distances: bool [m, n]."""
         j = np.arange(self.read.shape[1])
         return self.read & (j < len(j) - self.low[:, None]) & (j > -self.high[:, None])
 
     def num_pairs(self) -> int:
-        """How many pairs of blocks below n are read."""
+        """The number of pairs of blocks below n that are read."""
         if (self.high - self.low == 1).all():
             return int(np.count_nonzero(self.occurs()))
         j = np.arange(self.read.shape[1])
@@ -65,7 +65,7 @@ def num_blocks(pattern: Rule, length: int) -> int:
 def profile(
     pattern: Rule, heads: HeadGroups, group: Sequence[int], length: int, start: int | None = None
 ) -> Iterator[Slice]:
-    """What the heads of a group read together, at the distances from `start` on, or at all of them."""
+    """The reads of all heads of a group together, at the distances from `start` on, or at all of them."""
     n = num_blocks(pattern, length)
     start = 1 - n if start is None else start
     bands = _bands(pattern, heads, group, length)
@@ -150,7 +150,7 @@ def _chunks(start: int, stop: int, step: int) -> Iterator[np.ndarray]:
 
 
 def rows_read(pattern: Rule, heads: HeadGroups, head: int, rows: np.ndarray, length: int) -> np.ndarray:
-    """Which blocks some query blocks read, found token by token where need be: bool [rows, n]."""
+    """The blocks that some query blocks read, found token by token if need be: bool [rows, n]."""
     size, n = pattern.schedule_block_size(), num_blocks(pattern, length)
     states = pattern.block_states(heads, head, size, rows, n)
     read = states == 2
@@ -167,7 +167,7 @@ def rows_read(pattern: Rule, heads: HeadGroups, head: int, rows: np.ndarray, len
 def tiles_read(
     pattern: Rule, heads: HeadGroups, head: int, rows: np.ndarray, columns: np.ndarray, query_stop: int, kv_stop: int
 ) -> np.ndarray:
-    """Whether any token of each pair of blocks is read: bool [pairs]."""
+    """True for pairs of blocks of which some token is read: bool [pairs]."""
     size = pattern.schedule_block_size()
     read = np.zeros(len(rows), bool)
     for part in _chunks(0, len(rows), max(1, PAIRS_AT_ONCE // size**2)):
@@ -178,7 +178,7 @@ def tiles_read(
 
 @functools.lru_cache(maxsize=32)
 def _rule_mask(pattern: Rule, heads: HeadGroups, head: int, length: int) -> np.ndarray:
-    """Which blocks a head without a closed form reads: bool [n, n], not to be written to."""
+    """The blocks that a head without a closed form reads: bool [n, n], read-only."""
     n = num_blocks(pattern, length)
     chunks = _chunks(0, n, max(1, PAIRS_AT_ONCE // n))
     mask = np.concatenate([rows_read(pattern, heads, head, rows, length) for rows in chunks])
@@ -279,7 +279,7 @@ def _most_kept(pattern: Rule, heads: HeadGroups, group: Sequence[int], length: i
 
 
 def _window(pattern: Rule, heads: HeadGroups, head: int, length: int) -> int:
-    """How many distances from 0 on the head reads in full."""
+    """The number of distances, from 0 on, that the head reads in full."""
     n = num_blocks(pattern, length)
     for each in profile(pattern, heads, [head], length, start=0):
         for low, columns in zip(each.low.tolist(), each.read, strict=True):
@@ -300,7 +300,7 @@ def _reads_own_blocks(pattern: Rule, heads: HeadGroups, head: int, length: int, 
 
 
 def _far_context(pattern: Rule, heads: HeadGroups, length: int) -> np.ndarray:
-    """Which blocks beyond the window the last query block reads through some head: bool [blocks beyond]."""
+    """The blocks beyond the window that the last query block reads through some head: bool [blocks beyond]."""
     n = num_blocks(pattern, length)
     representatives = list(distinct(pattern, heads, range(heads.num_heads)).values())
     window = min(_window(pattern, heads, head, length) for head in representatives)
@@ -324,7 +324,7 @@ def warn_if_incomplete(
 
 @outside_traces
 def shortcomings(pattern: Rule, heads: HeadGroups, length: int, queries: tuple[int, int]) -> list[str]:
-    """What a pattern leaves out that it hardly means to."""
+    """Warnings about context that a pattern leaves unread, probably by mistake."""
     representatives = distinct(pattern, heads, range(heads.num_heads)).values()
     blind = (head for head in representatives if not _reads_own_blocks(pattern, heads, head, length, queries))
     found = [

@@ -1,4 +1,4 @@
-"""What the strided families share: how the heads share out the stripes."""
+"""The base class of strided patterns, whose heads share out the stripes."""
 
 import dataclasses
 import typing
