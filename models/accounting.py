@@ -1,4 +1,4 @@
-"""Arithmetic about a model that needs no model: parameters, and floating-point operations per token."""
+"""Parameter and floating-point operation counts of a model, from its config alone."""
 
 from models.config import TransformerConfig
 

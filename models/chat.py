@@ -1,4 +1,4 @@
-r"""Talks with a pretrained chat model: a line is what the user says, and the answer comes as it is drawn.
+r"""Chats with a pretrained model: each input line is a message, and the answer streams as it is generated.
 
     python -m models.chat
     python -m models.chat --model my-model/ --pattern "LocalStride(64, 4, 3) | FirstBlocks(1)" --temperature 0.7
@@ -80,7 +80,7 @@ def _answer(conversation: Conversation, text: str, typed: bool) -> None:
 
 
 def _lines(typed: bool) -> Iterator[str]:
-    """The user's lines until Ctrl-D or the end of the file; blank lines are left out."""
+    """Yields the user's lines until Ctrl-D or the end of the file, without blank lines."""
     if typed:
         say("Ctrl-D ends the conversation.")
         with contextlib.suppress(ModuleNotFoundError):  # Windows has none
@@ -97,7 +97,7 @@ def _lines(typed: bool) -> Iterator[str]:
 
 
 def _line(typed: bool) -> str:
-    """A line of stdin; one that is typed is asked for.
+    """Returns a line of stdin, after a prompt if it is typed.
 
     Raises:
         EOFError: there is none.

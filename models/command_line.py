@@ -78,6 +78,7 @@ def add_generation_flags(parser: Parser, *, system: str, max_new_tokens: int) ->
     """Adds the flags of a program that generates text: system message, model, choice of tokens, end of a text.
 
     Args:
+        parser: to add them to.
         system: the help of --system.
         max_new_tokens: the default of --max-new-tokens.
     """
@@ -163,7 +164,8 @@ def load_named(name: str | None, *pattern: Pattern | None, **settings: typing.An
 
     Args:
         name: see `MODEL_HELP`; None for the default.
-        pattern: see `models.checkpoints.pretrained.load`, as are the settings.
+        *pattern: see `models.checkpoints.pretrained.load`.
+        **settings: likewise.
 
     Raises:
         ValueError: in one line, if it cannot be found or read.

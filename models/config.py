@@ -33,9 +33,9 @@ class TransformerFields:
     dense_layers: tuple[int, ...] = ()
     """Layers whose attention is dense: their indices, the first layer being 0."""
     tie_embeddings: bool = False
-    """Whether the output projection is the transposed embedding."""
+    """Use the transposed embedding as the output projection."""
     qk_norm: bool = False
-    """Whether queries and keys are RMS-normalised, with a learned gain."""
+    """RMS-normalise queries and keys, with a learned gain."""
     rope_theta: float = 10_000.0
     """Base of the rotary positions."""
     rope_scaling: tuple[float, float, float, int] | None = None
@@ -45,7 +45,7 @@ class TransformerFields:
     dtype: ComputeDtype = "bfloat16"
     """Type that activations are computed in; the parameters are float32 always."""
     remat: RematPolicy = "none"
-    """What the backward pass computes anew to save memory; attention's own output is always kept."""
+    """Parts that the backward pass recomputes to save memory; the attention's own output is always kept."""
     implementation: Any = None
     """Attention backend: auto picks by platform; xla or reference asks for just that one."""
 

@@ -66,6 +66,7 @@ def dense_layers_within(lost: Float[np.ndarray, " layers"], share: float, budget
     """The layers that lose most, as many as may stay dense.
 
     Args:
+        lost: the lost mass of each layer.
         share: what a sparse layer takes of what a dense one does.
         budget: what all layers together may take of what they did.
 

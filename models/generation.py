@@ -69,8 +69,11 @@ def generate_batch(
     A prompt ends with a token that ends a text, or after `max_new_tokens`.
 
     Args:
+        pretrained: the model.
         prompts: token ids, of lengths of their own.
+        max_new_tokens: most tokens after each prompt.
         sampling: how to choose a token; by default as the checkpoint wants it, see `Pretrained.own_sampling`.
+        seed: of the draws.
         chunk: most tokens of a prompt in one step, which bounds the memory; by default all at once.
         cache_dtype: of what the caches store; by default the model's.
         spent: is filled in.

@@ -171,6 +171,9 @@ class Transformer(nnx.Module):
         Under a mesh they are split like the queries: sequences over "data" and "fsdp", heads like the parameters.
 
         Args:
+            batch: number of sequences.
+            max_length: tokens of the longest sequence; None for patterns of bounded reach.
+            max_rollback: tokens that a rollback may take back.
             dtype: of what is stored, by default `config.dtype`.
         """
         settings = {"max_length": max_length, "max_rollback": max_rollback, "dtype": dtype}
@@ -190,6 +193,7 @@ class Transformer(nnx.Module):
         """Begins every sequence with a prompt.
 
         Args:
+            tokens: int32 ids of the prompts, padded to one length.
             caches: of `create_caches`. What is done to one, such as a rollback, is to be done to all: the logits of
                 sequences whose lengths differ between layers are NaN.
             counts: tokens of each prompt; those after them are padding.

@@ -1,4 +1,4 @@
-"""Strangers' files and words: how much is read of a file, and how much of it a message repeats."""
+"""Limits on untrusted files and texts: bytes read of a file, characters repeated in a message."""
 
 import json
 import os

@@ -136,7 +136,7 @@ class OptimizerOptions:
     """Optimizer and schedule: linear warmup, then a cosine."""
 
     optimizer: Literal["muon", "adamw"] = "muon"
-    """What steps the weight matrices; embeddings, output projection and gains are Adam's under either."""
+    """Optimizer of the weight matrices; Adam always updates embeddings, output projection and gains."""
     learning_rate: float | None = None
     """Peak rate of the weight matrices; None is 0.02 for muon and 0.003 for adamw."""
     rest_learning_rate: float = 3e-3
@@ -185,7 +185,7 @@ class DeviceOptions:
     num_processes: int | None = None
     """Processes in the cluster."""
     process_id: int | None = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     join_timeout: int = 300
     """Seconds that a process waits for the others before it gives up."""
 
@@ -224,7 +224,7 @@ class OutputOptions:
     profile: tuple[int, int] | None = None
     """First and last step to trace with jax.profiler, into profile/ of the run's directory."""
     prompt: str = "def "
-    """What the text sample at the end begins with (byte-level text only)."""
+    """Beginning of the text sample at the end (byte-level text only)."""
     sample_bytes: int = 300
     """Length of that sample, at most what a row has left after the prompt; 0 leaves it out."""
     temperature: float = 0.7
@@ -259,9 +259,9 @@ class Config:
     steps: int = 1000
     """Optimizer steps, of the whole run."""
     run_dir: str | None = None
-    """Where results and checkpoints go; a run found there goes on. None makes a new one under runs/."""
+    """Directory of results and checkpoints; a run found there is resumed. None makes a new one under runs/."""
     seed: int = 0
-    """Of the initial weights, the order of the rows and the sample."""
+    """Random seed of the initial weights, the order of the rows and the sample."""
     input: DataOptions = field(default_factory=DataOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     devices: DeviceOptions = field(default_factory=DeviceOptions)

@@ -1,4 +1,4 @@
-"""Devices: joining a cluster, the mesh (data, fsdp, tensor), and where the batch lies on it."""
+"""Devices: joining a cluster, the mesh (data, fsdp, tensor), and the sharding of the batch."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ class Countdown:
         self._last, self._open = now, self._in_place
 
     def finish(self) -> None:
-        """Takes a line that stands in place away."""
+        """Clears the line on a terminal."""
         if self._open:
             show("\r\033[K", end="")
             self._open = False
@@ -208,7 +208,8 @@ def plot_loss(metrics: Path, picture: Path, *, unit: str, scale: float) -> None:
     Args:
         metrics: what `MetricsLog` wrote.
         picture: path of the PNG.
-        unit: what the losses are called, times `scale`.
+        unit: unit of the plotted losses.
+        scale: factor from the losses in nats to `unit`.
     """
     records = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
     trained = [(record["step"], record["loss"] * scale) for record in records if "loss" in record]

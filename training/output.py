@@ -40,7 +40,7 @@ def _print(stream: TextIO | None, text: str, end: str) -> None:
 
 
 def _discard(stream: TextIO | None) -> None:
-    """Sends what is left in a stream's buffer nowhere: at its end Python would try again, and fail."""
+    """Discards the rest of a stream's buffer, which Python would otherwise try to write at exit."""
     try:
         descriptor = -1 if stream is None else stream.fileno()
     except (OSError, ValueError):  # closed, or no file

@@ -1,4 +1,4 @@
-"""Models in and out: text in a pretrained model's tokens, a state of its weights, and the trained model written."""
+"""Pretrained models in training: data in their tokens, a state of their weights, export of the result."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def pretrained_state(trainer: Trainer, checkpoint: Checkpoint) -> TrainState:
 
 
 def from_scratch(config: Config, params: Any, *, byte_level: bool) -> Pretrained:
-    """The model of a run that started from no checkpoint, and what it takes to talk to it.
+    """The model and tokenizer of a run that started from no checkpoint.
 
     Args:
         config: of the run.

@@ -16,7 +16,7 @@ from training.trackers import Trackers
 
 
 class Diverged(Exception):
-    """The loss, the gradient or the state is no number any more.
+    """Error of a run whose loss, gradient or state is no longer finite.
 
     Attributes:
         step: the first that is known to be spoiled.

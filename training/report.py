@@ -26,7 +26,7 @@ from training.step import Trainer
 
 
 def resume_command(config: Config) -> str:
-    """The command that goes on with a run, from the directory that this one was given in."""
+    """The command that resumes a run from the current directory."""
     flags = ["train.py", "--run-dir", str(config.run_dir)]
     cluster = config.devices
     if cluster.distributed:
@@ -38,7 +38,7 @@ def resume_command(config: Config) -> str:
 
 
 def generate_command(config: Config) -> str:
-    """The command that goes on with a text by the trained model."""
+    """The command that generates text with the trained model."""
     return shlex.join(
         [_python(), "-m", "models.generate", "--model", str(config.run_dir), "--prompt", "Once upon a time"]
     )

@@ -1,4 +1,4 @@
-"""The directory of a run: made, and kept apart from what is no run's."""
+"""The directory of a run: creation, and protection of other files in it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_run_dir(config: Config) -> Config:
 
 
 def _require_no_strangers(directory: Path) -> None:
-    """Refuses a directory without a run in it that holds what this one would replace: it is somebody's work."""
+    """Refuses a directory that holds no run, but files that this run would overwrite."""
     if jax.process_index() == 0 and not (directory / CONFIG).exists():
         taken = [name for name in _WHOLE if (directory / name).exists() or (directory / name).is_symlink()]
         expected = f"a run's directory, or one without {', '.join(_WHOLE)}, which a run would replace"

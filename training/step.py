@@ -1,4 +1,4 @@
-"""The state of a run, how it lies on the mesh, and one step of it."""
+"""The training state, its sharding, and the training step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Batch = Mapping[str, Array]  # training.packing.Row, stacked to [b, t]
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint holds."""
+    """The arrays of a checkpoint."""
 
     params: Any  # nested dict of float32 arrays
     opt_state: Any
@@ -39,7 +39,7 @@ class Metrics(NamedTuple):
 
 
 class Trainer:
-    """The compiled functions of a run: `init`, `step`, `token_nll`, `logits`, and what their arguments look like.
+    """The compiled functions of a run, with the shapes and shardings of their arguments.
 
     Args:
         config: of the run.
@@ -78,13 +78,13 @@ class Trainer:
         return jax.jit(on_mesh, out_shardings=out_shardings, **settings)
 
     def init(self, seed: int) -> TrainState:
-        """Fresh weights, made where they lie; the same on every mesh."""
+        """Returns the initial state, created with its sharding; the same on every mesh."""
         # The key is an argument: XLA would try to compute the weights of a constant one while it compiles.
         key = jax.jit(jax.random.key, static_argnums=0)(seed)
         return jax.jit(self._initial, out_shardings=self.shardings)(key)
 
     def begin(self, params: Any) -> TrainState:
-        """Step 0 with these weights, which lie as `shardings` says and are given away."""
+        """Returns the state of step 0 with these weights, sharded as in `shardings`, and donates them."""
         return jax.jit(self._unmoved, donate_argnums=0, out_shardings=self.shardings)(params)
 
     def not_finite(self, state: TrainState) -> list[str]:
@@ -110,7 +110,7 @@ class Trainer:
         return self.model(params)(batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"])
 
     def _token_nll(self, params: Any, batch: Batch) -> Float[Array, "b t"]:
-        """Nats of each target, 0 where the pair does not count."""
+        """The loss of each target in nats; 0 where the loss mask is 0."""
         logits = self._logits(params, batch)
         # The vocabulary is split over "tensor", and Optax looks targets up in it.
         nll = left_to_xla(optax.softmax_cross_entropy_with_integer_labels, BATCH_SPEC)

@@ -19,7 +19,7 @@ _AGAIN_AFTER = 0.02  # seconds, in which the callback that raised has returned
 
 
 class Stopped(BaseException):
-    """The run was told to stop, in a phase that has nothing to save.
+    """Raised by a request to stop in a phase that has nothing to save.
 
     Like `KeyboardInterrupt` it is no `Exception`: libraries that catch those let it through.
     """
@@ -129,7 +129,7 @@ class StopRequest:
         return self._agreed
 
     def check(self) -> None:
-        """Raises where a stop was asked for.
+        """Raises `Stopped` if a stop was requested.
 
         Raises:
             Stopped: see `reached`.

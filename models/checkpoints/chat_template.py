@@ -1,4 +1,4 @@
-"""A conversation as the tokens that a chat model was trained on, by the Jinja template of its checkpoint."""
+"""Conversations as token ids, laid out by the Jinja template of a checkpoint."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def chat_tokens(checkpoint: Pretrained | Checkpoint, messages: Sequence[Mapping[
 
 
 def _rendered(template: str, variables: Mapping[str, Any]) -> dict[str, str]:
-    """The `text` that a template gives, or the `error` because of which it gives none."""
+    """The rendered `text` of a template, or the `error` that prevented it."""
     contents = json.dumps({"template": template, "variables": variables, "longest": 0})
     longest = (1 << 20) + 4 * len(contents)
     # None of its directory's modules, and nothing of the environment but what finds Jinja and the time of day.

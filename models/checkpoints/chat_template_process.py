@@ -24,7 +24,7 @@ _ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, R
 
 
 class Generation(Extension):
-    """`{% generation %}`, which marks for training what the model said, and stands for what is in it."""
+    """The tag `{% generation %}`, which marks the model's own words for training and renders its contents."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -73,7 +73,7 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _limit() -> None:
-    """No more memory and time than that, no file written, no process begun."""
+    """Limits memory and CPU time, and forbids writing files and starting processes."""
     wanted = {
         resource.RLIMIT_AS: MEMORY,
         resource.RLIMIT_CPU: SECONDS,

@@ -153,7 +153,7 @@ class GgufFile(Mapping[str, np.ndarray]):
         return self._count("context_length")
 
     def _rope_scaling(self, theta: float, head_dim: int) -> RopeScaling | None:
-        """The scaling whose effect the file tells, a factor for every frequency, but not its four numbers.
+        """The rotary scaling, recovered from the factors that the file stores for each frequency.
 
         Of these all checkpoints of Llama 3.1 to 3.3 have three in common; the factor is the largest.
         """

@@ -74,7 +74,7 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, GgufTe
 
 
 class BigEndianError(ValueError):
-    """The file's numbers have their highest byte first."""
+    """Error of a big-endian file."""
 
 
 class _Reader:

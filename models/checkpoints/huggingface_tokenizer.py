@@ -17,14 +17,14 @@ from models.untrusted import quoted, read_json, read_text, shortened
 
 _log = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""What tokenizer_config.json calls the tokens that chat templates know by name."""
+"""Names in tokenizer_config.json of the tokens that chat templates use by name."""
 _MOST_GROWTH = 64  # of a text, in the steps before and after it is cut into tokens
 _ADDED_TOKEN_FLAGS = {"single_word", "lstrip", "rstrip", "normalized", "special"}
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerFiles:
-    """The files of a directory that describe its tokens.
+    """The tokenizer, special tokens and chat template of a checkpoint directory.
 
     Attributes:
         tokenizer: None if there is none.
@@ -167,7 +167,7 @@ def _added_token(value: Any, name: str) -> AddedToken:
 
 
 def _number(value: Any) -> int:
-    """An id, which is a key in one file and a value in another."""
+    """The id of an added token, from a key or a value of a JSON file."""
     if isinstance(value, bool) or not str(value).isascii() or not str(value).isdecimal() or int(value) >= 1 << 31:
         raise ValueError(f"an added token must have an id from 0 on, got {quoted(value)}")
     return int(value)

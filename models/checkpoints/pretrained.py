@@ -1,4 +1,4 @@
-"""Pretrained Llama-family models: in from a Hugging Face directory or a GGUF file, out to a Hugging Face directory.
+"""Pretrained Llama-family models: loaded from a Hugging Face directory or a GGUF file, saved to a directory.
 
     pretrained = load("SmolLM2-135M-Instruct.Q4_1.gguf", LocalStride(64, 16, 8), dense_layers=(0, 1))
     logits = pretrained.model(jnp.asarray([pretrained.encode("Once upon")]))
@@ -89,7 +89,7 @@ class _Conventions(abc.ABC):
     @property
     @abc.abstractmethod
     def vocab_size(self) -> int:
-        """The model's, which may be above or below that of the tokenizer."""
+        """The vocabulary size of the model, which may differ from the tokenizer's."""
 
     def end_of_text(self) -> str | None:
         """The token that ends a text, as the tokenizer names it; by default the first of the end tokens."""
@@ -115,7 +115,7 @@ class _Conventions(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretrained(_Conventions):
-    """A model and what it takes to talk to it.
+    """A model with its tokenizer, special tokens, chat template and sampling.
 
     Attributes:
         model: with its weights, float32; `model.config` has its shape.
@@ -138,7 +138,7 @@ class Pretrained(_Conventions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint(_Conventions):
-    """A checkpoint whose weights are still in its files; see `Pretrained` for what is around them.
+    """A checkpoint whose weights are not read yet; see `Pretrained` for its other fields.
 
     Attributes:
         config: the model that they are for.
@@ -169,7 +169,7 @@ class Checkpoint(_Conventions):
         return from_huggingface(self.tensors, self.config)
 
     def with_parameters(self, parameters: dict) -> Pretrained:
-        """The model with these weights, its own or others that came of them; they stay where they are."""
+        """The model with the given weights, such as fine-tuned ones; they stay on their devices."""
         model = nnx.eval_shape(lambda: Transformer(self.config, rngs=nnx.Rngs(0)))
         nnx.update(model, parameters)
         conventions = {field.name: getattr(self, field.name) for field in dataclasses.fields(_Conventions)}
