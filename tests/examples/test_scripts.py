@@ -62,4 +62,4 @@ def test_every_example_is_run_described_and_short():
     readme = (EXAMPLES / "README.md").read_text()
     for name, text in examples.items():
         assert f"`python -m examples.{name}`" in readme
-        assert len(text.splitlines()) <= 80 or name in loops
+        assert len(text.splitlines()) <= 60 or name in loops
