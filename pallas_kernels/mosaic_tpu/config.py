@@ -193,10 +193,9 @@ def choose_kv_grad_config(
     max_block_kv = max(size, min(1 << max_block_kv.bit_length() - 1, next_power_of_two(kv_length)))
     block_kv = max_block_kv if isinstance(schedule, BlockSelection) else _fastest_block_kv(schedule, max_block_kv)
     step_size = max(LANES, min(MAX_ROWS, next_power_of_two(query_length * group_size)))
-    query_block = schedule.query_block if isinstance(schedule, BlockSelection) else size
-    fitting = [heads for heads in (1, 2, 4, 8) if group_size % heads == 0 and heads * query_block <= step_size]
-    shared = _groups_share_lists(schedule, num_heads, num_kv_heads)
-    return KVGradConfig(block_kv, step_size, fitting[-1] if shared and fitting else 1)
+    max_heads = step_size // schedule.query_block if _groups_share_lists(schedule, num_heads, num_kv_heads) else 1
+    heads = max(heads for heads in (1, 2, 4, 8) if heads == 1 or (group_size % heads == 0 and heads <= max_heads))
+    return KVGradConfig(block_kv, step_size, heads)
 
 
 @functools.lru_cache(maxsize=64)
