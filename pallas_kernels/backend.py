@@ -7,7 +7,7 @@ import typing
 import jax
 from jaxtyping import Array
 
-from pallas_kernels.mosaic_gpu import HOPPER
+from pallas_kernels.mosaic_gpu.sm90.backend import HOPPER
 from pallas_kernels.mosaic_tpu import TPU
 from pallas_kernels.problem import Operands, Problem
 from pallas_kernels.reference import REFERENCE

@@ -11,7 +11,8 @@ import s2jax
 from benchmarks import tile_search
 from benchmarks.cases import CASES, Case
 from benchmarks.schedules import forward_over_ideal
-from pallas_kernels import HopperConfig, mosaic_gpu
+from pallas_kernels import HopperConfig
+from pallas_kernels.mosaic_gpu.sm90 import backend
 from pallas_kernels.mosaic_gpu.sm90 import config as config_module
 from pallas_kernels.mosaic_gpu.sm90.config import choose_config, default_config, tuned_configs
 from pallas_kernels.mosaic_gpu.sm90.inputs import q_tables
@@ -111,7 +112,7 @@ def test_the_op_takes_them(file):
         return taken[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic_gpu, "choose_config", spied)
+        patch.setattr(backend, "choose_config", spied)
         jax.eval_shape(lambda q, k: s2jax.attention(q, k, k, TINY.pattern(), implementation="mosaic_gpu"), shape, kv)
     assert set(taken) == {HopperConfig(1, 64, 3)}
 

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import HopperConfig, mosaic_gpu
-from pallas_kernels.mosaic_gpu import HOPPER, chip
+from pallas_kernels import HopperConfig
+from pallas_kernels.mosaic_gpu.sm90 import backend
+from pallas_kernels.mosaic_gpu.sm90.backend import HOPPER
 from pallas_kernels.mosaic_gpu.sm90.config import SHARED_BYTES, choose_config
 from pallas_kernels.padding import positive_scale
 from pallas_kernels.segments import narrow
@@ -73,7 +74,7 @@ def test_what_the_kernel_cannot_do_is_refused(name: str):
 def test_only_hopper_is_lowered_for(monkeypatch, capability: str, cuda: int | None, message: str | None):
     device = types.SimpleNamespace(compute_capability=capability, device_kind="a GPU")
     versions = types.SimpleNamespace(cuda_runtime_get_version=lambda: cuda)
-    monkeypatch.setattr(chip, "cuda_versions", None if cuda is None else versions)
+    monkeypatch.setattr(backend, "cuda_versions", None if cuda is None else versions)
     reason = HOPPER.unsupported_device_reason(device)
     assert reason is None if message is None else message in str(reason)
 
@@ -97,7 +98,7 @@ def test_the_gradient_of_a_gradient_is_xla_s():
 def test_there_are_tiles_for_all_sizes():
     for head_dim in range(16, 257, 16):
         for value_dim in range(16, 257, 16):
-            for block_size in mosaic_gpu.BLOCK_SIZES:
+            for block_size in backend.BLOCK_SIZES:
                 tiles = choose_config(head_dim, value_dim, block_size, 4096, 1)
                 assert tiles.shared_bytes(head_dim, value_dim, block_size, 3) <= SHARED_BYTES
 
@@ -120,8 +121,8 @@ def test_copies_of_lse_have_room(interpreted, monkeypatch):
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), results)
 
     jax.clear_caches()  # a call that another test compiled would not reach the kernel
-    kernel = mosaic_gpu.forward_kernel
-    monkeypatch.setattr(mosaic_gpu, "forward_kernel", attend)
+    kernel = backend.forward_kernel
+    monkeypatch.setattr(backend, "forward_kernel", attend)
     query, key, value = inputs(tokens=201)
     ids = jnp.zeros((1, 201), jnp.int32)
     attention(query, key, value, WINDOW, implementation="mosaic_gpu", query_segment_ids=ids, kv_segment_ids=ids)
@@ -144,7 +145,7 @@ def test_tables_over_a_mesh(interpreted, monkeypatch, heads: int):
         value = jnp.repeat(given.value, spec.num_heads // spec.num_kv_heads, 2)
         return value, jnp.broadcast_to(marks, (spec.batch, *marks.shape[1:]))
 
-    monkeypatch.setattr(mosaic_gpu, "forward_kernel", attend)
+    monkeypatch.setattr(backend, "forward_kernel", attend)
     every = [Local(1, block_size=64), WINDOW, FirstTokens(5), FirstTokens(9)]
     pattern = PerHead([each for each in every for _ in range(heads)])
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
