@@ -129,7 +129,7 @@ def _on_screen() -> bool:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m models.chat", description=__doc__)
-    add_generation_flags(parser, system="what is said before all turns", max_new_tokens=512)
+    add_generation_flags(parser, system="system message", max_new_tokens=512)
     return parser
 
 

@@ -61,16 +61,18 @@ def add_model_flags(parser: Parser) -> None:
     parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument(
         "--pattern",
-        help="who reads whom, such as 'LocalStride(64, 16, 3)'; by default what the checkpoint records, or dense",
+        help="attention pattern, such as 'LocalStride(64, 16, 3)'; default the checkpoint's, or dense",
     )
     parser.add_argument(
         "--dense-layers", type=int, nargs="*", metavar="N",
-        help="layers that stay dense, from 0 on; by default none beside --pattern, else those of the checkpoint",
+        help="indices of the dense layers; default none with --pattern, else the checkpoint's",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default %(default)s")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of activations; default %(default)s"
+    )
     parser.add_argument(
         "--implementation", choices=("xla", "reference", "mosaic_gpu", "mosaic_tpu"),
-        help="backend of the attention; by default that of the platform",
+        help="attention backend; default that of the platform",
     )  # fmt: skip
 
 
@@ -82,16 +84,30 @@ def add_generation_flags(parser: Parser, *, system: str, max_new_tokens: int) ->
         system: the help of --system.
         max_new_tokens: the default of --max-new-tokens.
     """
-    parser.add_argument("--system", help=f"{system}; by default what the checkpoint says")
+    parser.add_argument("--system", help=f"{system}; default the checkpoint's")
     add_model_flags(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="default %(default)s")
-    parser.add_argument("--temperature", type=float, help="0 takes the likeliest token; default the checkpoint's, or 0")
-    parser.add_argument("--top-k", type=int, help="only so many of the likeliest tokens; default the checkpoint's")
-    parser.add_argument("--top-p", type=float, help="only the likeliest tokens of this share together; likewise")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
-    parser.add_argument("--seed", type=int, help="of the random choices, from 0 to 2**32 - 1; default 0")
     parser.add_argument(
-        "--cache-dtype", choices=("float32", "bfloat16", "float16", "int8"), help="by default that of --dtype"
+        "--max-new-tokens", type=int, default=max_new_tokens, help="most tokens to generate; default %(default)s"
+    )
+    parser.add_argument(
+        "--temperature", type=float, help="0 takes the most likely token; default the checkpoint's, or 0"
+    )
+    parser.add_argument(
+        "--top-k", type=int, help="number of most likely tokens to sample from; default the checkpoint's"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        help="probability mass of the most likely tokens to sample from; default the checkpoint's",
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="string that ends the text; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, help="random seed, from 0 to 2**32 - 1; default 0")
+    parser.add_argument(
+        "--cache-dtype",
+        choices=("float32", "bfloat16", "float16", "int8"),
+        help="dtype of the KV cache; default that of --dtype",
     )
 
 

@@ -1,4 +1,4 @@
-"""A conversation with a chat model that keeps its cache from turn to turn."""
+"""Conversations with a chat model, whose cache is kept from turn to turn."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 
@@ -10,9 +10,9 @@ from models.text_stream import TextStream
 from s2jax.messages import counted
 
 ROLLBACK = 64
-"""Tokens that are taken back at most where a turn, laid out again, differs from what the cache holds."""
+"""Most tokens that are rolled back if a conversation, laid out again, differs from the cached tokens."""
 SHORTEST = 1024
-"""Tokens of the first caches; they are made anew, twice as long, whenever a conversation has filled them."""
+"""Length of the first caches in tokens. Full caches are replaced by ones of twice the length."""
 
 
 class Conversation:

@@ -135,12 +135,14 @@ def _parser() -> Parser:
     parser = Parser(prog="python -m models.convert", description=__doc__)
     parser.add_argument("--model", help=MODEL_HELP)
     parser.add_argument("--text", required=True, help="a UTF-8 file to calibrate on")
-    parser.add_argument("--pattern", required=True, help="of the sparse layers, such as 'LocalStride(64, 16, 3)'")
+    parser.add_argument(
+        "--pattern", required=True, help="pattern of the sparse layers, such as 'LocalStride(64, 16, 3)'"
+    )
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--kv-budget", type=float, help="share of a dense model's KV cache, from 0 to 1")
     budget.add_argument("--flops-budget", type=float, help="share of a dense model's attention FLOPs, from 0 to 1")
-    parser.add_argument("--length", type=int, help="context that the budget is for; by default the model's longest")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text; default %(default)s")
+    parser.add_argument("--length", type=int, help="context length of the budget; default the model's longest")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the text to use; default %(default)s")
     return parser
 
 

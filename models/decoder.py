@@ -16,7 +16,7 @@ from models.sharding import batch_sharding, batch_spec, resharded
 from models.transformer import Transformer
 
 WIDEST = 256
-"""Tokens of a step are padded to a power of two up to this, or to a multiple of it, so that few widths are compiled."""
+"""Steps are padded to a power of two up to this width, or to a multiple of it, so that few widths are compiled."""
 
 
 def padded_width(tokens: int) -> int:
@@ -40,7 +40,7 @@ class Decoder:
         seed: of the draws. A sequence's draws depend on it, on the sequence's place in the batch and on the number of
             draws before.
         chunk: most tokens of a prompt in one step, which bounds the memory; None for whole prompts.
-        cache_dtype: of what the caches store; by default the model's.
+        cache_dtype: dtype of the caches; by default the model's.
         max_rollback: tokens that `rollback` may take back.
         say: is given a line before anything is compiled.
 
@@ -82,7 +82,7 @@ class Decoder:
         create = functools.partial(self._model.create_caches, self._batch, **self._cache_settings)
         self.caches = create() if self._sharding is None else jax.jit(create)()  # made where they lie
         self.tokens: list[list[int]] = [[] for _ in range(self._batch)]
-        # NaN would say that there is nothing to draw from, but JAX's debug_nans refuses them in results.
+        # Logits of NaN could mark sequences without tokens, but JAX's debug_nans refuses NaN in results.
         self._fed = np.zeros(self._batch, bool)
         self._logits = self._put(np.zeros((self._batch, self._model.config.vocab_size), np.float32))
 
@@ -97,14 +97,14 @@ class Decoder:
         return sum(_full_bytes(cache, self.max_length) for cache in self.caches)
 
     def prepare(self, tokens: int) -> None:
-        """Compiles the steps for prompts of `tokens` tokens, and for single tokens, before anything is timed."""
+        """Compiles the steps for prompts of `tokens` tokens and for single tokens."""
         width, begin = self._way(tokens)
         self._compiled(width, begin=begin)
         self._compiled(1, begin=False)
         self._choose(self._logits, jax.device_put(np.int32(0)))
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> None:
-        """Appends tokens to every sequence, any number to each; to those that get none nothing happens.
+        """Appends tokens to every sequence, any number to each; a sequence without new tokens is unchanged.
 
         Raises:
             ValueError: a sequence would grow beyond `max_length`.
@@ -139,7 +139,7 @@ class Decoder:
         """The next token of every sequence, not fed yet.
 
         Args:
-            which: sequences whose tokens are needed; by default all. Those of the others mean nothing.
+            which: sequences whose tokens are needed; by default all. The others' tokens are undefined.
 
         Raises:
             FloatingPointError: the logits of a sequence define no distribution; its position is named.
@@ -154,7 +154,7 @@ class Decoder:
         return tokens
 
     def rollback(self, tokens: Sequence[int]) -> None:
-        """Takes back the last tokens of every sequence. What follows must be fed before anything is drawn."""
+        """Removes the last tokens of every sequence; it must be fed again before a token is drawn from it."""
         counts = self._put(np.asarray(tokens, np.int32))
         self.caches = tuple(cache.rollback(counts) for cache in self.caches)
         for row, count in zip(self.tokens, tokens, strict=True):
@@ -162,7 +162,7 @@ class Decoder:
         self._fed &= np.asarray(tokens) == 0
 
     def reset(self, which: Sequence[bool]) -> None:
-        """Empties some of the sequences, for others to take their places."""
+        """Removes all tokens of some sequences, so that others can take their places."""
         emptied = self._put(np.asarray(which, bool))
         self.caches = tuple(cache.reset(emptied) for cache in self.caches)
         self.tokens = [[] if gone else row for gone, row in zip(which, self.tokens, strict=True)]
@@ -210,7 +210,7 @@ class Decoder:
             self.feed(following)
 
     def wait(self) -> None:
-        """Returns when the device has done what it was given."""
+        """Waits until the device has finished all steps."""
         jax.block_until_ready(self._logits)
 
     def _compiled(self, width: int, *, begin: bool):

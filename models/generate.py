@@ -139,14 +139,18 @@ class _InOrder(argparse.Action):
 def _parser() -> Parser:
     parser = Parser(prog="python -m models.generate", description=__doc__)
     parser.add_argument(
-        "--prompt", action=_InOrder, dest="prompts", metavar="TEXT", help="to continue; may be repeated"
+        "--prompt", action=_InOrder, dest="prompts", metavar="TEXT", help="text to continue; may be repeated"
     )
     parser.add_argument(
-        "--prompt-file", action=_InOrder, dest="prompts", metavar="FILE", help="a UTF-8 file that is a prompt; likewise"
+        "--prompt-file",
+        action=_InOrder,
+        dest="prompts",
+        metavar="FILE",
+        help="UTF-8 file with a prompt; may be repeated",
     )
-    parser.add_argument("--chat", action="store_true", help="a prompt is what a user says, to be answered")
-    add_generation_flags(parser, system="what is said before, with --chat", max_new_tokens=64)
-    parser.add_argument("--chunk", type=int, help="tokens of the prompt at a time; by default all at once")
+    parser.add_argument("--chat", action="store_true", help="answer each prompt as a user's message")
+    add_generation_flags(parser, system="system message, with --chat", max_new_tokens=64)
+    parser.add_argument("--chunk", type=int, help="tokens of the prompt in one step; default all")
     return parser
 
 

@@ -75,7 +75,7 @@ def generate_batch(
         sampling: how to choose a token; by default as the checkpoint wants it, see `Pretrained.own_sampling`.
         seed: of the draws.
         chunk: most tokens of a prompt in one step, which bounds the memory; by default all at once.
-        cache_dtype: of what the caches store; by default the model's.
+        cache_dtype: dtype of the caches; by default the model's.
         spent: is filled in.
         ended: the caller adds to it whatever prompts need no further tokens.
         say: is given a line before anything is compiled.
