@@ -26,7 +26,7 @@ from tests.faults.catalogue import CATALOGUE, FAULTS
 from tests.faults.fault import ROOT, Fault
 
 PAGE = ROOT / "docs" / "planted_faults.md"
-IDLE_LIMIT, TIME_LIMIT = 30, 1200
+IDLE_LIMIT, TIME_LIMIT = 30, 3600
 """Seconds after which a test hangs: without use of a processor, and in all."""
 
 
@@ -58,8 +58,6 @@ def run(*arguments: str) -> Outcome:
                 return Outcome("hung", now - start)
     reasons = [line for line in output.splitlines() if line.startswith(("E ", "ERROR", "Exit:"))]
     result = {0: "passed", 1: "failed"}.get(process.returncode, "broken")
-    if result == "failed" and "\nERROR " in output:
-        result = "broken"  # an error of collection
     return Outcome(result, time.monotonic() - start, "" if result == "passed" else (reasons or [output[-300:]])[0])
 
 

@@ -21,7 +21,7 @@ FAULTS = [
     Fault(
         "The running sum and output are rescaled when a larger logit comes",
         "pallas_kernels.xla:attend.tile.body",
-        drops_operand("*", "shrink", hits=2),
+        drops_operand("*", "alpha", hits=2),
         CASE + "[groups of four]",
     ),
     Fault(
@@ -44,7 +44,7 @@ FAULTS = [
     ),
     Fault(
         "Unread keys are zeroed in the forward pass",
-        "pallas_kernels.xla:RowPass.gather",
+        "pallas_kernels.xla:QueryPass.gather",
         unwraps("where", 1, about="read", hits=2),
         CASE + "[first tokens both ways]",
     ),
@@ -56,7 +56,7 @@ FAULTS = [
     ),
     Fault(
         "dk and dv are summed over the query heads of a group",
-        "pallas_kernels.xla:_in_place",
+        "pallas_kernels.xla:KeyPass._in_place",
         returns("result / groups"),
         TWO_PASSES + "[stripes by query head]",
     ),
@@ -74,7 +74,7 @@ FAULTS = [
     ),
     Fault(
         "Segments mask the pass over the keys, too",
-        "pallas_kernels.xla:_allowed",
+        "pallas_kernels.xla:KeyPass.allowed",
         replaces("not layout.masks_all", "True"),
         TWO_PASSES + "[an offset and documents]",
     ),
@@ -86,14 +86,14 @@ FAULTS = [
     ),
     Fault(
         "A selection's count ends its row",
-        "pallas_kernels.xla:selection_walks",
+        "pallas_kernels.xla:selection_lists",
         replaces("jnp.clip(selection.counts, 0, most)", "most"),
         CASE + "[selection both ways]",
     ),
     # The op.
     Fault(
         "An offset within a block shifts the rows of queries",
-        "pallas_kernels.xla:Layout.grid",
+        "pallas_kernels:make_query_grid",
         drops_operand("%", "block_size"),
         CASE + "[offset within a block]",
     ),
@@ -135,7 +135,7 @@ FAULTS = [
     ),
     Fault(
         "Heads split over a mesh walk their own lists",
-        "pallas_kernels.xla:table_specs",
+        "pallas_kernels.xla:XlaBackend.table_specs",
         returns("jax.tree.map(lambda result: PartitionSpec(), result)"),
         CHANGED + "over_a_mesh",
     ),
