@@ -1,7 +1,6 @@
-"""Any mask at all, block by block."""
+"""A pattern from a bool array over blocks."""
 
 import dataclasses
-import functools
 import hashlib
 
 import numpy as np
@@ -12,22 +11,23 @@ from s2jax.patterns.checks import check_block_size, check_flag
 from s2jax.patterns.simple import lowest_distance
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False)
 class BlockMask(BlockPattern):
-    """Reads the blocks that a mask names.
+    """Reads the blocks that are True in a mask.
 
-    The mask is copied; two of equal content are equal and hash equal.
+    The mask is copied; patterns of equal masks are equal and hash equal.
 
     Attributes:
       mask: bool [h or 1, n, n], query blocks by key blocks at absolute positions; 1: the same for every head. It must
-        reach as far as the input, n · block_size >= query_offset + t and >= s. May be longer.
+        cover the input, n · block_size >= query_offset + t and >= s, and may be longer.
       block_size: tokens in a block, a power of two from 16.
-      causal: whether, besides, no query reads a token after its own.
+      causal: True: additionally, no query reads a token after its own.
     """
 
-    mask: Bool[np.ndarray, "h n n"]
+    mask: Bool[np.ndarray, "h n n"] = dataclasses.field(compare=False)
     block_size: int = DEFAULT_BLOCK_SIZE
     causal: bool = True
+    content: tuple[tuple[int, ...], bytes] = dataclasses.field(init=False)  # of equal masks: shape and digest
 
     def __post_init__(self):
         check_block_size(self.block_size)
@@ -36,29 +36,18 @@ class BlockMask(BlockPattern):
         if mask.dtype != bool or mask.ndim != 3 or mask.shape[1] != mask.shape[2] or not mask.size:
             raise ValueError(f"a BlockMask takes bool [heads or 1, n, n], got {mask.dtype} {list(mask.shape)}")
         # Over immutable bytes an array cannot be made writeable again.
-        object.__setattr__(self, "mask", np.frombuffer(mask.tobytes(), bool).reshape(mask.shape))
-
-    @functools.cached_property
-    def _digest(self) -> bytes:
-        return hashlib.blake2b(self.mask.tobytes(), digest_size=16).digest()
+        content = mask.tobytes()
+        object.__setattr__(self, "mask", np.frombuffer(content, bool).reshape(mask.shape))
+        object.__setattr__(self, "content", (mask.shape, hashlib.blake2b(content, digest_size=16).digest()))
 
     @property
     def nbytes(self) -> int:
         return self.mask.nbytes
 
-    def _identity(self) -> tuple:
-        return self.mask.shape, self._digest, self.block_size, self.causal
-
-    def __eq__(self, other):
-        return self._identity() == other._identity() if isinstance(other, BlockMask) else NotImplemented
-
-    def __hash__(self):
-        return hash(self._identity())
-
     def __repr__(self):
         causal = "" if self.causal else ", causal=False"
-        shape, content = list(self.mask.shape), self._digest.hex()[:8]
-        return f"BlockMask(<bool {shape} {content}>, block_size={self.block_size}{causal})"
+        shape, digest = self.content
+        return f"BlockMask(<bool {list(shape)} {digest.hex()[:8]}>, block_size={self.block_size}{causal})"
 
     def check(self, heads, query_length, kv_length, query_offset):
         if len(self.mask) not in (1, heads.num_heads):

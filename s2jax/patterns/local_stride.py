@@ -1,10 +1,10 @@
-"""S2-Attention's own family: a local window, and beyond it one block in `vert_stride`, another one for every head."""
+"""The pattern of S2-Attention: a local window, and beyond it one block in `vert_stride`, different for each head."""
 
 import dataclasses
 
+from s2jax.patterns.bands import UNBOUNDED
 from s2jax.patterns.checks import Window, check_count, check_window, window_sides
-from s2jax.patterns.simple import lowest_distance
-from s2jax.patterns.striped import Residues, Striped
+from s2jax.patterns.striped import Residues, Striped, Stripes
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -45,26 +45,7 @@ class LocalStride(Striped):
         check_count("vert_stride", self.vert_stride, at_least=1)
         self.check_head_parameters()
 
-    @property
-    def strides(self):
-        return (self.vert_stride,)
-
-    def mask_fn(self, head, query_position, key_position, heads):
-        i, j = query_position // self.block_size, key_position // self.block_size
+    def stripes(self, heads, head):
         left, right = window_sides(self.local_blocks, self.causal)
-        (residue,) = self.residues_of(heads, head)
-        near = (i - j < left) & (j - i < right)
-        stripe = (j + residue) % self.vert_stride == 0
-        allowed = query_position - key_position >= lowest_distance(self.causal)
-        return (near | stripe | self.is_dense(heads, head)) & allowed
-
-    def block_bands(self, heads, head, num_rows, num_columns):
-        everything = self.everything(num_columns)
-        if self.is_dense(heads, head):
-            return (everything,)
-        left, right = window_sides(self.local_blocks, self.causal)
-        (residue,) = self.residues_of(heads, head)
-        return (
-            dataclasses.replace(everything, block_low=1 - right, block_high=left),
-            dataclasses.replace(everything, columns=self.stripes(self.vert_stride, residue, num_columns)),
-        )
+        stripes = Stripes(-UNBOUNDED, UNBOUNDED, self.vert_stride, *self.residues_of(heads, head))
+        return [Stripes(1 - right, left, 1, 0), stripes]

@@ -1,4 +1,4 @@
-"""A function as a pattern."""
+"""A pattern from a function of head and positions."""
 
 import dataclasses
 import functools
@@ -20,9 +20,9 @@ MaskFunction = Callable[[Any, Any, Any], Any]
 """mask_mod(head, query_position, key_position) -> bool, over integer arrays that broadcast."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MaskMod(Pattern):
-    """Reads where a function says so, token by token, as FlexAttention's `mask_mod` does.
+    """Reads the tokens for which a function returns True, as FlexAttention's `mask_mod` does.
 
         MaskMod(lambda head, q, k: (q - k) % 2 == 0)  # every second token
         MaskMod(lambda head, q, k: (k < 100) | (k <= q), causal=False)  # prefix LM
@@ -30,8 +30,8 @@ class MaskMod(Pattern):
     The function gets the query head (an integer scalar, 0 … h - 1) and integer arrays of absolute positions that
     broadcast against each other, and returns bools of the broadcast shape. It is made of operators, jax.numpy or
     numpy, and decides each pair by its head and positions alone. It may capture arrays, such as document ids, which
-    have to reach as far as the positions: JAX clamps indices beyond an array's end. It is evaluated while the pattern
-    is compiled, in tiles, over int64: compiled where JAX can trace it, else by numpy.
+    must be as long as the positions: JAX clamps indices beyond an array's end. It is evaluated while the pattern is
+    compiled, in tiles, over int64: by a compiled function if JAX can trace it, else by numpy.
 
     Two MaskMods are equal if their functions have equal code and capture equal values, so that a lambda in a loop
     compiles once. What it captures must not change afterwards.
@@ -40,27 +40,19 @@ class MaskMod(Pattern):
       mask_mod: the function.
       block_size: tokens in a block of the compiled pattern, a power of two from 16. Blocks that read nothing cost
         nothing; small blocks follow fine structure, large ones have less overhead.
-      causal: whether, besides, no query reads a token after its own.
+      causal: True: additionally, no query reads a token after its own.
     """
 
-    mask_mod: MaskFunction
+    mask_mod: MaskFunction = dataclasses.field(compare=False)
     block_size: int = DEFAULT_BLOCK_SIZE
     causal: bool = True
+    key: Hashable = dataclasses.field(init=False)  # of equal functions, see `function_key`
 
     def __post_init__(self):
         check_block_size(self.block_size)
         check_flag("causal", self.causal)
         _check_signature(self.mask_mod)
-        object.__setattr__(self, "_key", function_key(self.mask_mod))
-
-    def _identity(self) -> tuple:
-        return vars(self)["_key"], self.block_size, self.causal
-
-    def __eq__(self, other):
-        return self._identity() == other._identity() if isinstance(other, MaskMod) else NotImplemented
-
-    def __hash__(self):
-        return hash(self._identity())
+        object.__setattr__(self, "key", function_key(self.mask_mod))
 
     def __deepcopy__(self, memo) -> "MaskMod":
         return self
@@ -73,7 +65,7 @@ class MaskMod(Pattern):
         return self.block_size
 
     def check(self, heads, query_length, kv_length, query_offset):
-        if function_key(self.mask_mod) != vars(self)["_key"]:
+        if function_key(self.mask_mod) != self.key:
             raise ValueError(
                 f"{self!r}: what its function captures has changed since the pattern was made; make another MaskMod"
             )
@@ -91,7 +83,7 @@ class MaskMod(Pattern):
         return None
 
     def block_states(self, heads, head, block_size, rows, num_columns):
-        """Perhaps read, wherever causality lets it be: the function is asked once, for the tokens."""
+        """All blocks that causality allows are 1, perhaps read: the function is evaluated once, on tokens."""
         visible = (np.arange(num_columns) <= np.asarray(rows)[:, None]) | (not self.causal)
         return visible.astype(np.uint8)
 

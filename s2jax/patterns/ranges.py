@@ -3,13 +3,10 @@
 import dataclasses
 import itertools
 
-import numpy as np
-
 from s2jax.patterns.bands import UNBOUNDED
 from s2jax.patterns.base import DEFAULT_BLOCK_SIZE
 from s2jax.patterns.checks import check_count
-from s2jax.patterns.simple import lowest_distance
-from s2jax.patterns.striped import Residues, Striped
+from s2jax.patterns.striped import Residues, Striped, Stripes
 
 Range = tuple[int | None, int]
 """(distance in blocks at which the range ends, or None for no end; stride)."""
@@ -19,12 +16,11 @@ Range = tuple[int | None, int]
 class Ranges(Striped):
     """A stride for each range of distances.
 
-    `Ranges(((2, 1), (None, 3)))` reads every block at distances i - j below 2, and one in three beyond.
-
-    Within the range (bound, V), whose distances lie from the bound before to below its own, a head reads the blocks
-    with (j + r(κ)) mod V = 0. What lies beyond the last bound is not read. If each stride divides the next, a block
-    once dropped is never read again (`is_kv_efficient`), as r(κ) then is one residue, taken modulo every stride
-    (`Striped.residues_of`). Bidirectional, |i - j| takes the place of i - j.
+    `Ranges(((2, 1), (None, 3)))` reads every block at distances i - j below 2, and one in three beyond. Within the
+    range (bound, V), which begins at the bound before, a head reads the blocks with (j + r(κ)) mod V = 0. Blocks beyond
+    the last bound are not read. If each stride divides the next, a block once dropped is never read again
+    (`is_kv_efficient`), as r(κ) then is one residue, taken modulo every stride (`Striped.residues_of`). If not causal,
+    the distance is |i - j|.
 
     `LocalStride(b, L, V)` is `Ranges(((L, 1), (None, V)), b)`.
 
@@ -64,33 +60,11 @@ class Ranges(Striped):
     def strides(self):
         return tuple(stride for _, stride in self.ranges)
 
-    def _parts(self, heads, head):
-        """(low, high, stride, residue) of each range."""
-        bounds = itertools.pairwise(self._bounds())
-        residues = self.residues_of(heads, head)
-        return [
-            (low, high, stride, residue)
-            for (low, high), stride, residue in zip(bounds, self.strides, residues, strict=True)
-        ]
-
-    def mask_fn(self, head, query_position, key_position, heads):
-        i, j = query_position // self.block_size, key_position // self.block_size
-        distance = i - j if self.causal else abs(i - j)
-        allowed = query_position - key_position >= lowest_distance(self.causal)
-        found = np.asarray(self.is_dense(heads, head))
-        for low, high, stride, residue in self._parts(heads, head):
-            found = found | ((distance >= low) & (distance < high) & ((j + residue) % stride == 0))
-        return found & allowed
-
-    def block_bands(self, heads, head, num_rows, num_columns):
-        everything = self.everything(num_columns)
-        if self.is_dense(heads, head):
-            return (everything,)
+    def stripes(self, heads, head):
         found = []
-        for low, high, stride, residue in self._parts(heads, head):
-            columns = self.stripes(stride, residue, num_columns)
-            found.append(dataclasses.replace(everything, columns=columns, block_low=low, block_high=high))
+        bounds = itertools.pairwise(self._bounds())
+        for (low, high), stride, residue in zip(bounds, self.strides, self.residues_of(heads, head), strict=True):
+            found.append(Stripes(low, high, stride, residue))
             if not self.causal:
-                low, high = 1 - high if high < UNBOUNDED else -UNBOUNDED, 1 - low
-                found.append(dataclasses.replace(everything, columns=columns, block_low=low, block_high=high))
-        return tuple(found)
+                found.append(Stripes(1 - high if high < UNBOUNDED else -UNBOUNDED, 1 - low, stride, residue))
+        return found

@@ -4,18 +4,18 @@ import dataclasses
 
 import numpy as np
 
-from s2jax.patterns.bands import UNBOUNDED, Band
+from s2jax.patterns.bands import UNBOUNDED, Band, all_columns
 from s2jax.patterns.base import DEFAULT_BLOCK_SIZE
 from s2jax.patterns.checks import Window, check_count, check_window, window_sides
 from s2jax.patterns.simple import lowest_distance
-from s2jax.patterns.striped import Residues, Striped
+from s2jax.patterns.striped import HeadResidues, Residues
 
 LONGEST_TABLE = 128
 """Rows of a band's table that are worth their memory; beyond, there is one band for each distance."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class RelativeStride(Striped):
+class RelativeStride(HeadResidues):
     """A local window, and beyond it one *distance* in `vert_stride`: stripes along the diagonal.
 
     With i, j, V and κ as in `LocalStride`, and a window of (left, right) blocks that both count the own one, a head
@@ -50,10 +50,6 @@ class RelativeStride(Striped):
         check_count("vert_stride", self.vert_stride, at_least=1)
         self.check_head_parameters()
 
-    @property
-    def strides(self):
-        return (self.vert_stride,)
-
     def mask_fn(self, head, query_position, key_position, heads):
         distance = query_position // self.block_size - key_position // self.block_size
         left, right = window_sides(self.local_blocks, self.causal)
@@ -65,7 +61,7 @@ class RelativeStride(Striped):
         return (near | stripe | self.is_dense(heads, head)) & allowed
 
     def block_bands(self, heads, head, num_rows, num_columns):
-        everything = self.everything(num_columns)
+        everything = Band(all_columns(num_columns, self.block_size), token_low=lowest_distance(self.causal))
         if self.is_dense(heads, head):
             return (everything,)
         left, right = window_sides(self.local_blocks, self.causal)

@@ -1,5 +1,6 @@
-"""The base class of strided patterns, whose heads share out the stripes."""
+"""Patterns of stripes, and the residues by which heads share out the stripes."""
 
+import abc
 import dataclasses
 import typing
 
@@ -14,11 +15,13 @@ from s2jax.patterns.simple import lowest_distance
 Residues = typing.Literal["kv_head", "query_head"]
 
 
-class Striped(BlockPattern):
-    """A family in which a head reads one block in `stride`, and another head another one.
+class HeadResidues(BlockPattern):
+    """Base of the families in which each head reads one block in `vert_stride`, other heads other blocks.
 
     Each head has one residue r(κ) for each stride; κ is its KV head, or itself if `residues` is "query_head".
     """
+
+    vert_stride: int
 
     head_step: int | None
     head_offset: int
@@ -41,7 +44,7 @@ class Striped(BlockPattern):
     @property
     def strides(self) -> tuple[int, ...]:
         """The strides, from near to far."""
-        raise NotImplementedError
+        return (self.vert_stride,)
 
     def check(self, heads, query_length, kv_length, query_offset):
         if self.num_dense_heads > heads.num_kv_heads:
@@ -59,11 +62,11 @@ class Striped(BlockPattern):
         return "dense" if self.is_dense(heads, head) else self.residues_of(heads, head)
 
     def residues_of(self, heads: HeadGroups, head: int) -> tuple[int, ...]:
-        """r(κ) for each stride V, modulo it: the head reads the blocks j with (j + r) mod V = 0.
+        """The residues r(κ) for each stride V, modulo it: the head reads the blocks j with (j + r) mod V = 0.
 
-        r(κ) = κ · head_step + head_offset; without a step, ⌊κ · V / number of κ⌋ + head_offset. Where a stride divides
-        the next, say V and m·V, the next residue is the first plus V times a digit below m, which spreads the heads
-        that share the first: so each head's far stripes are among its near ones, at any number of heads.
+        r(κ) = κ · head_step + head_offset; without a step, ⌊κ · V / number of κ⌋ + head_offset. If a stride divides the
+        next, say V and m·V, the next residue is the first plus V times a digit below m, which spreads the heads that
+        share the first. So each head's far stripes are among its near ones, at any number of heads.
         """
         index, count = heads.kv_head(head), heads.num_kv_heads
         if self.residues == "query_head":
@@ -81,15 +84,40 @@ class Striped(BlockPattern):
             found.append((spread + self.head_offset) % stride)
         return tuple(found)
 
-    def stripes(self, stride: int, residue: int, num_columns: int) -> np.ndarray:
-        """Columns of a band that reads one block in `stride`: int32 [1, num_columns]."""
-        inside = (np.arange(num_columns) + residue) % stride == 0
-        return np.where(inside, self.block_size, 0).astype(np.int32)[None]
 
-    def everything(self, num_columns: int, block_low: int = -UNBOUNDED, block_high: int = UNBOUNDED) -> Band:
-        """The band of all blocks at these distances, causal or not."""
-        columns = all_columns(num_columns, self.block_size)
-        return Band(columns, block_low, block_high, lowest_distance(self.causal))
+class Stripes(typing.NamedTuple):
+    """Key blocks j that a query block i reads: low <= i - j < high and (j + residue) mod stride = 0."""
+
+    low: int
+    high: int
+    stride: int
+    residue: int
+
+
+class Striped(HeadResidues):
+    """Base of the families whose stripes stand at absolute positions."""
+
+    @abc.abstractmethod
+    def stripes(self, heads: HeadGroups, head: int) -> list[Stripes]:
+        """The stripes that a head reads, unless it is dense."""
+
+    def mask_fn(self, head, query_position, key_position, heads):
+        j = key_position // self.block_size
+        distance = query_position // self.block_size - j
+        found = self.is_dense(heads, head)
+        for low, high, stride, residue in self.stripes(heads, head):
+            found = found | ((distance >= low) & (distance < high) & ((j + residue) % stride == 0))
+        return found & (query_position - key_position >= lowest_distance(self.causal))
+
+    def block_bands(self, heads, head, num_rows, num_columns):
+        low, column = lowest_distance(self.causal), np.arange(num_columns)
+        if self.is_dense(heads, head):
+            return (Band(all_columns(num_columns, self.block_size), token_low=low),)
+        return tuple(
+            Band(np.where((column + each.residue) % each.stride == 0, self.block_size, 0).astype(np.int32)[None],
+                 each.low, each.high, low)
+            for each in self.stripes(heads, head)
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -112,19 +140,5 @@ class Strided(Striped):
         check_count("vert_stride", self.vert_stride, at_least=1)
         self.check_head_parameters()
 
-    @property
-    def strides(self):
-        return (self.vert_stride,)
-
-    def mask_fn(self, head, query_position, key_position, heads):
-        allowed = query_position - key_position >= lowest_distance(self.causal)
-        (residue,) = self.residues_of(heads, head)
-        stripe = (key_position // self.block_size + residue) % self.vert_stride == 0
-        return (stripe | self.is_dense(heads, head)) & allowed
-
-    def block_bands(self, heads, head, num_rows, num_columns):
-        everything = self.everything(num_columns)
-        if self.is_dense(heads, head):
-            return (everything,)
-        (residue,) = self.residues_of(heads, head)
-        return (dataclasses.replace(everything, columns=self.stripes(self.vert_stride, residue, num_columns)),)
+    def stripes(self, heads, head):
+        return [Stripes(-UNBOUNDED, UNBOUNDED, self.vert_stride, *self.residues_of(heads, head))]

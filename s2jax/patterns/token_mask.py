@@ -1,4 +1,4 @@
-"""A bool array as a pattern."""
+"""A pattern from a bool array over tokens."""
 
 import dataclasses
 import functools
@@ -12,22 +12,23 @@ from s2jax.patterns.base import DEFAULT_BLOCK_SIZE, Pattern
 from s2jax.patterns.checks import check_block_size, check_count
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TokenMask(Pattern):
-    """Reads what a mask says, token by token; for masks that fit into memory, t · s bytes for each head.
+    """Reads the tokens that are True in a mask, which takes t · s bytes for each head.
 
-    The mask is copied; two of equal content are equal and hash equal.
+    The mask is copied; patterns of equal masks are equal and hash equal.
 
     Attributes:
-      mask: bool [h or 1, t, s], query by key, a concrete array; 1: the same for every head. It must reach as far as the
-        input and may reach further.
+      mask: bool [h or 1, t, s], query by key, a concrete array; 1: the same for every head. It must cover the input and
+        may be longer.
       block_size: tokens in a block of the compiled pattern, a power of two from 16.
       query_offset: absolute position of the mask's first query.
     """
 
-    mask: Bool[np.ndarray | Array, "h t s"]
+    mask: Bool[np.ndarray | Array, "h t s"] = dataclasses.field(compare=False)
     block_size: int = DEFAULT_BLOCK_SIZE
     query_offset: int = 0
+    content: tuple[tuple[int, ...], tuple[bytes, ...]] = dataclasses.field(init=False)  # shape, digests of heads
 
     def __post_init__(self):
         check_block_size(self.block_size)
@@ -45,28 +46,17 @@ class TokenMask(Pattern):
                 hint = "; pass mask[None]" if mask.ndim == 2 else "; one mask serves the whole batch: pass mask[0]"
             raise ValueError(f"a mask is bool [heads or 1, t, s], got {mask.dtype} {list(mask.shape)}{hint}")
         # Over immutable bytes an array cannot be made writeable again.
-        object.__setattr__(self, "mask", np.frombuffer(mask.tobytes(), bool).reshape(mask.shape))
-
-    @functools.cached_property
-    def _digests(self) -> tuple[bytes, ...]:
-        """A digest of every head's mask."""
-        return tuple(hashlib.blake2b(np.asarray(each), digest_size=16).digest() for each in self.mask)
+        mask = np.frombuffer(mask.tobytes(), bool).reshape(mask.shape)
+        object.__setattr__(self, "mask", mask)
+        digests = tuple(hashlib.blake2b(each, digest_size=16).digest() for each in mask)
+        object.__setattr__(self, "content", (mask.shape, digests))
 
     @property
     def nbytes(self) -> int:
         return self.mask.nbytes
 
-    def _identity(self) -> tuple:
-        return self.mask.shape, self._digests, self.block_size, self.query_offset
-
-    def __eq__(self, other):
-        return self._identity() == other._identity() if isinstance(other, TokenMask) else NotImplemented
-
-    def __hash__(self):
-        return hash(self._identity())
-
     def __repr__(self):
-        content = hashlib.blake2b(b"".join(self._digests), digest_size=4).hexdigest()
+        content = hashlib.blake2b(b"".join(self.content[1]), digest_size=4).hexdigest()
         offset = f", query_offset={self.query_offset}" if self.query_offset else ""
         return f"TokenMask(<bool {list(self.mask.shape)} {content}>, block_size={self.block_size}{offset})"
 
@@ -95,22 +85,22 @@ class TokenMask(Pattern):
             )
 
     def head_key(self, heads, head):
-        return self._digests[self._place(head)]
+        return self.content[1][self._index(head)]
 
-    def _place(self, head: int) -> int:
+    def _index(self, head: int) -> int:
         return head if len(self.mask) > 1 else 0
 
     def mask_fn(self, head, query_position, key_position, heads):
         row = np.asarray(query_position) - self.query_offset
         inside = (row >= 0) & (row < self.mask.shape[1]) & (key_position < self.mask.shape[2])
         row, column = np.clip(row, 0, self.mask.shape[1] - 1), np.minimum(key_position, self.mask.shape[2] - 1)
-        return np.asarray(self.mask)[self._place(head), row, column] & inside
+        return np.asarray(self.mask)[self._index(head), row, column] & inside
 
     def bands(self, heads, head, block_size, num_rows, num_columns):
         return None
 
     def block_states(self, heads, head, block_size, rows, num_columns):
-        mask, states = self.mask[self._place(head)], np.zeros((len(rows), num_columns), np.uint8)
+        mask, states = self.mask[self._index(head)], np.zeros((len(rows), num_columns), np.uint8)
         for index, row in enumerate(np.asarray(rows).tolist()):
             low = row * block_size - self.query_offset
             mine = mask[max(low, 0) : max(low + block_size, 0), : num_columns * block_size]

@@ -9,13 +9,13 @@ READS = COMPILER + "a_schedule_reads_what_its_pattern_reads"
 FAULTS = [
     Fault(
         "A family's bands read what its rule reads",
-        "s2jax.patterns:LocalStride.block_bands",
-        passes("replace", "block_high", "left + 1"),
+        "s2jax.patterns:Striped.block_bands",
+        replaces("each.high", "each.high + 1"),
         "patterns/test_closed_form.py::test_edges_of_every_family",
     ),
     Fault(
         "KV heads together read every block of the context",
-        "s2jax.patterns:Striped.residues_of",
+        "s2jax.patterns:HeadResidues.residues_of",
         replaces("heads.kv_head(head)", "0"),
         "patterns/test_statistics.py::test_published_densities",
     ),
