@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks.cases import CASES
 from benchmarks.record import parser, save, table
 from s2jax import Dense, KVCache, Pattern
+from s2jax.cache.step import Tables
 
 PHI3 = next(case for case in CASES if case.name == "phi3-8k")
 NEW = 64
@@ -33,7 +34,8 @@ def filled(pattern: Pattern, batch: int, tokens: int) -> KVCache:
     key = jax.random.normal(jax.random.key(0), (1, tokens, kv_heads, head_dim))
     lengths = jnp.full(batch, tokens, jnp.int32)
     key = jnp.broadcast_to(key, (batch, *key.shape[1:]))
-    buffers = tuple(each.of_prompt(each.take(key), each.take(key), lengths, key.dtype) for each in cache.buffer_layouts)
+    layouts = Tables.of(cache.layout, None, shards=1).layouts
+    buffers = tuple(each.of_prompt(each.take(key), each.take(key), lengths, key.dtype) for each in layouts)
     return dataclasses.replace(cache, buffers=buffers, lengths=lengths, max_lengths=lengths.copy())
 
 

@@ -1,7 +1,7 @@
-"""s2jax: sparsely-sharded attention for JAX.
+"""Sparsely-sharded attention for JAX.
 
-`attention` computes it, a pattern says who reads whom, `KVCache` keeps what will be read again, `s2jax.nnx` and
-`s2jax.linen` hold the layers.
+`attention` computes it by a pattern, which gives each query head the keys that it reads. `KVCache` keeps the keys and
+values that later tokens will read. `s2jax.nnx` and `s2jax.linen` have the layers.
 """
 
 import importlib

@@ -112,8 +112,13 @@ def check_heads_known(
     """Raises ValueError if a caller may have split the heads without saying so, and the pattern would then differ.
 
     Args:
-      pattern: the pattern, for which the other arguments are those of `compile_schedule`.
+      pattern: the pattern.
       axes: the axes that heads may be split over, see `possible_head_axes`.
+      num_heads: see `compile_schedule`, as for the others.
+      num_kv_heads: count of KV heads of the call.
+      query_length: count of queries.
+      kv_length: count of keys.
+      query_offset: position of the first query.
     """
     if not axes or num_kv_heads < 1 or num_heads % num_kv_heads:
         return

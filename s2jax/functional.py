@@ -1,4 +1,4 @@
-"""Attention by a pattern, and the merging of partial results."""
+"""Attention by a pattern, and the combination of partial results."""
 
 import typing
 
@@ -127,7 +127,7 @@ def attention(
             at_run_time = query_offset
         static = _static_pattern(pattern, query_length, kv_length, None if at_run_time is not None else offset)
         if at_run_time is not None:
-            # Whatever position comes, its rows are there.
+            # Rows for every position that may come.
             query_length += kv_length
         if head_axis is None and heads is None:
             check_heads_known(static, possible_head_axes(query), *counts, query_length, kv_length, offset)
@@ -152,7 +152,7 @@ ATTENTION_OPTIONS = (*typing.get_type_hints(Options), "return_lse")
 
 
 def _static_pattern(given: PatternLike, query_length: int, kv_length: int, offset: int | None) -> Pattern:
-    """The pattern; a bool array is one for just these queries and keys. An `offset` of None is known at run time."""
+    """The pattern; a bool array becomes one for exactly these queries and keys. `offset` is None if not static."""
     if not isinstance(given, (np.ndarray, jax.Array)):
         return as_pattern(given)
     if offset is None:
@@ -175,12 +175,12 @@ def _is_static(query_offset) -> bool:
 def combine(outs: list[Float[Array, "b t h e"]], lses: list[Float[Array, "b h t"]]):
     """Merges attention over disjoint sets of keys into attention over all of them, exactly.
 
-    Every part weighs exp(lse) (FlashAttention's rule for its own tiles). Differentiable; rows that read nothing in some
-    part, or in none, are right. Where there are sinks, one part only may have them.
+    Every part is weighed with exp(lse), as FlashAttention does with its tiles. Differentiable, also for rows that read
+    nothing in some or all parts. Only one part may have sinks.
 
     Args:
       outs: results of `attention(..., return_lse=True)`, all of one shape.
-      lses: their log-sum-exps.
+      lses: their log-sum-exps [b, h, t].
 
     Returns:
       out [b, t, h, e] in the outs' dtype, lse [b, h, t].

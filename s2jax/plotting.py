@@ -1,4 +1,4 @@
-"""Pictures of patterns: as text for a terminal, and drawn with matplotlib as PNG or SVG.
+"""Pictures of patterns: text for a terminal, or drawings by matplotlib as PNG or SVG.
 
 python -m s2jax.plotting                                    # draws the README's picture
 python -m s2jax.plotting "LocalStride(64, 4, 8) | FirstTokens(4)" --heads 8 --length 4096 --out mine.svg
@@ -23,23 +23,23 @@ if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_PANELS = 8
-"""Heads that are shown one by one; the union counts them all."""
+"""Heads that have panels of their own; the union counts all heads."""
 
 SAMPLES = 8
-"""Query blocks looked at for each cell, where a cell stands for more than that."""
+"""Query blocks evaluated for each cell, if a cell stands for more."""
 
 
 class Panel(typing.NamedTuple):
-    """The cells that one kind of head reads, or all heads together."""
+    """The cells that equal heads read, or all heads together."""
 
     title: str
-    share: np.ndarray  # float [cells, cells]: how much of the visible part of a cell is read; NaN: nothing is visible
-    total: float  # how much of all that is visible
+    share: np.ndarray  # float [cells, cells]: the share of a cell's visible part that is read; NaN: nothing is visible
+    total: float  # the share of all that is visible
 
 
 @outside_traces
 def panels(pattern: Pattern, heads: HeadGroups, length: int, cells: int) -> list[Panel]:
-    """A panel for each kind of head, and one for all heads together."""
+    """A panel for each distinct head, and one for all heads together."""
     n = statistics.num_blocks(pattern, length)
     rows = np.arange(n)
     if n > cells * SAMPLES:
@@ -58,8 +58,8 @@ def panels(pattern: Pattern, heads: HeadGroups, length: int, cells: int) -> list
     return [*found, panel("all heads together", union)]
 
 
-def shown(drawn: list[Panel]) -> list[int]:
-    """The places of the panels that are shown: one kind of head alone is the union already."""
+def visible_panels(drawn: list[Panel]) -> list[int]:
+    """Indices of the panels that are drawn: a single distinct head is the union already."""
     last = len(drawn) - 1
     return [*(range(min(last, MOST_PANELS)) if last > 1 else ()), last]
 
@@ -73,7 +73,7 @@ def _head_title(heads: list[int]) -> str:
 
 
 def _share(read: np.ndarray, visible: np.ndarray, rows: np.ndarray, cells: int) -> np.ndarray:
-    """Sums over cells: bool [rows, n] → float [cells, cells]."""
+    """Shares of cells: bool [rows, n] → float [cells, cells]."""
     n = read.shape[1]
     cells = min(cells, n)
     row_edge = np.searchsorted(rows * cells // n, np.arange(cells))
@@ -87,7 +87,7 @@ def _share(read: np.ndarray, visible: np.ndarray, rows: np.ndarray, cells: int) 
 
 
 def headline(pattern: Pattern, heads: HeadGroups, length: int) -> list[str]:
-    """Two lines: what is drawn, and its statistics."""
+    """Two lines: the pattern, and its statistics."""
     counts = heads.num_heads, heads.num_kv_heads, length
     size, n = pattern.schedule_block_size(), statistics.num_blocks(pattern, length)
     kept = pattern.kv_blocks_kept(*counts)
@@ -111,15 +111,21 @@ TEXT_WIDTH = 110
 
 
 def plot_text(pattern: PatternLike, num_heads: int, num_kv_heads: int, length: int) -> str:
-    """A picture for the terminal: queries downwards, keys to the right, a panel for each kind of head and the union.
+    """A picture for the terminal: queries downwards, keys to the right, a panel for each distinct head and the union.
 
     Up to 32 blocks every half-character is a block; beyond, a character's shade is the share that is read.
+
+    Args:
+      pattern: a pattern, or what `as_pattern` makes a pattern of.
+      num_heads: count of query heads.
+      num_kv_heads: count of KV heads.
+      length: tokens.
     """
     pattern = as_pattern(pattern)
     heads = checked_heads(pattern, num_heads, num_kv_heads, length)
     n = statistics.num_blocks(pattern, length)
     found = panels(pattern, heads, length, n if n <= MOST_EXACT else SHADED)
-    drawn = [(found[place].title, _lines(found[place].share)) for place in shown(found)]
+    drawn = [(found[place].title, _lines(found[place].share)) for place in visible_panels(found)]
     width = max(len(drawn[0][1][0]), *(len(title) + 1 for title, _ in drawn))
     each_line = max(1, TEXT_WIDTH // (width + 2))
     blocks = []
@@ -160,8 +166,14 @@ CAPTION = 0.65
 def plot(pattern: PatternLike, num_heads: int, num_kv_heads: int, length: int) -> "Figure":
     """A `matplotlib.figure.Figure`, to be saved with `.savefig("pattern.svg")`.
 
-    It has a panel for each kind of head, one for the union, and under each the share that is read. Blocks that all
+    It has a panel for each distinct head, one for the union, and under each the share that is read. Blocks that all
     heads read (the window) are dark; others have the colours of their heads, in the union too.
+
+    Args:
+      pattern: a pattern, or what `as_pattern` makes a pattern of.
+      num_heads: count of query heads.
+      num_kv_heads: count of KV heads.
+      length: tokens.
 
     Raises:
       ImportError: matplotlib is missing.
@@ -174,7 +186,7 @@ def plot(pattern: PatternLike, num_heads: int, num_kv_heads: int, length: int) -
     pattern = as_pattern(pattern)
     heads = checked_heads(pattern, num_heads, num_kv_heads, length)
     found = panels(pattern, heads, length, PLOT_CELLS)
-    images, places = _coloured([panel.share for panel in found]), shown(found)
+    images, places = _coloured([panel.share for panel in found]), visible_panels(found)
     lines = -(-len(places) // MOST_COLUMNS)
     columns = -(-len(places) // lines)
     width = max(columns * (PANEL + GAP) - GAP + 2 * SIDE, 6.5)
@@ -249,14 +261,14 @@ README_IMAGE = pathlib.Path("docs/images/pattern.png")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m s2jax.plotting", description="Draws who reads whom.")
-    explained = "as Python writes it; nothing is executed (default: %(default)s)"
+    parser = argparse.ArgumentParser(prog="python -m s2jax.plotting", description="Draws the blocks that heads read.")
+    explained = "a pattern in Python's notation; nothing is executed (default: %(default)s)"
     parser.add_argument("pattern", nargs="?", default=README_PATTERN, help=explained)
     parser.add_argument("--heads", type=int, default=4, help="query heads (default: 4)")
     parser.add_argument("--kv-heads", type=int, help="KV heads (default: as many as query heads)")
     parser.add_argument("--length", type=int, default=1536, help="tokens (default: 1536)")
     parser.add_argument("--out", type=pathlib.Path, default=README_IMAGE, help="PNG, SVG or PDF (default: %(default)s)")
-    parser.add_argument("--text", action="store_true", help="print it instead")
+    parser.add_argument("--text", action="store_true", help="print text instead of drawing")
     options = parser.parse_args(arguments)
     counts = options.heads, options.heads if options.kv_heads is None else options.kv_heads, options.length
     try:
@@ -281,7 +293,7 @@ ASCII = str.maketrans("▄▀░▒▓█│", ".'-+*#|")
 
 
 def _show(text: str) -> None:
-    """Prints a text, in an encoding that lacks blocks by characters that stand for them."""
+    """Prints a text; encodings without block characters get ASCII ones."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
         try:

@@ -157,6 +157,10 @@ def attend(
     """Attention over all slots: rows [b, t, k, g].
 
     Args:
+      query: [b, t, k, g, d], query heads by their KV head.
+      keys: keys and values of the slots.
+      masks: the schedule's token masks.
+      options: static settings.
       positions: positions of the queries, ascending, each sequence's without a gap.
       all_finite: True if no value is NaN or Inf. Otherwise values that none of the queries reads are zeroed, at more
         cost; a NaN comes where it is read, and may come to the other queries of the call.

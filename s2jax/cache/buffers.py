@@ -133,6 +133,7 @@ class BufferLayout:
         """The slots of blocks, which are outside of the buffer for blocks that are never kept.
 
         Args:
+          block: blocks of the context.
           first: the first own block after a fork.
         """
         if self.fork_blocks is not None:

@@ -1,4 +1,4 @@
-"""A KV cache that holds what will be read again, and nothing else, for any causal pattern."""
+"""KVCache: the keys and values of one layer that later tokens will read, for any causal pattern."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from pallas_kernels.head_place import HeadAxis, possible_head_axes
 from pallas_kernels.sharding import Axes, Sharding
 from pallas_kernels.unknown_arguments import explains_unknown_arguments
 from s2jax.cache.attention import Options, per_sequence
-from s2jax.cache.buffers import Buffer, BufferLayout, Prefix, with_block_ids
+from s2jax.cache.buffers import Buffer, Prefix, with_block_ids
 from s2jax.cache.checks import check_dtype, check_prompt, check_removed, check_tokens, check_which
 from s2jax.cache.layout import CacheLayout, compile_cache
 from s2jax.cache.sharding import (
@@ -36,7 +36,7 @@ from s2jax.patterns.checks import check_counts
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """The keys and values of one layer that later tokens will read, of several sequences at lengths of their own.
+    """The keys and values of one layer that later tokens will read, of several sequences of different lengths.
 
     A pytree of arrays of fixed shapes, passed in and given back: a step that is jitted once serves every length. Make
     one with `KVCache.create`; donate it to the step, so that it is updated in place. Outside of `jit` each method is
@@ -87,7 +87,8 @@ class KVCache:
         Args:
           pattern: who reads whom; causal. Also all else that `s2jax.as_pattern` takes.
           batch: count of sequences.
-          num_heads, num_kv_heads: counts of all heads, also where `head_axis` splits them.
+          num_heads: count of all query heads, also if `head_axis` splits them.
+          num_kv_heads: count of all KV heads.
           head_dim: features of a key.
           value_dim: features of a value; by default those of a key.
           max_length: tokens of the longest context; None for patterns of bounded reach, which stream without end.
@@ -143,15 +144,19 @@ class KVCache:
         counts: Integer[Array, " b"] | None = None,
         **options: typing.Any,
     ) -> tuple[typing.Any, "KVCache"]:
-        """Begins every sequence anew with a prompt; attends by the op, in time and memory of what the pattern reads.
+        """Begins every sequence anew with a prompt, and attends from it by `s2jax.attention`.
 
         Args:
-          counts: tokens of every sequence, between 0 and t; those after them are padding, whose outputs mean nothing.
-          options: of `s2jax.attention`, but for offsets and segments, as the prompt begins the context and is one, and
-            for `query_spec`, which is the cache's.
+          query: [b, t, h, d].
+          key: [b, t, k, d], rotated if positions are rotary.
+          value: [b, t, k, e].
+          counts: tokens of every sequence, between 0 and t. The tokens after them are padding; their outputs are
+            undefined.
+          **options: options of `s2jax.attention`, except for offsets and segments, as the prompt begins the context
+            and is one segment, and for `query_spec`, which is the cache's.
 
         Returns:
-          What `s2jax.attention` gives, and the cache.
+          The result of `s2jax.attention`, and the cache.
 
         Raises:
           ValueError: the prompt is empty or longer than `max_length`; arrays do not fit the cache.
@@ -180,12 +185,17 @@ class KVCache:
         """Appends tokens to every sequence and attends from them: one to decode, a chunk of a prompt, or a draft.
 
         Args:
-          key: rotated already, where positions are rotary.
-          counts: of the tokens, how many are each sequence's, between 0 and t; the others are padding.
-          scale, logits_soft_cap, sinks, return_lse: see `s2jax.attention`.
+          query: [b, t, h, d].
+          key: [b, t, k, d], rotated if positions are rotary.
+          value: [b, t, k, e].
+          counts: tokens of every sequence, between 0 and t; the tokens after them are padding.
+          scale: see `s2jax.attention`.
+          logits_soft_cap: see `s2jax.attention`.
+          sinks: see `s2jax.attention`.
+          return_lse: see `s2jax.attention`.
 
         Returns:
-          What `s2jax.attention` gives for these queries over the whole context, and the cache.
+          The result of `s2jax.attention` for these queries over the whole context, and the cache.
 
         Raises:
           ValueError: there is no token; arrays do not fit the cache.
@@ -282,11 +292,6 @@ class KVCache:
         return dataclasses.replace(self, buffers=buffers, lengths=lengths, max_lengths=max_lengths, prefix=prefix)
 
     @property
-    def buffer_layouts(self) -> tuple[BufferLayout, ...]:
-        """The slots of the blocks in each buffer."""
-        return Tables.of(self.layout, self.fork_blocks, 1).layouts
-
-    @property
     def _tables(self) -> tuple[Role, DeferredTables]:
         return Role.HEADS, DeferredTables(self.layout, self.fork_blocks, self.head_axis)
 
@@ -340,7 +345,7 @@ class KVCache:
         batch, length, num_heads, head_dim = query.shape
         kv_heads, lengths = key.shape[2], longer(self.lengths, length, counts)
         positions = self.lengths[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
-        all_finite, limit = self.all_finite & self.buffers[0].is_finite(value), self._limit(tables.layouts)
+        all_finite, limit = self.all_finite & self.buffers[0].is_finite(value), tables.limit(self._lowest())
         step = Step(self.layout, positions, self.lengths, lengths, limit, self._first, all_finite.all(), options)
         grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, head_dim)
         parts, buffers = [], []
@@ -391,10 +396,3 @@ class KVCache:
     def _lowest(self) -> Array:
         """The lowest length to roll back to."""
         return jnp.zeros_like(self.lengths) if self._first is None else self._first * self.layout.block_size
-
-    def _limit(self, layouts: tuple[BufferLayout, ...]) -> Array:
-        """The first position of every sequence that has no slot."""
-        most = INVALID_LENGTH if self.layout.max_length is None else self.layout.max_length
-        if self.fork_blocks is None or all(layout.fork_blocks is None for layout in layouts):
-            return jnp.full(len(self.lengths), most, jnp.int32)
-        return jnp.minimum(most, self._lowest() + self.fork_blocks * self.layout.block_size)

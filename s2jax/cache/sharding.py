@@ -171,7 +171,9 @@ def on_each_shard(
     """Returns `function(*arguments, **static)`, a tuple, compiled; on every shard, if there are any.
 
     Args:
+      function: takes the arguments' pytrees, with tables made, and returns the results' pytrees.
       layout: of the cache; the programs of some layouts are kept.
+      sharding: over a mesh; None if nothing is split.
       arguments: pytrees or `DeferredTables`, and their roles.
       results: pytrees of the results' structure, and their roles.
       static: hashable arguments.

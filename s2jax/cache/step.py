@@ -41,6 +41,19 @@ class Tables:
         order = np.argsort(heads, 1).astype(np.int32).reshape(-1)
         return cls(layouts, tuple(BufferSchedule.of(layout, heads) for heads in layout.buffers), order)
 
+    def limit(self, lowest: Int32[Array, " b"]) -> Int32[Array, " b"]:
+        """The first position of every sequence that has no slot.
+
+        Args:
+          lowest: the first position after the prefix that the sequences of a fork share, else 0.
+        """
+        layout = self.layouts[0].layout
+        most = INVALID_LENGTH if layout.max_length is None else layout.max_length
+        fork_blocks = next((each.fork_blocks for each in self.layouts if each.fork_blocks is not None), None)
+        if fork_blocks is None:
+            return jnp.full(len(lowest), most, jnp.int32)
+        return jnp.minimum(most, lowest + fork_blocks * layout.block_size)
+
     def join(self, parts: list[PartialAttention]) -> PartialAttention:
         """Joins the results of the buffers into those of all KV heads, in their order."""
         if len(parts) == 1:

@@ -1,4 +1,4 @@
-"""Checks that what a pattern says in closed form is what its rule says, token by token."""
+"""Comparison of a pattern's closed form with its definition, `mask_fn`, on a sample of tokens."""
 
 import math
 from collections.abc import Hashable, Iterator
@@ -19,10 +19,10 @@ EXHAUSTIVE = 1 << 16
 """Pairs of tokens up to which all are compared."""
 
 QUERIES, TILES = 48, 64
-"""Of larger inputs: query positions that are looked at in each head, and pairs of blocks without a closed form."""
+"""Query positions of larger inputs that are compared in each head, and pairs of blocks without a closed form."""
 
 MOST_BANDS = 64
-"""Bands of a head whose edges are looked at."""
+"""Bands of a head whose edges are compared."""
 
 
 def checked_heads(pattern: Rule, num_heads: int, num_kv_heads: int, length: int) -> HeadGroups:
@@ -42,11 +42,11 @@ def checked_heads(pattern: Rule, num_heads: int, num_kv_heads: int, length: int)
 def check_agreement(pattern: Rule, heads: HeadGroups, query_start: int, query_stop: int, kv_stop: int) -> None:
     """Compares the closed form of every distinct head, and heads of one key with each other, on a sample.
 
-    The sample is all pairs of a small input; else the edges of blocks, of bands and of the input at some queries, and
-    random pairs, the same each time.
+    The sample is all pairs of a small input. For larger ones it is the edges of blocks, of bands and of the input at
+    some queries, and random pairs, the same each time.
 
     Raises:
-      ValueError: the rule and the closed form differ, or a causal pattern's rule reads a later token.
+      ValueError: `mask_fn` and the closed form differ, or that of a causal pattern reads a later token.
     """
     _check(pattern, heads, query_start, query_stop, kv_stop)
 
@@ -74,16 +74,16 @@ def _check(pattern: Rule, heads: HeadGroups, query_start: int, query_stop: int, 
                 f"later key {k[at]}; add `& (key_position <= query_position)` to the rule, or set causal=False"
             )
         if bands is not None:
-            said = _said_by_bands(bands, size, q, k)
+            closed = _mask_by_bands(bands, size, q, k)
         else:
-            said, known = _said_by_blocks(pattern, heads, head, size, query_stop, kv_stop, q, k)
-            q, k, rule, said = (each[known] for each in (q, k, rule, said))
-        _compare(pattern, q, k, rule, said, f"the rule of head {head}", "its closed form")
+            closed, known = _mask_by_blocks(pattern, heads, head, size, query_stop, kv_stop, q, k)
+            q, k, rule, closed = (each[known] for each in (q, k, rule, closed))
+        _compare(pattern, q, k, rule, closed, f"the rule of head {head}", "its closed form")
         first[key] = head, q, k, rule
 
 
-def _compare(pattern: Rule, q, k, rule: np.ndarray, said: np.ndarray, one: str, other: str) -> None:
-    wrong = rule != said
+def _compare(pattern: Rule, q, k, rule: np.ndarray, closed: np.ndarray, one: str, other: str) -> None:
+    wrong = rule != closed
     if wrong.any():
         at = int(np.argmax(wrong))
         verbs = ("reads", "does not read") if rule[at] else ("does not read", "reads")
@@ -94,8 +94,8 @@ def _compare(pattern: Rule, q, k, rule: np.ndarray, said: np.ndarray, one: str, 
         )
 
 
-def _said_by_bands(bands: tuple[Band, ...], size: int, q: np.ndarray, k: np.ndarray) -> np.ndarray:
-    """The definition of a band, pair by pair."""
+def _mask_by_bands(bands: tuple[Band, ...], size: int, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """The mask by bands, pair by pair."""
     i, j, apart = q // size, k // size, q - k
     found = np.zeros(q.shape, bool)
     for band in bands:
@@ -107,8 +107,8 @@ def _said_by_bands(bands: tuple[Band, ...], size: int, q: np.ndarray, k: np.ndar
     return found
 
 
-def _said_by_blocks(pattern, heads, head, size, query_stop, kv_stop, q, k) -> tuple[np.ndarray, np.ndarray]:
-    """The reads that block states and tiles give for some pairs of blocks, and the pairs that were looked up."""
+def _mask_by_blocks(pattern, heads, head, size, query_stop, kv_stop, q, k) -> tuple[np.ndarray, np.ndarray]:
+    """The mask by block states and tiles at some pairs of blocks, and True where it was looked up."""
     columns = -(-kv_stop // size)
     pairs, which = np.unique(q // size * columns + k // size, return_inverse=True)
     chosen = pairs[np.linspace(0, len(pairs) - 1, min(TILES, len(pairs))).astype(int)]
@@ -117,9 +117,9 @@ def _said_by_blocks(pattern, heads, head, size, query_stop, kv_stop, q, k) -> tu
     rows, place = np.unique(row, return_inverse=True)
     states = pattern.block_states(heads, head, size, rows, columns)[place, column]
     tiles = np.repeat(states == 2, size * size).reshape(-1, size, size)
-    partly = np.flatnonzero(states == 1)
-    if len(partly):
-        tiles[partly] = pattern.token_tiles(heads, head, size, row[partly], column[partly], query_stop, kv_stop)
+    partial = np.flatnonzero(states == 1)
+    if len(partial):
+        tiles[partial] = pattern.token_tiles(heads, head, size, row[partial], column[partial], query_stop, kv_stop)
     found = np.zeros(q.shape, bool)
     found[known] = tiles[np.searchsorted(chosen, pairs[which[known]]), q[known] % size, k[known] % size]
     return found, known
@@ -146,7 +146,7 @@ def _sample(
 
 
 def _keys(bands, size: int, query: np.ndarray, kv_stop: int, random: np.random.Generator) -> Iterator[np.ndarray]:
-    """Keys of interest to every query, each int64 [n, 1] or [1, 1]; some do not exist."""
+    """Keys to compare for every query, each int64 [n, 1] or [1, 1]; some lie outside of the input."""
     q = query[:, None]
     block = q // size
     for apart in (0, 1, 2, 3, 5, 8, size - 1, size, size + 1):

@@ -20,7 +20,7 @@ MAX_PERIOD = 4096
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Band:
-    """The blocks that one head reads at some distances.
+    """The keys that one head reads at some distances.
 
     Query block i, token q, reads key block j, token k, where
 
@@ -59,13 +59,15 @@ def with_period(columns: np.ndarray, period: int) -> np.ndarray:
 
 
 def refine(band: Band, ratio: int, block_size: int, num_columns: int) -> tuple[Band, ...]:
-    """The same band over blocks `ratio` times smaller.
+    """The bands that read the same over blocks `ratio` times smaller.
 
     With I = i // R, J = j // R and the phase a = i mod R, the coarse I - J < high is the fine
     i - j < (high - 1) R + 1 + a, and I - J >= low is i - j >= (low - 1) R + 1 + a. So the distances at which the
     phase decides are R - 1 at each end of the interval; there, it decides by comparing j mod R with a.
 
     Args:
+      band: the band over coarse blocks.
+      ratio: fine blocks in a coarse block.
       block_size: tokens in a fine block.
       num_columns: fine key blocks.
     """
@@ -89,14 +91,14 @@ def refine(band: Band, ratio: int, block_size: int, num_columns: int) -> tuple[B
 
 
 def is_empty(band: Band, block_size: int) -> bool:
-    """True if the band has no columns, or its intervals leave nothing to read."""
+    """True if the band reads nothing: its intervals do not meet, or it has no columns."""
     nearest, farthest = band.block_low * block_size - block_size + 1, band.block_high * block_size - 1
     reachable = nearest < band.token_high and farthest >= band.token_low
     return band.block_low >= band.block_high or not reachable or not band.columns.any()
 
 
 def intersect(first: Band, second: Band) -> Band | None:
-    """The band read by both, or None where the intervals do not meet."""
+    """The band that both read, or None if their intervals do not meet."""
     band = Band(
         functools.reduce(np.minimum, _same_period(first, second)),
         max(first.block_low, second.block_low),
@@ -114,7 +116,7 @@ def _same_period(*bands: Band) -> list[np.ndarray]:
 
 
 def intersect_all(first: tuple[Band, ...], second: tuple[Band, ...]) -> tuple[Band, ...] | None:
-    """The blocks that both unions of bands read; None if the period would exceed its bound."""
+    """The intersection of two unions of bands; None if a period would exceed `MAX_PERIOD`."""
     met = []
     for a in first:
         for b in second:
@@ -127,10 +129,13 @@ def intersect_all(first: tuple[Band, ...], second: tuple[Band, ...]) -> tuple[Ba
 
 
 def block_states(bands: tuple[Band, ...], block_size: int, rows: np.ndarray, num_columns: int) -> np.ndarray:
-    """The state of each pair of blocks: all, some or none of it is read.
+    """The states of pairs of blocks.
 
     Args:
+      bands: bands of one head.
+      block_size: tokens in a block.
       rows: int [rows], absolute query blocks.
+      num_columns: count of key blocks.
 
     Returns:
       uint8 [rows, num_columns]: 0 = nothing, 1 = a part or maybe nothing, 2 = every token by every token.

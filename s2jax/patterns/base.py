@@ -1,4 +1,4 @@
-"""The base class of patterns: a rule for each pair of positions, its algebra, and the properties that follow."""
+"""Pattern: the base class of all patterns, with `|`, `&` and statistics."""
 
 import abc
 import dataclasses
@@ -23,28 +23,37 @@ OPTIONS = {"head_step", "head_offset", "homo_head", "num_dense_heads", "residues
 
 
 class Pattern(abc.ABC):
-    """A rule for the keys that each query reads: a small frozen, hashable value.
+    """The keys that each query reads, for each head. A small frozen, hashable value.
 
-    `mask_fn` is the definition, token by token. `bands` says the same in closed form, from which everything fast is
-    compiled; where it gives None, the rule is asked for every token. A closed form that differs from the rule raises
-    ValueError when the pattern is compiled, as far as a sample shows it: all tokens of small inputs, a few thousand
-    pairs of large ones.
+    `mask_fn` is the definition, token by token. `bands` is its closed form, from which schedules and statistics are
+    computed; if it returns None, `mask_fn` is evaluated on every token. A closed form that differs from `mask_fn`
+    raises ValueError when the pattern is compiled, as far as a sample shows it: all pairs of small inputs, a few
+    thousand pairs of large ones.
 
-    A family of your own is a frozen dataclass with these methods; `BlockPattern` is the easier base where the rule is
-    one over blocks.
+    A custom family is a frozen dataclass with these methods; `BlockPattern` is the easier base for rules over blocks.
     """
 
     causal: bool
 
     @abc.abstractmethod
     def mask_fn(self, head: int, query_position: np.ndarray, key_position: np.ndarray, heads: HeadGroups) -> np.ndarray:
-        """The definition: does query head `head` at `query_position` read `key_position`? Broadcasts; bool."""
+        """True where query head `head` at `query_position` reads `key_position`. The definition of the pattern.
+
+        Args:
+          head: number of the query head.
+          query_position: integers, absolute positions, which broadcast with those of the keys.
+          key_position: integers.
+          heads: counts of query and KV heads.
+
+        Returns:
+          bool, of the shape to which the positions broadcast.
+        """
 
     @abc.abstractmethod
     def bands(
         self, heads: HeadGroups, head: int, block_size: int, num_rows: int, num_columns: int
     ) -> tuple[Band, ...] | None:
-        """The rule in closed form over blocks of `block_size` tokens, or None where it has none."""
+        """The closed form over blocks of `block_size` tokens, `num_rows` by `num_columns`; None if there is none."""
 
     @property
     def nbytes(self) -> int:
@@ -52,35 +61,39 @@ class Pattern(abc.ABC):
         return 0
 
     def own_block_size(self) -> int | None:
-        """The block size that the rule is made of, or None if it fits any."""
+        """The block size of the definition, or None if it has no blocks."""
         return None
 
     def schedule_block_size(self) -> int:
-        """The block size in which the pattern is compiled, and in which its blocks are counted."""
+        """The block size in which the pattern is compiled and its blocks are counted."""
         return self.own_block_size() or DEFAULT_BLOCK_SIZE
 
     def head_key(self, heads: HeadGroups, head: int) -> Hashable:
-        """Heads with equal keys read the same, so that what follows need be computed for one of them only."""
+        """A key that is equal for heads that read the same, which are then compiled once."""
         return head
 
     def is_strided(self) -> bool:
-        """True if heads share out the context by stripes, and so may together miss some of it."""
+        """True if heads share out the context by stripes, so that together they may miss some of it."""
         return False
 
     def check(self, heads: HeadGroups, query_length: int, kv_length: int, query_offset: int) -> None:  # noqa: B027 (most fit all)
-        """Raises ValueError where the pattern does not fit these heads or lengths."""
+        """Raises ValueError if the pattern does not fit these heads or lengths."""
 
     def block_states(
         self, heads: HeadGroups, head: int, block_size: int, rows: np.ndarray, num_columns: int
     ) -> np.ndarray:
-        """The states of pairs of blocks that need not ask the rule, at any block size that divides the pattern's own.
+        """The states of pairs of blocks, at any block size that divides the pattern's own, without using `mask_fn`.
 
         Args:
-          rows: int [rows], absolute query blocks of `block_size` tokens.
+          heads: counts of query and KV heads.
+          head: number of the query head.
+          block_size: tokens in a block.
+          rows: int [rows], absolute query blocks.
+          num_columns: count of key blocks.
 
         Returns:
-          uint8 [rows, num_columns]: 0 = surely unread, 1 = perhaps partly read, 2 = wholly read. Without a closed form
-          nothing is known, and the rule decides token by token.
+          uint8 [rows, num_columns]: 0 = unread, 1 = perhaps partly read, 2 = wholly read. All are 1 without a closed
+          form, and `mask_fn` decides token by token.
         """
         found = self.bands(heads, head, block_size, int(rows.max(initial=0)) + 1, num_columns)
         if found is None:
@@ -91,11 +104,16 @@ class Pattern(abc.ABC):
         self, heads: HeadGroups, head: int, block_size: int, rows: np.ndarray, columns: np.ndarray, query_stop: int,
         kv_stop: int,
     ) -> Bool[np.ndarray, "n block_size block_size"]:  # fmt: skip
-        """The rule over the tokens of pairs of blocks.
+        """The token masks of pairs of blocks, by `mask_fn`.
 
         Args:
-          rows, columns: int [n], query and key blocks of `block_size` tokens, absolute.
-          query_stop, kv_stop: where the queries and the keys end. Padding beyond is given the last token's position.
+          heads: counts of query and KV heads.
+          head: number of the query head.
+          block_size: tokens in a block.
+          rows: int [n], absolute query blocks.
+          columns: int [n], absolute key blocks.
+          query_stop: end of the queries. Padding beyond has the last query's position.
+          kv_stop: end of the keys. Padding beyond has the last key's position.
 
         Returns:
           bool [n, block_size, block_size], query by key.
@@ -107,7 +125,7 @@ class Pattern(abc.ABC):
     def token_mask(
         self, num_heads: int, num_kv_heads: int, query_length: int, kv_length: int, query_offset: int = 0
     ) -> Bool[np.ndarray, "h t s"]:
-        """The definition as a mask: bool [h, t, s], True where the query head reads. For tests and small pictures.
+        """The token mask of the pattern: bool [h, t, s], True where the query head reads. For tests and small lengths.
 
         Raises:
           ValueError: the pattern does not fit these heads or lengths.
@@ -118,40 +136,40 @@ class Pattern(abc.ABC):
         key_position = np.arange(kv_length)[None, :]
         return np.stack([evaluated(self, heads, head, query_position, key_position) for head in range(num_heads)])
 
-    # What follows from the rule, at one length; in closed form wherever there is one.
+    # Statistics at one length, from the closed form if there is one.
 
     @outside_traces
     def block_mask(self, num_heads: int, num_kv_heads: int, length: int) -> Bool[np.ndarray, "h n n"]:
-        """The blocks that are read: bool [h, n, n], n = ⌈length / block size⌉; one token read is enough."""
+        """The block mask: bool [h, n, n], n = ⌈length / block size⌉, True for blocks of which any token is read."""
         return statistics.block_mask(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     @outside_traces
     def density(self, num_heads: int, num_kv_heads: int, length: int) -> float:
-        """Blocks read, over the blocks h·n·(n+1)/2 that a causal dense pattern reads (all h·n², if bidirectional)."""
+        """The number of blocks read, over the h·n·(n+1)/2 of a causal dense pattern (all h·n² if bidirectional)."""
         return statistics.density(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     @outside_traces
     def coverage(self, num_heads: int, num_kv_heads: int, length: int) -> float:
         """The share of the far context that the heads together read.
 
-        Of the key blocks that lie beyond the window, the share that the last query block reads through at least one
-        head. The window is what all heads have in common: the blocks at distances 0, 1, … up to the first distance at
-        which some head leaves out some block. 1.0 where the window is everything.
+        That is the share of key blocks beyond the window that the last query block reads through at least one head.
+        The window is common to all heads: the blocks at distances 0, 1, … up to the first distance at which some head
+        leaves out some block. The result is 1.0 if the window is everything.
         """
         return statistics.coverage(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     @outside_traces
     def is_kv_efficient(self, num_heads: int, num_kv_heads: int, length: int) -> bool:
-        """True if a block once dropped is never read again: no KV head keeps a block that its heads do not read.
+        """True if a block once dropped is never read again, so that no KV head keeps a block that is not read.
 
-        True if for every KV head and key block, the query blocks that read it through any head of the group are
-        without a gap and, if causal, begin with the block's own.
+        For every KV head and key block, the query blocks that read it through any head of the group are then without a
+        gap and, if causal, begin with the block's own.
         """
         return statistics.is_kv_efficient(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     @outside_traces
     def kv_blocks_kept(self, num_heads: int, num_kv_heads: int, length: int) -> Int[np.ndarray, "k"]:
-        """The most blocks that each KV head must hold at any one time while `length` tokens are decoded: int [k].
+        """The most blocks that each KV head must hold at once while `length` tokens are decoded: int [k].
 
         A block is held from its own query block (in a bidirectional pattern: from the first) to the last query block
         that reads it through any head of the group.
@@ -159,7 +177,7 @@ class Pattern(abc.ABC):
         return statistics.kv_blocks_kept(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     def warn_if_incomplete(self, num_heads: int, num_kv_heads: int, length: int) -> None:
-        """Warns where heads share out the context but miss some of it, or where queries miss their own block."""
+        """Warns if striped heads together miss some of the context, or if queries do not read their own block."""
         statistics.warn_if_incomplete(self, checked_heads(self, num_heads, num_kv_heads, length), length)
 
     # Functions, bool arrays and text compose with patterns, on either side.
@@ -190,13 +208,13 @@ class Pattern(abc.ABC):
 
 
 class BlockPattern(Pattern):
-    """A pattern whose rule is one over blocks: which key blocks a query block reads, then token-causal or not."""
+    """Base of patterns over blocks: query blocks read key blocks, then token-causal or not."""
 
     block_size: int
 
     @abc.abstractmethod
     def block_bands(self, heads: HeadGroups, head: int, num_rows: int, num_columns: int) -> tuple[Band, ...] | None:
-        """The rule in closed form over blocks of the pattern's own size, or None where it has none."""
+        """The closed form over blocks of the pattern's own size; None if there is none."""
 
     def own_block_size(self) -> int | None:
         return self.block_size
@@ -276,7 +294,7 @@ class _Composition(Pattern):
 
 
 class Union(_Composition):
-    """The keys that any of the parts reads; written `a | b`."""
+    """Reads the keys that any of the parts reads; written `a | b`."""
 
     symbol = "|"
 
@@ -302,7 +320,7 @@ class Union(_Composition):
 
 
 class Intersection(_Composition):
-    """The keys that all of the parts read; written `a & b`."""
+    """Reads the keys that all of the parts read; written `a & b`."""
 
     symbol = "&"
 

@@ -12,7 +12,7 @@ MOST_TOKENS = 1 << 30
 """Positions are int32, and lengths are added."""
 
 LARGEST_BLOCK = 4096
-"""A token mask has so many squared entries."""
+"""The square of it is the size of a token mask."""
 
 
 def is_integer(value) -> bool:
@@ -35,7 +35,7 @@ def check_length(name: str, value, *, at_least: int) -> None:
 
 
 def check_counts(**values) -> None:
-    """Raises ValueError unless each of these, by name, is an integer of at least 1."""
+    """Raises ValueError unless each of the named values is an integer of at least 1."""
     for name, value in values.items():
         check_count(name, value, at_least=1)
 
@@ -66,7 +66,7 @@ def check_window(name: str, value, causal: bool) -> None:
 
 
 def window_sides(value: Window, causal: bool) -> tuple[int, int]:
-    """The reach of a window to the left and right; causality cuts the right of a causal one."""
+    """The extents of a window to the left and right; the right of a causal one is unbounded, as causality cuts it."""
     if isinstance(value, tuple):
         return value
     return value, UNBOUNDED if causal else value

@@ -1,4 +1,4 @@
-"""Patterns out of what people have at hand: functions, bool arrays, text."""
+"""Conversion of functions, bool arrays and text to patterns."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,19 +14,19 @@ from s2jax.patterns.parsing import parse_pattern
 from s2jax.patterns.token_mask import TokenMask
 
 PatternLike = Pattern | Callable[[Any, Any, Any], Any] | Bool[Array, "#h t s"] | Bool[np.ndarray, "#h t s"] | str
-"""What is taken wherever a pattern is; see `as_pattern`."""
+"""Anything that is accepted in the place of a pattern; see `as_pattern`."""
 
 
 def as_pattern(given: PatternLike) -> Pattern:
-    """The pattern that something stands for.
+    """Converts a function, a bool array or text to a pattern.
 
     Args:
-      given: a pattern; a function mask_mod(head, query_position, key_position) -> bool, for `MaskMod(function)`, which
-        is causal; a concrete bool array [h or 1, t, s], for `TokenMask(array)`; or text, such as
-        "LocalStride(64, 16, 8) | FirstTokens(4)", for `parse_pattern(text)`.
+      given: a pattern, which is returned unchanged; a function mask_mod(head, query_position, key_position) -> bool,
+        which becomes `MaskMod(function)` and is causal; a concrete bool array [h or 1, t, s], which becomes
+        `TokenMask(array)`; or text for `parse_pattern`, such as "LocalStride(64, 16, 8) | FirstTokens(4)".
 
     Raises:
-      ValueError: it is none of these, or does not make a pattern.
+      ValueError: the argument is none of these, or does not make a pattern.
     """
     if isinstance(given, Pattern):
         try:

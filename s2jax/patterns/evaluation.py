@@ -1,4 +1,4 @@
-"""Evaluation of the rules of patterns, apart from whatever JAX is tracing, and in 64-bit integers."""
+"""Evaluation of patterns on the host, in 64-bit integers, outside of any trace of the caller."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ _thread = threading.local()
 
 
 def outside_traces[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function so that its arrays are concrete, whatever the caller is tracing.
+    """Decorates a function so that its arrays are concrete, even if the caller is being traced.
 
     Under `jax.jit` or in a `shard_map` every operation of jax.numpy is traced, even on constants. A thread of its own
     has no trace, no mesh and none of the caller's settings (dtype and rank promotion, 32-bit integers).
@@ -49,7 +49,7 @@ def outside_traces[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
 @contextlib.contextmanager
 def _plain_settings() -> Iterator[None]:
-    """Positions of 64 bits cannot overflow; and a rule's captured arrays are of any integer type."""
+    """A context with 64-bit positions, which cannot overflow, and JAX's default promotion for captured arrays."""
     with (
         jax.enable_x64(True),
         jax.numpy_dtype_promotion("standard"),
@@ -63,7 +63,7 @@ def _plain_settings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """Computes on the host where JAX has a CPU backend: masks are needed there."""
+    """A context that computes masks on the host, if JAX has a CPU backend."""
     try:
         device = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves it out
@@ -78,7 +78,7 @@ def tile_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the tokens of pairs of blocks: int64 [n, block_size, 1] and [n, 1, block_size].
 
-    Padding has the position of the last token, so that a rule never sees a position that does not exist.
+    Padding has the position of the last token, so that `mask_fn` never gets a position that does not exist.
     """
     token = np.arange(block_size)
     query = np.asarray(rows, np.int64)[:, None, None] * block_size + token[:, None]
@@ -87,10 +87,10 @@ def tile_positions(
 
 
 def evaluated(pattern: Rule, heads: HeadGroups, head: int, query: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """`pattern.mask_fn`, checked: bool, of the shape of the two positions broadcast.
+    """The result of `pattern.mask_fn`, bool, broadcast to the shape of the two positions.
 
     Raises:
-      ValueError: the rule returns anything but bools of that shape.
+      ValueError: `mask_fn` returns anything but bools that broadcast to that shape.
     """
     found = np.asarray(pattern.mask_fn(head, query, key, heads))
     shape = np.broadcast_shapes(query.shape, key.shape)

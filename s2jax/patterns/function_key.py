@@ -1,7 +1,6 @@
-"""A hashable value for a function: its code, and the values that it captures.
+"""A hashable key of a function: its code, and the values that it captures.
 
-A lambda that is written in a loop is another object in every round; by its key it is the same function, as long as
-what it captures is the same.
+A lambda in a loop is another object in every iteration. Its key is the same as long as the captured values are.
 """
 
 import functools
@@ -17,11 +16,11 @@ import numpy as np
 from jax.core import Tracer
 
 MOST_VALUES = 10_000
-"""Values looked at in one function; containers beyond go by identity."""
+"""Values visited in one function; containers beyond compare by identity."""
 
 
 class _Identity:
-    """An unhashable object, which is equal to itself alone."""
+    """A hashable stand-in for an object that is equal to itself alone."""
 
     def __init__(self, value: object):
         self.value = value
@@ -36,10 +35,10 @@ class _Identity:
 def function_key(function: Callable) -> Hashable:
     """A value that is equal for functions of equal code, defaults, and captured values.
 
-    Captured are closure cells and the module's globals that the code names, functions among them in turn. Arrays go
-    by content, lists and dicts by their items. Hashable objects with an equality of their own go by that. Other objects
-    and classes go by identity and those of their attributes and methods that the code names, modules by identity and
-    the data that it names.
+    Captured values are closure cells and the module's globals that the code names, functions among them in turn. Arrays
+    compare by content, lists and dicts by their items, hashable objects by their own equality. Other objects and
+    classes compare by identity and by the attributes and methods that the code names; modules by identity and by the
+    data that it names.
 
     Raises:
       ValueError: it captures an array that JAX is tracing.
@@ -52,7 +51,7 @@ class _Key:
         self._seen: dict[Hashable, int] = {}  # functions and containers by identity, so that cycles end
         self._kept: list[object] = []  # as long as their identities are in use
         self._count = 0
-        self._names = CALLED  # attributes that the code mentions which is being looked at
+        self._names = CALLED  # attributes that the visited code mentions
 
     def of(self, value: Any) -> Hashable:
         self._count += 1
@@ -90,7 +89,7 @@ class _Key:
         return type(value), tuple(self.of(item) for item in value)
 
     def _object(self, value: Any) -> Hashable:
-        """An object, class or module: its identity, and what the code mentions of it."""
+        """The key of an object, class or module: its identity, and the attributes that the code mentions."""
         names = self._names
         self._names = _with_methods(value, names)
         found = tuple((name, self.of(each)) for name, each in _mentioned(value, self._names))
@@ -164,7 +163,7 @@ def _is_data(value: object) -> bool:
 
 
 def _as_array(value: Any) -> np.ndarray | jax.Array | None:
-    """The array that a value is, or that it holds, as Flax's variables and other libraries' tensors do."""
+    """The array of a value that is one or holds one, as Flax's variables and other libraries' tensors do."""
     if isinstance(value, (np.ndarray, jax.Array)):
         return value
     if hasattr(value, "__jax_array__"):

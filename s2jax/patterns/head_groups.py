@@ -1,4 +1,4 @@
-"""Numbers of heads, and the groups that share keys and values."""
+"""Counts of query and KV heads."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from s2jax.patterns.checks import check_count
 
 @dataclasses.dataclass(frozen=True)
 class HeadGroups:
-    """Numbers of query heads and of KV heads; query head i reads KV head `i // group`."""
+    """Counts of query and KV heads; query head i reads KV head `i // group`."""
 
     num_heads: int
     num_kv_heads: int

@@ -21,13 +21,14 @@ class LocalStride(Striped):
       block_size: tokens in a block, a power of two from 16.
       local_blocks: blocks in the window, the query's own included; if not causal, also a pair (left, right), with the
         own block on both sides.
-      vert_stride: one block in so many is read beyond the window; 1 reads all.
+      vert_stride: distance between the blocks that are read beyond the window; 1 reads all.
       head_step: r(κ) = κ · head_step + head_offset. None spreads the KV heads evenly over the stride:
         r(κ) = ⌊κ · V / num_kv_heads⌋ + head_offset.
       homo_head: every head reads the same stripes, those of κ = 0.
-      num_dense_heads: so many KV heads, the last ones, read everything.
+      num_dense_heads: count of KV heads, the last ones, that read everything.
       residues: "kv_head": the heads of one group share their stripes, so that a KV head keeps only these.
-        "query_head": every query head has stripes of its own (Phi-3-small), and κ above is the query head.
+        "query_head": every query head has stripes of its own (as in Phi-3-small), and κ above is the query head.
+      causal: True: no query reads a token after its own.
     """
 
     block_size: int = 64

@@ -1,4 +1,4 @@
-"""Evaluates a mask function in tiles: compiled where JAX can trace it, else by numpy."""
+"""Evaluation of a mask function in tiles: compiled if JAX can trace it, else by numpy."""
 
 import functools
 import typing
@@ -15,27 +15,28 @@ from s2jax.messages import shown
 from s2jax.patterns.evaluation import on_cpu, tile_positions
 
 TILE_PAIRS = 1 << 21
-"""Pairs of tokens evaluated at once: some tens of megabytes of whatever the function makes of them."""
+"""Pairs of tokens evaluated at once: some tens of megabytes of intermediate results."""
 
 NUMPY_PAIRS = 1 << 16
-"""The same for numpy, whose every operation goes through memory: what a core's cache holds."""
+"""The same for numpy, whose operations all go through memory: as many as a core's cache holds."""
 
 PAIRS = (1 << 12, 1 << 18)
-"""Pairs evaluated at once where they are not tiles; few sizes, as each is compiled for."""
+"""Pairs evaluated at once outside of tiles; few sizes, as each is compiled."""
 
 CANNOT_TRACE = (TypeError, ValueError, AttributeError, IndexError, KeyError)
-"""Errors of functions that need numbers: numpy's functions, `if`, indices into lists, keys of dicts."""
+"""Errors of functions that cannot be traced: numpy's functions, `if`, indices into lists, keys of dicts."""
 
 
 _EXAMPLE = jax.ShapeDtypeStruct((2, 3, 1), np.int64), jax.ShapeDtypeStruct((2, 1, 5), np.int64)
-"""Positions that a function is tried with."""
+"""Positions with which a function is tried."""
 
 
 class MaskEvaluator:
-    """One mask function, and how it can be evaluated: with a traced head, with a traced position, or by numpy.
+    """Evaluates one mask function: with a traced head, with traced positions, or by numpy.
 
     Args:
-      name: names the pattern in errors.
+      mask_mod: the function.
+      name: name of the pattern in errors.
 
     Raises:
       ValueError: the function raises, or returns anything but bools of the broadcast shape.
@@ -49,10 +50,10 @@ class MaskEvaluator:
         self._head_values = None if self._closed is None else _head_values(self._closed)
         self._functions: dict[tuple, Callable[..., jax.Array]] = {}
 
-    # How the function may be called.
+    # Ways to call the function.
 
     def _traced(self) -> typing.Any | None:
-        """The function's jaxpr over a traced head, or None where it needs a number."""
+        """The function's jaxpr over a traced head, or None if it cannot be traced."""
         scalar = jax.ShapeDtypeStruct((), np.int64)
         try:
             return jax.make_jaxpr(self._apply)(scalar, *_EXAMPLE)
@@ -83,7 +84,7 @@ class MaskEvaluator:
         return xp.broadcast_to(found, shape)
 
     def head_key(self, head: int) -> Hashable:
-        """Equal for heads of which the function computes the same, as far as its code says."""
+        """A key that is equal for heads for which the function computes the same, as far as its code shows."""
         if self._head_values is None:
             return head if self._needs_head else None
         with on_cpu():
@@ -112,7 +113,7 @@ class MaskEvaluator:
         return found
 
     def pairs(self, head: int, query: np.ndarray, key: np.ndarray) -> np.ndarray:
-        """True for pairs of positions, which broadcast, where the query reads the key."""
+        """The mask over positions that broadcast."""
         shape = np.broadcast_shapes(query.shape, key.shape)
         found = np.empty(int(np.prod(shape)), bool)
         query, key = (np.broadcast_to(each, shape) for each in (query, key))
@@ -167,7 +168,7 @@ class MaskEvaluator:
 
 
 class _WrongResult(Exception):
-    """An error for a function whose result is no mask."""
+    """Raised if the result of a function is no mask."""
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
@@ -178,12 +179,12 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def _over_pairs(apply, head, query, key):
-    """`apply` to each pair alone, so that what is made of several pairs shows beside tiles."""
+    """The mask of each pair alone, which differs from that of tiles if the function mixes pairs."""
     return jax.vmap(lambda q, k: apply(head, q[None], k[None])[0])(query, key)
 
 
 def _over_tiles(apply, size: int, causal: bool, head, rows, columns, query_stop, kv_stop):
-    """`apply` to the tokens of pairs of blocks; padding has the position of the last token."""
+    """The mask over the tokens of pairs of blocks; padding has the position of the last token."""
     token = jnp.arange(size, dtype=jnp.int64)
     query = jnp.minimum(rows[:, None, None] * size + token[:, None], query_stop - 1)
     key = jnp.minimum(columns[:, None, None] * size + token, kv_stop - 1)
@@ -192,10 +193,10 @@ def _over_tiles(apply, size: int, causal: bool, head, rows, columns, query_stop,
 
 
 def _head_values(closed) -> Callable[[Any], list] | None:
-    """Computes all values of a jaxpr (head, query, key) through which its result depends on the head.
+    """A function of the head that computes all values of a jaxpr through which its result depends on the head.
 
-    These are the values made of the head alone that enter something made of positions. Heads of equal values have
-    equal masks; if there are none, all have.
+    These values are computed from the head alone, and enter operations on positions. Heads of equal values have equal
+    masks; if there are no such values, all heads have.
     """
     closed = _unwrapped(closed)
     jaxpr = closed.jaxpr
@@ -222,7 +223,7 @@ def _head_values(closed) -> Callable[[Any], list] | None:
 
 
 def _unwrapped(closed):
-    """The jaxpr within, where the whole function is one that `jax.jit` made."""
+    """The inner jaxpr, if the whole function is wrapped by `jax.jit`."""
     jaxpr = closed.jaxpr
     while len(jaxpr.eqns) == 1 and jaxpr.eqns[0].primitive.name in ("jit", "pjit"):
         (equation,) = jaxpr.eqns
@@ -234,7 +235,7 @@ def _unwrapped(closed):
 
 
 class _Unseen:
-    """Stands for a head; any use of it is an error, and is recorded."""
+    """A stand-in for a head that raises, and records, any use of it."""
 
     def __init__(self):
         self.seen = False

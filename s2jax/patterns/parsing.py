@@ -1,4 +1,4 @@
-"""Patterns out of text, as Python writes them: `LocalStride(64, 16, 8) | FirstTokens(4)`. Nothing is executed."""
+"""The parser of patterns in text, such as `LocalStride(64, 16, 8) | FirstTokens(4)`. Nothing is executed."""
 
 import difflib
 import functools
@@ -20,7 +20,7 @@ FAMILIES: dict[str, type[Pattern]] = {
     for family in (Dense, FirstBlocks, FirstTokens, Local, LocalStride, PerHead, Ranges, RelativeStride, Strided)
 }
 ARRAYS = ("BlockMask", "MaskMod", "TokenMask")
-"""Families that hold what text cannot say."""
+"""Families that hold arrays or functions, which text cannot express."""
 
 CONSTANTS = {"None": None, "True": True, "False": False}
 
@@ -47,16 +47,16 @@ class Token(typing.NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def parse_pattern(text: str) -> Pattern:
-    """The pattern that an expression of families, `|` and `&` stands for.
+    """Parses an expression of pattern families, `|` and `&`.
 
-    What `repr` writes of a pattern is read back as an equal one, but for patterns that hold arrays or functions.
+    The `repr` of a pattern is parsed to an equal one, except for patterns that hold arrays or functions.
 
     Args:
       text: such as "LocalStride(64, 16, 8)", "Local(tokens=1000) | FirstTokens(4)" or "PerHead([Dense(), Local(4)])";
         at most 65,536 characters.
 
     Raises:
-      ValueError: in one line, if it is no such expression, or its numbers do not make a pattern.
+      ValueError: the text is no such expression, or its numbers do not make a pattern; one line.
     """
     if not isinstance(text, str):
         raise ValueError(f"a pattern's text must be a string, got {type(text).__name__}")
@@ -171,7 +171,7 @@ class _Parser:
         return found[0]
 
     def _sequence(self, closing: str) -> tuple[list, bool]:
-        """Values up to the closing bracket, and whether there is a comma."""
+        """Values up to the closing bracket, and True if there is a comma."""
         found, comma = [], False
         while self._next.text != closing:
             found.append(self._value())

@@ -1,4 +1,4 @@
-"""Another pattern for every head."""
+"""A pattern for each head."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ class PerHead(Pattern):
     """One pattern for each query head, or one for each KV head and its group.
 
     Attributes:
-      patterns: as many as there are query heads, or KV heads. A strided one among them still goes by the place of its
-        head among all heads.
+      patterns: one for each query head, or for each KV head. The stripes of a strided pattern among them depend on the
+        number of its head among all heads.
     """
 
     patterns: Sequence[Pattern]

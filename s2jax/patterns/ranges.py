@@ -1,4 +1,4 @@
-"""Strides that grow with the distance."""
+"""The pattern of strides that grow with the distance."""
 
 import dataclasses
 import itertools

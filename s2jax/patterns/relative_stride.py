@@ -1,4 +1,4 @@
-"""DKernel's stripes at relative positions, its default for bidirectional attention."""
+"""The pattern of stripes at relative positions, DKernel's default for bidirectional attention."""
 
 import dataclasses
 
@@ -16,21 +16,21 @@ LONGEST_TABLE = 128
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RelativeStride(HeadResidues):
-    """A local window, and beyond it one *distance* in `vert_stride`: stripes along the diagonal.
+    """Reads a local window, and beyond it one *distance* in `vert_stride`: stripes along the diagonal.
 
     With i, j, V and κ as in `LocalStride`, and a window of (left, right) blocks that both count the own one, a head
     reads the window and
 
         (i - j - left + 1 + r(κ)) mod V = 0   on the left,   (j - i - right + 1 + r(κ)) mod V = 0   on the right
 
-    and, if `causal`, no token after its own. DKernel's `vert_position_type="relative"`, its default for bidirectional
-    patterns, is that with `homo_head=True`: there, all heads read the same distances. Such stripes are no friend of
-    the KV cache: every block is read again by later queries.
+    and, if `causal`, no token after its own. With `homo_head=True`, where all heads read the same distances, this is
+    DKernel's `vert_position_type="relative"`, its default for bidirectional patterns. Such stripes save nothing in a KV
+    cache: every block is read again by later queries.
 
     Attributes:
       local_blocks: blocks in the window, at least 1, or a pair (left, right) if not causal.
       block_size, vert_stride, head_step, head_offset, homo_head, num_dense_heads, residues: as in `LocalStride`.
-      causal: whether later keys are left out; unlike elsewhere, not by default.
+      causal: True: no query reads a token after its own. Unlike elsewhere, False by default.
     """
 
     block_size: int = DEFAULT_BLOCK_SIZE

@@ -1,4 +1,4 @@
-"""Patterns that are the same for every head: all, a window, the first few."""
+"""Patterns that are the same for every head: everything, a window, the first tokens or blocks."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ def lowest_distance(causal: bool) -> int:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Dense(Pattern):
-    """Every query reads every key, or every key up to its own position if `causal`."""
+    """Reads every key, or every key up to the query's own position if `causal`."""
 
     causal: bool = True
 
@@ -35,7 +35,7 @@ class Dense(Pattern):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Local(BlockPattern):
-    """A sliding window, of whole blocks or of exactly so many tokens.
+    """Reads a sliding window, of whole blocks or of an exact number of tokens.
 
     With `blocks` = L, query block i reads the key blocks i - j < L; with `tokens` = w, query q reads the keys
     q - k < w: its own position counts, as in Mistral's `sliding_window`. If `causal`, no token after its own. If not,
@@ -46,7 +46,7 @@ class Local(BlockPattern):
       blocks: blocks in the window, or a pair (left, right) if not causal; the own block counts on both sides.
       tokens: the same in tokens. Exactly one of the two is given.
       block_size: tokens in a block, a power of two from 16, by default 64; for `blocks` only.
-      causal: whether later keys are left out.
+      causal: True: no query reads a token after its own.
     """
 
     blocks: Window | None = None
@@ -100,9 +100,9 @@ class Local(BlockPattern):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FirstTokens(Pattern):
-    """Every query reads the first `count` tokens: attention sinks (StreamingLLM, arXiv 2309.17453).
+    """Reads the first `count` tokens: attention sinks (StreamingLLM, arXiv 2309.17453).
 
-    Not to be mistaken for sink *logits*, which read nothing.
+    The *logits* that are also called sinks read nothing; see `s2jax.attention`.
     """
 
     count: int
@@ -125,7 +125,7 @@ class FirstTokens(Pattern):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FirstBlocks(BlockPattern):
-    """Every query reads the first `count` blocks: attention sinks (StreamingLLM, arXiv 2309.17453), by blocks."""
+    """Reads the first `count` blocks: attention sinks (StreamingLLM, arXiv 2309.17453), by blocks."""
 
     count: int
     block_size: int = DEFAULT_BLOCK_SIZE

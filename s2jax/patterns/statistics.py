@@ -1,7 +1,7 @@
 """Statistics of a pattern at one length: density, coverage, the blocks that a KV cache keeps.
 
-All of it is read off the *profile* of a head: intervals of the distance i - j, and for each the key blocks that are
-read there. With bands this takes O(n) time and memory per distinct head, so that a million tokens are no trouble.
+All are computed from the *profile* of a head: intervals of the distance i - j, and for each the key blocks that are
+read there. With bands this takes O(n) time and memory per distinct head, so a million tokens are feasible.
 """
 
 import functools
@@ -24,17 +24,17 @@ from s2jax.patterns.head_groups import HeadGroups
 from s2jax.patterns.rule import Rule
 
 PAIRS_AT_ONCE = 1 << 21
-"""Pairs of blocks, or of tokens, looked at together."""
+"""Pairs of blocks, or of tokens, evaluated together."""
 
 
 _PACKAGES = pathlib.Path(jax.__file__).parents[1]
 _OWN = pathlib.Path(__file__).parents[1], pathlib.Path(pallas_kernels.__file__).parent
 LIBRARIES = tuple(f"{folder}{os.sep}" for folder in (*_OWN, _PACKAGES / "jax", _PACKAGES / "flax"))
-"""Folders of code that is passed over when a warning names the line that caused it."""
+"""Folders of code that warnings skip to find the caller's line."""
 
 
 class PatternWarning(UserWarning):
-    """A pattern that runs, but hardly as it was meant."""
+    """A warning about a pattern that is valid, but hardly intended."""
 
 
 class Slice(typing.NamedTuple):
@@ -45,7 +45,7 @@ class Slice(typing.NamedTuple):
     read: np.ndarray  # bool [m, n]
 
     def occurs(self) -> np.ndarray:
-        """True if some query block below n reads key block j at these distances: bool [m, n]."""
+        """True where some query block below n reads key block j at these distances: bool [m, n]."""
         j = np.arange(self.read.shape[1])
         return self.read & (j < len(j) - self.low[:, None]) & (j > -self.high[:, None])
 
@@ -65,7 +65,7 @@ def num_blocks(pattern: Rule, length: int) -> int:
 def profile(
     pattern: Rule, heads: HeadGroups, group: Sequence[int], length: int, start: int | None = None
 ) -> Iterator[Slice]:
-    """The reads of all heads of a group together, at the distances from `start` on, or at all of them."""
+    """The key blocks that the heads of a group read together, at distances from `start` on, or at all distances."""
     n = num_blocks(pattern, length)
     start = 1 - n if start is None else start
     bands = _bands(pattern, heads, group, length)
@@ -86,7 +86,7 @@ def _bands(pattern: Rule, heads: HeadGroups, group: Sequence[int], length: int) 
 
 
 def distinct(pattern: Rule, heads: HeadGroups, group: Sequence[int]) -> dict[Hashable, int]:
-    """The first head of each kind."""
+    """The first of the heads that read the same, by their key."""
     found: dict[Hashable, int] = {}
     for head in group:
         found.setdefault(pattern.head_key(heads, head), head)
@@ -94,7 +94,7 @@ def distinct(pattern: Rule, heads: HeadGroups, group: Sequence[int]) -> dict[Has
 
 
 Cut = tuple[int, int, np.ndarray]
-"""Distances from low to below high, and bool [period, n]: the key blocks that some token reads some token of there."""
+"""Distances from low to below high, and bool [period, n]: the key blocks of which some token is read there."""
 
 
 def _cuts(band: Band, pattern: Rule, length: int) -> list[Cut]:
@@ -150,13 +150,13 @@ def _chunks(start: int, stop: int, step: int) -> Iterator[np.ndarray]:
 
 
 def rows_read(pattern: Rule, heads: HeadGroups, head: int, rows: np.ndarray, length: int) -> np.ndarray:
-    """The blocks that some query blocks read, found token by token if need be: bool [rows, n]."""
+    """The block mask of some query blocks, evaluated token by token where needed: bool [rows, n]."""
     size, n = pattern.schedule_block_size(), num_blocks(pattern, length)
     states = pattern.block_states(heads, head, size, rows, n)
     read = states == 2
     row, column = np.nonzero(states == 1)
     if pattern.bands(heads, head, size, 1, 1) is not None:
-        # The last query and the first key tell most; only where they do not is every token looked at.
+        # The last query and the first key decide most pairs; the others are evaluated on every token.
         corner = pattern.mask_fn(head, np.minimum(rows[row] * size + size, length) - 1, column * size, heads)
         read[row, column] = corner
         row, column = row[~corner], column[~corner]
@@ -167,7 +167,7 @@ def rows_read(pattern: Rule, heads: HeadGroups, head: int, rows: np.ndarray, len
 def tiles_read(
     pattern: Rule, heads: HeadGroups, head: int, rows: np.ndarray, columns: np.ndarray, query_stop: int, kv_stop: int
 ) -> np.ndarray:
-    """True for pairs of blocks of which some token is read: bool [pairs]."""
+    """True for pairs of blocks of which any token is read: bool [pairs]."""
     size = pattern.schedule_block_size()
     read = np.zeros(len(rows), bool)
     for part in _chunks(0, len(rows), max(1, PAIRS_AT_ONCE // size**2)):
@@ -178,7 +178,7 @@ def tiles_read(
 
 @functools.lru_cache(maxsize=32)
 def _rule_mask(pattern: Rule, heads: HeadGroups, head: int, length: int) -> np.ndarray:
-    """The blocks that a head without a closed form reads: bool [n, n], read-only."""
+    """The block mask of a head without a closed form: bool [n, n], read-only."""
     n = num_blocks(pattern, length)
     chunks = _chunks(0, n, max(1, PAIRS_AT_ONCE // n))
     mask = np.concatenate([rows_read(pattern, heads, head, rows, length) for rows in chunks])
@@ -279,7 +279,7 @@ def _most_kept(pattern: Rule, heads: HeadGroups, group: Sequence[int], length: i
 
 
 def _window(pattern: Rule, heads: HeadGroups, head: int, length: int) -> int:
-    """The number of distances, from 0 on, that the head reads in full."""
+    """The number of distances from 0 on that the head reads in full."""
     n = num_blocks(pattern, length)
     for each in profile(pattern, heads, [head], length, start=0):
         for low, columns in zip(each.low.tolist(), each.read, strict=True):
@@ -317,14 +317,14 @@ def coverage(pattern: Rule, heads: HeadGroups, length: int) -> float:
 def warn_if_incomplete(
     pattern: Rule, heads: HeadGroups, length: int, queries: tuple[int, int] = (0, sys.maxsize)
 ) -> None:
-    """Warns of what a pattern leaves out of a context, for some of its queries: those from `queries[0]` on."""
+    """Warns about context that a pattern leaves out, for the queries from `queries[0]` to below `queries[1]`."""
     for message in shortcomings(pattern, heads, length, queries):
         warnings.warn(message, PatternWarning, skip_file_prefixes=LIBRARIES)
 
 
 @outside_traces
 def shortcomings(pattern: Rule, heads: HeadGroups, length: int, queries: tuple[int, int]) -> list[str]:
-    """Warnings about context that a pattern leaves unread, probably by mistake."""
+    """Messages about context that a pattern leaves out, hardly on purpose."""
     representatives = distinct(pattern, heads, range(heads.num_heads)).values()
     blind = (head for head in representatives if not _reads_own_blocks(pattern, heads, head, length, queries))
     found = [
@@ -333,7 +333,7 @@ def shortcomings(pattern: Rule, heads: HeadGroups, length: int, queries: tuple[i
         for head in itertools.islice(blind, 1)
     ]
     far = _far_context(pattern, heads, length) if pattern.is_strided() else np.zeros(0, bool)
-    # A pattern of bounded reach means to leave out what lies beyond.
+    # A pattern of bounded reach leaves out the context beyond on purpose.
     reached = far[int(np.argmax(far)) :] if far.any() else far
     if far.any() and not reached.all():
         found.append(

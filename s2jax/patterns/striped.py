@@ -74,7 +74,7 @@ class HeadResidues(BlockPattern):
         if self.homo_head:
             index = 0
         found: list[int] = []
-        before, residue, rest = 1, 0, index  # residue + before · rest / count spreads the heads over the strides so far
+        before, residue, rest = 1, 0, index  # residue + before · rest / count spreads heads over the strides so far
         for stride in self.strides:
             if stride % before:
                 before, residue, rest = 1, 0, index
@@ -122,9 +122,9 @@ class Striped(HeadResidues):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Strided(Striped):
-    """Stripes alone: a head reads one block in `vert_stride`, (j + r(κ)) mod V = 0, and not even its own otherwise.
+    """Reads stripes alone: one block in `vert_stride`, (j + r(κ)) mod V = 0, and the query's own only if it is one.
 
-    For compositions, such as `Strided(vert_stride=8) | Local(tokens=1000)`. Parameters as in `LocalStride`.
+    It serves compositions, such as `Strided(vert_stride=8) | Local(tokens=1000)`. Parameters as in `LocalStride`.
     """
 
     block_size: int = DEFAULT_BLOCK_SIZE

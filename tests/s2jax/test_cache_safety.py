@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from s2jax import Dense, KVCache, Local, LocalStride
+from s2jax.cache.step import Tables
 from tests.s2jax.cache_cases import BOUNDED, STRIDE, arrays, cache_for, check, cut, extend, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::s2jax.PatternWarning")
@@ -84,7 +85,7 @@ def test_streams_as_far_as_positions_are_counted(name):
 def test_a_chunk_may_be_written_in_any_order():
     """What is dropped before it is read goes nowhere: XLA does not say which of two writes to one place is the last."""
     cache = cache_for(STRIDE)
-    layout, buffer = cache.buffer_layouts[0], cache.buffers[0]
+    layout, buffer = Tables.of(cache.layout, None, 1).layouts[0], cache.buffers[0]
     _, key, value = cut(arrays(), 0, 150)
     positions, end = jnp.tile(jnp.arange(150), (2, 1)), jnp.array([150, 90])
     order = np.random.default_rng(1).permutation(150)
