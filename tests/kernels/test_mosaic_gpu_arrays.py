@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import HopperConfig
-from pallas_kernels.mosaic_gpu.sm90 import backend
+from pallas_kernels.mosaic_gpu.sm90 import backend, forward
 from pallas_kernels.mosaic_gpu.sm90.backend import HOPPER
 from pallas_kernels.mosaic_gpu.sm90.config import SHARED_BYTES, choose_config
 from pallas_kernels.padding import positive_scale
@@ -121,8 +121,8 @@ def test_copies_of_lse_have_room(interpreted, monkeypatch):
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), results)
 
     jax.clear_caches()  # a call that another test compiled would not reach the kernel
-    kernel = backend.forward_kernel
-    monkeypatch.setattr(backend, "forward_kernel", attend)
+    kernel = forward.forward_kernel
+    monkeypatch.setattr(forward, "forward_kernel", attend)
     query, key, value = inputs(tokens=201)
     ids = jnp.zeros((1, 201), jnp.int32)
     attention(query, key, value, WINDOW, implementation="mosaic_gpu", query_segment_ids=ids, kv_segment_ids=ids)
@@ -145,7 +145,7 @@ def test_tables_over_a_mesh(interpreted, monkeypatch, heads: int):
         value = jnp.repeat(given.value, spec.num_heads // spec.num_kv_heads, 2)
         return value, jnp.broadcast_to(marks, (spec.batch, *marks.shape[1:]))
 
-    monkeypatch.setattr(backend, "forward_kernel", attend)
+    monkeypatch.setattr(forward, "forward_kernel", attend)
     every = [Local(1, block_size=64), WINDOW, FirstTokens(5), FirstTokens(9)]
     pattern = PerHead([each for each in every for _ in range(heads)])
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])

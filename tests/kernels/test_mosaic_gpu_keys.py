@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.mosaic_gpu.sm90 import backend
+from pallas_kernels.mosaic_gpu.sm90 import backward, forward
 from pallas_kernels.mosaic_gpu.sm90.config import ROWS
 from pallas_kernels.mosaic_gpu.sm90.inputs import KernelTables, kv_tables, selection_kv_tables
 from pallas_kernels.problem import Operands
@@ -146,18 +146,18 @@ def test_copies_have_room(interpreted, monkeypatch):
     """A copy is cut off at the end of the whole array alone: what belongs to rows is as long as whole blocks."""
     found = {}
 
-    def instead_of(name: str):
-        kernel = getattr(backend, name)
+    def instead_of(module, name: str):
+        kernel = getattr(module, name)
 
         def noted(spec, given, *others):
             found[name] = spec, given
             shapes = jax.eval_shape(lambda: kernel(spec, given, *others))
             return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
-        monkeypatch.setattr(backend, name, noted)
+        monkeypatch.setattr(module, name, noted)
 
-    for name in ("forward_kernel", "dq_kernel", "dkv_kernel"):
-        instead_of(name)
+    for module, name in ((forward, "forward_kernel"), (backward, "dq_kernel"), (backward, "dkv_kernel")):
+        instead_of(module, name)
     arrays, ids = inputs(tokens=201), jnp.zeros((1, 201), jnp.int32)
     options = {"implementation": "mosaic_gpu", "query_segment_ids": ids, "kv_segment_ids": ids}
     jax.eval_shape(jax.grad(lambda *arrays: attention(*arrays, LocalStride(64, 2, 4), **options).sum()), *arrays)
@@ -184,10 +184,10 @@ def test_packs_over_a_mesh(monkeypatch, heads: int):
         )
 
     monkeypatch.setattr(
-        backend, "forward_kernel", lambda spec, given: (given.query, given.query[..., 0].swapaxes(1, 2))
+        forward, "forward_kernel", lambda spec, given: (given.query, given.query[..., 0].swapaxes(1, 2))
     )
-    monkeypatch.setattr(backend, "dq_kernel", lambda spec, given, factor: given.query)
-    monkeypatch.setattr(backend, "dkv_kernel", marks)
+    monkeypatch.setattr(backward, "dq_kernel", lambda spec, given, factor: given.query)
+    monkeypatch.setattr(backward, "dkv_kernel", marks)
     every = [Local(1, block_size=64), LocalStride(64, 2, 4), FirstTokens(5), Local(tokens=70)]
     pattern = PerHead([each for each in every for _ in range(heads)])
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4])
@@ -223,10 +223,10 @@ def test_an_offset_leaves_rows_that_exist(monkeypatch):
         )
 
     monkeypatch.setattr(
-        backend, "forward_kernel", lambda spec, given: (given.query, given.query[..., 0].swapaxes(1, 2))
+        forward, "forward_kernel", lambda spec, given: (given.query, given.query[..., 0].swapaxes(1, 2))
     )
-    monkeypatch.setattr(backend, "dq_kernel", lambda spec, given, factor: given.query)
-    monkeypatch.setattr(backend, "dkv_kernel", first_and_last)
+    monkeypatch.setattr(backward, "dq_kernel", lambda spec, given, factor: given.query)
+    monkeypatch.setattr(backward, "dkv_kernel", first_and_last)
     query, key, value = inputs(tokens=160, features=16, batch=2)
 
     def function(query, key, value):

@@ -6,7 +6,6 @@ from jax._src.lib import cuda_versions
 from jaxtyping import Array
 
 from pallas_kernels.mosaic import MosaicBackend
-from pallas_kernels.mosaic_gpu.sm90.backward import dkv_kernel, dq_kernel
 from pallas_kernels.mosaic_gpu.sm90.config import (
     SHARED_BYTES,
     HopperConfig,
@@ -15,7 +14,6 @@ from pallas_kernels.mosaic_gpu.sm90.config import (
     choose_kv_grad_config,
     choose_query_grad_config,
 )
-from pallas_kernels.mosaic_gpu.sm90.forward import forward_kernel
 from pallas_kernels.mosaic_gpu.sm90.inputs import (
     FEATURE_MULTIPLE,
     KernelTables,
@@ -69,7 +67,11 @@ class HopperBackend(MosaicBackend):
         specs = {"ranges": sharding.of(heads=1, ndim=tables.ranges.ndim)}
         return specs if tables.members is None else specs | {"members": sharding.of(heads=0, ndim=3)}
 
+    # Mosaic GPU takes a third of a second to import: only what runs a kernel does.
+
     def _run_forward(self, problem: Problem, operands: Operands) -> tuple[Array, Array]:
+        from pallas_kernels.mosaic_gpu.sm90.forward import forward_kernel
+
         config = _config(problem, operands)
         tables = operands.tables or selection_q_tables(operands, config)
         spec, inputs, grid = prepare_inputs(problem, operands, tables, config)
@@ -79,6 +81,8 @@ class HopperBackend(MosaicBackend):
     def _run_backward(
         self, problem: Problem, operands: Operands, kv_tables: typing.Any, dout: Array, lse: Array, delta: Array
     ) -> tuple[Array, Array, Array]:
+        from pallas_kernels.mosaic_gpu.sm90.backward import dkv_kernel, dq_kernel
+
         config, (kv_length, _, head_dim) = _query_grad_config(problem, operands), operands.key.shape[1:]
         tables = operands.tables or selection_q_tables(operands, config)
         spec, inputs, grid = prepare_query_grad_inputs(problem, operands, dout, lse, delta, tables, config)
