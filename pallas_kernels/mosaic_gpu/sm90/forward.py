@@ -26,7 +26,10 @@ INITIAL_M = -0.5 * float(np.finfo(np.float32).max)
 """The initial running maximum. It is finite, so that rows that read nothing compute no -inf - -inf."""
 
 REGISTERS = pipeline.Registers(compute=224, load=56)
-"""No configuration in `benchmarks/results/ptxas_report.json` spills with these; 232 and 40, or 240 and 24, did."""
+"""No case in `benchmarks/results/ptxas_report.json` spills in its steps, and one does in its load warpgroup.
+
+More cases spilled there with 232 and 40, or 240 and 24.
+"""
 
 
 def forward_kernel(spec: QKernelSpec, inputs: KernelInputs) -> tuple[Array, Array]:
