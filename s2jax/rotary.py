@@ -49,7 +49,7 @@ class RopeScaling(typing.NamedTuple):
                 f"original_length of at least 1, got {self}"
             )
 
-    def scaled(self, frequencies: Float[Array, " d/2"]) -> Float[Array, " d/2"]:
+    def scaled(self, frequencies: Float[Array, " pairs"]) -> Float[Array, " pairs"]:
         """Scales frequencies, in radians per token."""
         turns = frequencies * (self.original_length / (2 * math.pi))
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
