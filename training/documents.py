@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from training.jsonl import Changed, text_at
 from training.left_out import LeftOut, shown, shown_path
@@ -138,7 +138,7 @@ class TokenDocument:
     """Tokens `start` to `stop` of a memory-mapped token file."""
 
     name: str
-    tokens: Int[np.ndarray, " n"]
+    tokens: Integer[np.ndarray, " n"]
     start: int
     stop: int
 

@@ -6,7 +6,7 @@ import tokenize
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Integer
 
 from s2jax.messages import counted
 from training.documents import TokenDocument
@@ -18,7 +18,7 @@ _SCAN = 1 << 24  # tokens looked at together while a token file is checked
 
 
 def token_documents(
-    tokens: Int[np.ndarray, " n"], path: Path, name: str, vocab_size: int, end_token: int | None, left_out: LeftOut
+    tokens: Integer[np.ndarray, " n"], path: Path, name: str, vocab_size: int, end_token: int | None, left_out: LeftOut
 ) -> list[TokenDocument]:
     """Cuts an array of token ids after each `end_token`.
 
@@ -43,7 +43,7 @@ def token_documents(
     return documents
 
 
-def check_ids(ids: Int[np.ndarray, " n"], vocab_size: int, where: str, first: int = 0) -> None:
+def check_ids(ids: Integer[np.ndarray, " n"], vocab_size: int, where: str, first: int = 0) -> None:
     """Raises ValueError where an id is no token of the vocabulary.
 
     Args:
@@ -60,7 +60,7 @@ def check_ids(ids: Int[np.ndarray, " n"], vocab_size: int, where: str, first: in
         )
 
 
-def map_tokens(path: Path, dtype: str) -> Int[np.ndarray, " n"]:
+def map_tokens(path: Path, dtype: str) -> Integer[np.ndarray, " n"]:
     """Maps a token file.
 
     Raises:
@@ -77,7 +77,7 @@ def map_tokens(path: Path, dtype: str) -> Int[np.ndarray, " n"]:
     return _map_array(path)
 
 
-def _map_array(path: Path) -> Int[np.ndarray, " n"]:
+def _map_array(path: Path) -> Integer[np.ndarray, " n"]:
     with path.open("rb") as file:
         magic = file.read(6)
     if not magic:
