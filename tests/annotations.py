@@ -8,8 +8,8 @@ import ast
 import functools
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import inspect
-import pathlib
 import sys
 import types
 import typing
@@ -48,7 +48,9 @@ class Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname):
         path = self.get_filename(fullname)
-        return compile(decorated(pathlib.Path(path).read_text()), path, "exec", dont_inherit=True)
+        # By `get_data`, through which a fault is planted.
+        source = importlib.util.decode_source(self.get_data(path))
+        return compile(decorated(source), path, "exec", dont_inherit=True)
 
 
 def decorated(source: str) -> ast.Module:
