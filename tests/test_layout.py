@@ -159,3 +159,18 @@ def test_the_wheel_ships_the_two_packages_alone():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel == {"packages": ["pallas_kernels", "s2jax"]}
     assert all((ROOT / package / "py.typed").exists() for package in wheel["packages"])
+
+
+PRIVATE = {
+    "pallas_kernels/head_place.py": "core.get_axis_env",  # axes of enclosing maps, by name
+    "pallas_kernels/modes.py": "config.pallas_tpu_interpret_mode_context_manager",  # the interpreter of either kind
+    "pallas_kernels/mosaic_gpu/sm90/backend.py": "cuda_versions.cuda_runtime_get_version",
+}
+"""Private parts of JAX in use, for which it has nothing public; the tests of these files run on every supported JAX."""
+
+
+def test_private_parts_of_jax_are_known():
+    users = {str(path.relative_to(ROOT)): path.read_text() for path in SOURCES}
+    users = {path: source for path, source in users.items() if path.split("/")[0] in LAYERS and "jax._src" in source}
+    assert users.keys() == PRIVATE.keys()
+    assert all(name in users[path] for path, name in PRIVATE.items())
