@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import softmax
 from pallas_kernels.padding import QueryGrid
 from tests.annotations import AnnotationError, decorated
 
@@ -59,7 +58,6 @@ def test_a_planted_result_is_caught(module):
 
 def test_the_packages_are_checked():
     grid = QueryGrid(4, 2, 6, 0, 0)
-    assert hasattr(softmax.add_sinks, "__wrapped__") or hasattr(QueryGrid.edge_ids, "__wrapped__")
     assert grid.edge_ids(jnp.zeros((2, 6), "int32")).shape == (2, 2, 4)
     with pytest.raises(AnnotationError, match=r"QueryGrid.edge_ids: ids must be"):
         grid.edge_ids(jnp.zeros((2, 6), "float32"))
